@@ -1,0 +1,35 @@
+"""Without a GPU the kernels run in Triton's interpreter: decided before anything imports Triton."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+# torch threads of parallel test workers fight over the cores.
+torch.set_num_threads(int(os.environ.get("IGPT_TEST_THREADS", "1")))
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def poison_empty(monkeypatch):
+    """torch.empty gives NaN (or the largest integer), so that an output element never written shows."""
+    real = {name: getattr(torch, name) for name in ("empty", "empty_like")}
+
+    def poisoned(name):
+        def empty(*args, **kwargs):
+            t = real[name](*args, **kwargs)
+            if t.device.type != "meta":
+                t.fill_(float("nan") if t.is_floating_point() else 1 if t.dtype == torch.bool else torch.iinfo(t.dtype).max)
+            return t
+
+        return empty
+
+    for name in real:
+        monkeypatch.setattr(torch, name, poisoned(name))
