@@ -26,7 +26,10 @@ def poison_empty(monkeypatch):
         def empty(*args, **kwargs):
             t = real[name](*args, **kwargs)
             if t.device.type != "meta":
-                t.fill_(float("nan") if t.is_floating_point() else 1 if t.dtype == torch.bool else torch.iinfo(t.dtype).max)
+                if t.is_floating_point():
+                    t.fill_(float("nan"))
+                else:
+                    t.fill_(True if t.dtype == torch.bool else torch.iinfo(t.dtype).max)
             return t
 
         return empty
