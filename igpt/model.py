@@ -1,0 +1,243 @@
+"""Image GPT: a decoder-only transformer over palette tokens (Chen et al. 2020; OpenAI's src/model.py, here [code]).
+
+    model = ImageGPT.from_preset("s")
+    loss = model.loss(tokens)            # nats a pixel
+    features = model.features(tokens)    # (L+1, B, d): the linear probe's
+
+Shape suffixes: B batch, N positions, L layers, H heads, D head dim, d width, V palette size.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from igpt import ops
+from igpt.config import Config, preset
+
+MASK_PROBABILITY = 0.15
+
+
+class Attention(nn.Module):
+    """h + attn(norm(h)): dense multi-head attention, causal for AR and full for BERT, no dropout."""
+
+    def __init__(self, config: Config, layer: int):
+        super().__init__()
+        d, self.config = config.width, config
+        self.scale = (config.attn_scale or config.head_dim**-0.5) / (layer + 1 if config.scale_by_layer else 1)
+        self.norm = nn.Parameter(torch.empty(d))
+        self.qkv = nn.Parameter(torch.empty(3 * d, d))
+        self.proj = nn.Parameter(torch.empty(d, d))
+        self.b_qkv = nn.Parameter(torch.empty(3 * d)) if config.bias else None
+        self.b_proj = nn.Parameter(torch.empty(d)) if config.bias else None
+
+    def forward(self, h_BNd, impl: str):
+        c, (B, N, d) = self.config, h_BNd.shape
+        qkv = ops.norm_linear(h_BNd, self.norm, self.qkv, self.b_qkv, eps=c.norm_eps, centred=c.centred, impl=impl)
+        qkv = qkv.view(B, N, 3, c.heads, c.head_dim)
+        a = ops.attention(qkv, causal=c.causal, scale=self.scale, impl=impl)
+        return ops.linear_residual(a.reshape(B, N, d), self.proj, h_BNd, self.b_proj, impl=impl)
+
+
+class MLP(nn.Module):
+    """h + proj(quick_gelu(fc(norm(h)))), d -> 4d -> d."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        d, inner, self.config = config.width, config.inner, config
+        self.norm = nn.Parameter(torch.empty(d))
+        self.fc = nn.Parameter(torch.empty(inner, d))
+        self.proj = nn.Parameter(torch.empty(d, inner))
+        self.b_fc = nn.Parameter(torch.empty(inner)) if config.bias else None
+        self.b_proj = nn.Parameter(torch.empty(d)) if config.bias else None
+
+    def forward(self, h_BNd, impl: str):
+        c = self.config
+        return ops.norm_mlp(
+            h_BNd, self.norm, self.fc, self.proj, self.b_fc, self.b_proj, eps=c.norm_eps, centred=c.centred, impl=impl
+        )
+
+
+class Block(nn.Module):
+    def __init__(self, config: Config, layer: int):
+        super().__init__()
+        self.attn = Attention(config, layer)
+        self.mlp = MLP(config)
+
+    def forward(self, h_BNd, impl: str):
+        return self.mlp(self.attn(h_BNd, impl), impl)
+
+
+class ImageGPT(nn.Module):
+    """The model. `impl` ("auto", "triton", "torch") is how every operation runs (igpt/ops.py); `recompute` drops each
+    block's activations in training and computes them again in backward.
+
+    Activations have the parameters' dtype or, under torch.autocast, autocast's, the residual stream included; losses
+    and log-probabilities are at least fp32. Raises ValueError for tokens of a wrong shape, dtype or range."""
+
+    def __init__(self, config: Config, *, impl: str = "auto", device=None, dtype=None):
+        super().__init__()
+        if impl not in ops.IMPLS:
+            raise ValueError(f"impl: got {impl!r}, expected one of {ops.IMPLS}")
+        self.config, self.impl, self.recompute = config, impl, False
+        d = config.width
+        with torch.device(device if device is not None else torch.get_default_device()):
+            self.wte = nn.Parameter(torch.empty(config.vocab, d))
+            self.wpe = nn.Parameter(torch.empty(config.n_ctx, d))
+            self.sos = nn.Parameter(torch.empty(d)) if config.causal else None
+            self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+            self.norm_f = nn.Parameter(torch.empty(d))
+            self.head = nn.Parameter(torch.empty(config.vocab, d))
+            self.classifier = nn.Parameter(torch.empty(config.classes, d)) if config.classes else None
+        self.to(dtype=dtype)
+        if self.wte.device.type != "meta":
+            self.init_weights()
+
+    @classmethod
+    def from_preset(cls, name: str, *, impl: str = "auto", device=None, dtype=None, **overrides) -> "ImageGPT":
+        """A model of a named size (tiny, s, m, l, xl) with random weights; overrides replace Config fields.
+
+        Raises ValueError for an unknown name or field."""
+        return cls(preset(name, **overrides), impl=impl, device=device, dtype=dtype)
+
+    @classmethod
+    def from_pretrained(cls, source, *, impl: str = "auto", device=None, dtype=None) -> "ImageGPT":
+        """A model from our directory, a Hugging Face directory or hub id, or an OpenAI TF1 checkpoint prefix."""
+        from igpt import convert
+
+        return convert.load(source, impl=impl, device=device, dtype=dtype)
+
+    def save_pretrained(self, path, format: str = "igpt") -> None:
+        """Write model.safetensors and config.json, ours ("igpt") or Hugging Face's ("hf")."""
+        from igpt import convert
+
+        convert.save(self, path, format=format)
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Draw every weight anew. All normal with mean 0 and standard deviation [code]:
+
+        wte, sos            0.02            attention q, k, v    1 / sqrt(d)
+        wpe                 0.01            attention output     1 / sqrt(d L)
+        head, classifier    0 (zeros)       MLP fc, proj         0.02
+        norm gains          1 (ones)        biases, if any       0 (zeros)
+
+        The zero head makes the first loss exactly ln V."""
+        d, L = self.config.width, self.config.n_layer
+        std = {
+            "wte": 0.02, "sos": 0.02, "wpe": 0.01, "head": 0.0, "classifier": 0.0,
+            "attn.qkv": d**-0.5, "attn.proj": (d * L) ** -0.5, "mlp.fc": 0.02, "mlp.proj": 0.02,
+        }  # fmt: skip
+        for name, p in self.named_parameters():
+            key = name.split(".", 2)[-1] if name.startswith("blocks.") else name
+            if key.endswith(("norm", "norm_f")):
+                p.fill_(1.0)
+            elif std.get(key, 0.0) == 0.0:
+                p.zero_()
+            else:
+                p.normal_(0.0, std[key], generator=generator)
+
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self, training: bool = True) -> float:
+        """FLOPs a token at n_ctx positions: 2 for each weight of a product, attention's two products over the keys a
+        query sees (on average (N + 1) / 2 when causal); times 3 in training (backward is two products for each)."""
+        c = self.config
+        products = c.n_layer * (4 * c.width**2 + 2 * c.width * c.inner) + c.vocab * c.width
+        keys = (c.n_ctx + 1) / 2 if c.causal else c.n_ctx
+        forward = 2 * products + c.n_layer * 4 * keys * c.width
+        return 3 * forward if training else forward
+
+    def kv_bytes_per_token(self, bytes_per_element: int = 2) -> int:
+        """Bytes of keys and values that decoding keeps for one position of one picture."""
+        return 2 * self.config.n_layer * self.config.width * bytes_per_element
+
+    def trunk(self, tokens_BN, masked_BN=None, each=None):
+        """The residual stream after the last block, (B, N, d), before the final norm.
+
+        `each(h)` is called with every block's input: the hook of `features`."""
+        device = tokens_BN.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.wte.dtype
+        # Every op casts its parameters to the stream's dtype; autocast's own casts would only do it twice.
+        with torch.autocast(device, enabled=False):
+            h = ops.embed(tokens_BN, self.wte, self.wpe, self.sos, masked_BN, dtype=dtype, impl=self.impl)
+            for block in self.blocks:
+                if each is not None:
+                    each(h, block.attn.norm)
+                if self.recompute and torch.is_grad_enabled():
+                    h = checkpoint(block, h, self.impl, use_reentrant=False)
+                else:
+                    h = block(h, self.impl)
+        return h
+
+    def normed(self, h, weight):
+        """norm(h) with this model's eps and form: a probe feature's, or the final norm's, before pooling."""
+        c = self.config
+        with torch.autocast(h.device.type, enabled=False):
+            return ops.norm(h, weight, eps=c.norm_eps, centred=c.centred, impl=self.impl)
+
+    def forward(self, tokens_BN, masked_BN=None):
+        """Logits (B, N, V): at position i over pixel i given the pixels before it (AR: start vector and shift are
+        inside), or given all unmasked pixels (BERT; masked_BN bool or None)."""
+        n = self.normed(self.trunk(tokens_BN, masked_BN), self.norm_f)
+        with torch.autocast(n.device.type, enabled=False):
+            return F.linear(n, self.head.to(n.dtype))
+
+    def loss(self, tokens_BN, masked_BN=None, generator: torch.Generator | None = None):
+        """Nats a pixel, a scalar (paper section 2.1, [code]).
+
+        AR: mean cross-entropy of all B N pixels. BERT: each picture's mean over its masked pixels (0 if it has none),
+        then the mean over pictures; masked_BN defaults to independent draws with probability 0.15."""
+        if self.config.causal:
+            if masked_BN is not None:
+                raise ValueError("masked_BN: got a mask, expected None for objective 'ar'")
+            return self.nll(self.trunk(tokens_BN), tokens_BN).mean()
+        if masked_BN is None:
+            masked_BN = self.draw_mask(tokens_BN, generator)
+        nll = self.nll(self.trunk(tokens_BN, masked_BN), tokens_BN) * masked_BN
+        return (nll.sum(-1) / masked_BN.sum(-1).clamp(min=1)).mean()
+
+    def nll(self, h_BNd, targets_BN):
+        """Nats of each target, (B, N), from the trunk's output."""
+        c = self.config
+        with torch.autocast(h_BNd.device.type, enabled=False):
+            return ops.head_loss(
+                h_BNd, self.norm_f, self.head, targets_BN,
+                reduction="none", eps=c.norm_eps, centred=c.centred, impl=self.impl,
+            )  # fmt: skip
+
+    @staticmethod
+    def draw_mask(tokens_BN, generator: torch.Generator | None = None):
+        """BERT's mask, bool (B, N): each position alone with probability 0.15."""
+        return torch.rand(tokens_BN.shape, device=tokens_BN.device, generator=generator) < MASK_PROBABILITY
+
+    def features(self, tokens_BN, masked_BN=None):
+        """The linear probe's features of every layer, fp32 or wider, (L + 1, B, d): block l's first norm applied to
+        its input, mean over positions; the last one is the final norm's output (paper section 2.4, [code])."""
+        pooled = []
+        h = self.trunk(tokens_BN, masked_BN, each=lambda h, gain: pooled.append(self.pool(h, gain)))
+        return torch.stack([*pooled, self.pool(h, self.norm_f)])
+
+    def pool(self, h_BNd, gain):
+        """Mean over positions of norm(h), (B, d), in fp32 or wider."""
+        n = self.normed(h_BNd, gain)
+        return n.mean(1, dtype=torch.promote_types(n.dtype, torch.float32))
+
+    def classify(self, h_BNd):
+        """Class logits (B, classes) from the trunk's output: wclf on the mean-pooled final features."""
+        if self.classifier is None:
+            raise ValueError("classes: got 0 in this model's config, expected a model with a classifier (classes > 0)")
+        return F.linear(self.pool(h_BNd, self.norm_f), self.classifier.float())
+
+    def generate(self, batch: int = 1, *, temperature: float = 1.0, top_k: int | None = None, seed: int = 0, **options):
+        """Sample whole pictures: tokens (batch, n_ctx). Options as in igpt.sample.generate."""
+        from igpt import sample
+
+        return sample.generate(self, batch, temperature=temperature, top_k=top_k, seed=seed, **options)
+
+    def complete(self, tokens_BN, keep: int, *, temperature: float = 1.0, top_k=None, seed: int = 0, **options):
+        """Keep the first `keep` pixels of each picture and sample the rest: tokens (B, n_ctx)."""
+        from igpt import sample
+
+        return sample.complete(self, tokens_BN, keep, temperature=temperature, top_k=top_k, seed=seed, **options)
