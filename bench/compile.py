@@ -1,0 +1,346 @@
+"""Compile every kernel for GPUs that aren't here, and read the binaries: `python -m bench.compile --arch sm_90`.
+
+`capture` runs a launcher on meta tensors and records each launch instead of making it; Triton's own argument binder
+decides types, constants and divisibility, so what is compiled is what a GPU would run. Each compile has a forked
+process of its own: the compiler may abort. Needs a process without TRITON_INTERPRET.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import importlib
+import multiprocessing
+import multiprocessing.connection
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+if __package__ is None or __package__ == "":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from bench.rows import CompileRow, to_json
+from igpt.kernels import tiles
+
+# Portable tiles must fit the smallest shared memory we know of: an Ada or consumer Ampere card's 99 KB.
+TARGETS = {
+    "portable": GPUTarget("cuda", 89, 32),
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Limits of one multiprocessor (CUDA C programming guide; CDNA3 guide): bytes a block may ask for, bytes in all,
+    resident warps and blocks, registers, registers given out at a time to a warp."""
+
+    shared_per_block: int
+    shared: int
+    warps: int
+    blocks: int
+    registers: int = 65536
+    granule: int = 256
+
+
+MACHINES = {
+    "portable": Machine(101376, 102400, 48, 24),
+    "sm_80": Machine(166912, 167936, 64, 32),
+    "sm_90": Machine(232448, 233472, 64, 32),
+    "sm_100": Machine(232448, 233472, 64, 32),
+    "gfx942": Machine(65536, 65536, 32, 32, registers=4 * 512 * 64, granule=8 * 64),
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One recorded launch: the kernel with its arguments as Triton's binder specialises them."""
+
+    function: JITFunction
+    arch: str
+    signature: dict
+    constexprs: dict
+    attrs: dict
+    options: dict
+    grid: tuple[int, ...]
+    values: dict
+
+    @property
+    def name(self) -> str:
+        return self.function.__name__
+
+    @property
+    def tile(self) -> str:
+        """Block sizes, warps and stages: the part of a launch that a tile table decides."""
+        names = self.function.arg_names
+        blocks = {names[path[0]]: v for path, v in self.constexprs.items() if names[path[0]].startswith("BLOCK")}
+        sizes = " ".join(f"{k.removeprefix('BLOCK_')}{v}" for k, v in blocks.items())
+        return f"{sizes} w{self.options['num_warps']} s{self.options['num_stages']}".strip()
+
+    @property
+    def key(self) -> tuple:
+        """Equal for launches that compile to the same binary."""
+        parts = self.signature, self.constexprs, self.attrs, self.options
+        return self.function.cache_key, self.arch, *(str(sorted(p.items(), key=str)) for p in parts)
+
+
+@contextlib.contextmanager
+def capture(arch: str) -> Iterator[list[Launch]]:
+    """Within this context launchers pick the tiles of `arch` and launch nothing; yields the list of launches."""
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("bench.compile: TRITON_INTERPRET is set: kernels decided at import to be interpreted")
+    launches: list[Launch] = []
+    backend = make_backend(TARGETS[arch])
+
+    def record(self, *args, grid, warmup, **kwargs):
+        kwargs |= {"debug": False, "instrumentation_mode": ""}
+        bound, specialization, options = create_function_from_signature(self.signature, self.params, backend)(
+            *args, **kwargs
+        )
+        options, signature, constexprs, attrs = self._pack_args(backend, kwargs, bound, specialization, options)
+        grid = tuple(grid(bound) if callable(grid) else grid)
+        launches.append(Launch(self, arch, signature, constexprs, attrs, options.__dict__, grid, bound))
+
+    run, JITFunction.run = JITFunction.run, record
+    try:
+        with tiles.target(arch):
+            yield launches
+    finally:
+        JITFunction.run = run
+
+
+def occupancy(machine: Machine, regs: int, shared: int, warps: int, lanes: int = 32) -> float:
+    """Resident warps over the limit, from registers and shared memory (1 KB a block is the system's)."""
+    per_warp = -(-regs * lanes // machine.granule) * machine.granule
+    by_registers = machine.registers // max(per_warp * warps, 1)
+    by_shared = machine.shared // (shared + 1024) if lanes == 32 else machine.shared // max(shared, 1)
+    return min(by_registers, by_shared, machine.blocks, machine.warps // warps) * warps / machine.warps
+
+
+def _tool(name: str) -> str:
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def _count(pattern: str, text: str) -> int:
+    return len(re.findall(pattern, text))
+
+
+def half_dots(asm: dict) -> int:
+    """Products in the source that must become matrix instructions: operands of 16 bits, or fp32 read as tf32."""
+    if "ttir" not in asm:
+        return _count(r"warp_group_dot |ttng\.tc_gen5_mma ", asm["ttgir"])
+    dots = re.findall(r"tt\.dot .*", asm["ttir"])
+    return sum(bool(re.search(r"xb?f16>|inputPrecision = tf32", dot.split("->")[0])) for dot in dots)
+
+
+def read_cubin(cubin: bytes, ptx: str) -> dict:
+    """Registers, stack and instruction counts of an Nvidia binary, by cuobjdump."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        run = {"capture_output": True, "text": True, "check": True}
+        usage = subprocess.run([_tool("cuobjdump"), "-res-usage", file.name], **run).stdout
+        sass = subprocess.run([_tool("cuobjdump"), "-sass", file.name], **run).stdout
+    usage = dict(re.findall(r"(REG|STACK):(\d+)", usage))
+    wgmma = _count(r"\bHGMMA\.", sass)
+    return {
+        "regs": int(usage["REG"]),
+        "stack": int(usage["STACK"]),
+        "spill_loads": _count(r"\bLDL\b", sass),
+        "spill_stores": _count(r"\bSTL\b", sass),
+        "wgmma": wgmma,
+        "mma": wgmma + _count(r"\b[HIQ]MMA\.|\bUTC\w*MMA\b", sass),
+        "tma": _count(r"\bUTMA(?:LDG|STG|REDG)\b|\bUBLKCP\b", sass),
+        "waits": ",".join(re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", ptx)),
+        "exp2": _count(r"\bMUFU\.EX2\b", sass),
+        "instructions": _count(r"/\*[0-9a-f]{4,5}\*/ ", sass),
+    }
+
+
+def read_amdgcn(asm: str) -> dict:
+    """The same of AMD assembly, from the metadata the compiler writes below the code."""
+    meta = {k: int(v) for k, v in re.findall(r"^\s*\.(\w+):\s+(\d+)$", asm, re.M)}
+    return {
+        "regs": meta["vgpr_count"],
+        "stack": meta["private_segment_fixed_size"],
+        "spill_loads": meta["vgpr_spill_count"] + meta["sgpr_spill_count"],
+        "spill_stores": meta["vgpr_spill_count"] + meta["sgpr_spill_count"],
+        "mma": _count(r"\bv_mfma_", asm),
+        "exp2": _count(r"\bv_exp_f32", asm),
+        "instructions": _count(r"^\t[a-z]+_\w+ ", "\n".join(asm.splitlines())),
+    }
+
+
+def compile_launch(launch: Launch) -> dict:
+    """Compile for launch.arch and return CompileRow's evidence fields. Raises whatever the compiler raises."""
+    source = ASTSource
+    if launch.function.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource as source
+    target, machine = TARGETS[launch.arch], MACHINES[launch.arch]
+    src = source(launch.function, launch.signature, launch.constexprs, launch.attrs)
+    kernel = triton.compile(src, target=target, options=launch.options)
+    if target.backend == "cuda":
+        found = read_cubin(kernel.asm["cubin"], kernel.asm["ptx"])
+    else:
+        found = read_amdgcn(kernel.asm["amdgcn"])
+    # Warp specialisation adds warps to those asked for.
+    warps = kernel.metadata._asdict().get("num_warps", launch.options["num_warps"])
+    if "ttgir" in kernel.asm and (total := re.search(r'"ttg\.total-num-warps" = (\d+)', kernel.asm["ttgir"])):
+        warps = int(total.group(1))
+    shared = kernel.metadata.shared
+    occupied = occupancy(machine, found["regs"], shared, warps, target.warp_size)
+    return found | {"shared": shared, "dots": half_dots(kernel.asm), "occupancy": round(occupied, 3)}
+
+
+def problems(row: CompileRow, needs_wgmma: bool = True) -> list[str]:
+    """What is wrong with a binary: each entry is a sentence; an empty list is a good one."""
+    found = []
+    if row.dots and row.regs <= 32:
+        found.append(f"{row.regs} registers: the compiler emptied the kernel")
+    if row.dots and not row.mma:
+        found.append("a product without matrix instructions")
+    if row.dots and row.arch == "sm_90" and needs_wgmma and not row.wgmma:
+        found.append("a product without wgmma")
+    if row.stack or row.spill_loads or row.spill_stores:
+        found.append(f"spills: {row.stack} bytes of stack, {row.spill_loads} loads, {row.spill_stores} stores")
+    if row.shared > MACHINES[row.arch].shared_per_block:
+        found.append(f"{row.shared} bytes of shared memory, {MACHINES[row.arch].shared_per_block} exist")
+    return found
+
+
+@dataclass(frozen=True)
+class Job:
+    """One binary to make: a launch and the row it fills."""
+
+    launch: Launch
+    row: CompileRow
+    needs_wgmma: bool = True
+
+
+def judged(job: Job, evidence: dict) -> CompileRow:
+    row = dataclasses.replace(job.row, **evidence)
+    wrong = problems(row, job.needs_wgmma)
+    return dataclasses.replace(row, ok=not wrong, note="; ".join(wrong) or row.note)
+
+
+def _child(job: Job, pipe, log: Path) -> None:
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    pipe.send(compile_launch(job.launch))
+
+
+def compile_all(jobs: Iterable[Job], workers: int = 2, limit_s: float = 240) -> Iterator[CompileRow]:
+    """A row a job as they finish. A compile that raises, aborts or runs past limit_s gives a row that says so."""
+    context = multiprocessing.get_context("fork")
+    waiting, running = list(jobs)[::-1], {}
+    with tempfile.TemporaryDirectory() as logs:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                job = waiting.pop()
+                receiver, sender = context.Pipe(duplex=False)
+                log = Path(logs) / f"{len(waiting)}.log"
+                process = context.Process(target=_child, args=(job, sender, log))
+                process.start()
+                sender.close()
+                running[process.sentinel] = process, job, receiver, log, time.monotonic() + limit_s
+            soonest = min(deadline for *_, deadline in running.values())
+            done = multiprocessing.connection.wait(list(running), timeout=max(0.0, soonest - time.monotonic()))
+            late = [s for s, (*_, deadline) in running.items() if s not in done and time.monotonic() > deadline]
+            for sentinel in [*done, *late]:
+                process, job, receiver, log, _ = running.pop(sentinel)
+                if sentinel in late:
+                    process.kill()
+                process.join()
+                if process.exitcode == 0:
+                    yield judged(job, receiver.recv())
+                else:
+                    yield dataclasses.replace(job.row, ok=False, note=_failure(process.exitcode, log, sentinel in late))
+
+
+def _failure(exitcode: int, log: Path, late: bool) -> str:
+    if late:
+        return "the compiler ran past its time limit"
+    how = signal.Signals(-exitcode).name if exitcode < 0 else f"exit {exitcode}"
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    last = (lines or [""])[-1]
+    why = next((line for line in reversed(lines) if re.search(r"(?i)error|assert|fail", line)), last)
+    why = why.strip() if why == last else f"{why.strip()} {last.strip()}"
+    return f"the compiler failed ({how}): {why[:300]}"
+
+
+def plan(cases: Iterable, archs: Iterable[str]) -> tuple[list[Job], list[CompileRow]]:
+    """Jobs for every case on every architecture, each binary once, and red rows of launchers that raised."""
+    jobs, broken, seen = [], [], set()
+    for arch in archs:
+        for case in cases:
+            if arch not in case.archs:
+                continue
+            row = CompileRow("compile", case.kernel, "", case.name, arch, "", triton.__version__)
+            with capture(arch) as launches:
+                try:
+                    case.run()
+                except (ValueError, TypeError, AttributeError, RuntimeError, KeyError, AssertionError) as error:
+                    note = f"the launcher raised {type(error).__name__}: {error}"
+                    broken.append(dataclasses.replace(row, note=note))
+                    continue
+            for launch in launches:
+                if launch.key not in seen:
+                    seen.add(launch.key)
+                    named = dataclasses.replace(row, function=launch.name, tile=launch.tile)
+                    jobs.append(Job(launch, named, launch.name not in case.small_products))
+    return jobs, broken
+
+
+COLUMNS = ("kernel", "function", "case", "arch", "tile", "regs", "stack", "shared", "occupancy", "mma", "tma", "waits")
+
+
+def table(rows: Iterable[CompileRow]) -> str:
+    """The rows as text in columns, the red ones marked."""
+    lines = [[*COLUMNS, ""]]
+    lines += [[str(getattr(r, c)) for c in COLUMNS] + ["ok" if r.ok else f"RED {r.note}"] for r in rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
+    return "\n".join("  ".join([c.ljust(w) for c, w in zip(line, widths)] + line[-1:]) for line in lines)
+
+
+def main(argv: list[str] | None = None, progress: Callable[[str], None] = lambda s: print(s, file=sys.stderr)) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.compile", description=__doc__.splitlines()[0])
+    parser.add_argument("--kernel", default="", help="only kernel files whose name contains this")
+    parser.add_argument("--case", default="", help="only cases whose name contains this")
+    parser.add_argument("--arch", nargs="+", choices=list(TARGETS), default=list(TARGETS))
+    parser.add_argument("--quick", action="store_true", help="only the cases of the quick suite")
+    parser.add_argument("--cases", default="bench.compile_cases", help="the module whose cases() are compiled")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--out", type=Path, help="append rows as JSON lines to this file as they come")
+    args = parser.parse_args(argv)
+    cases = importlib.import_module(args.cases).cases()
+    chosen = [c for c in cases if args.kernel in c.kernel and args.case in c.name and (c.quick or not args.quick)]
+    jobs, rows = plan(chosen, args.arch)
+    with args.out.open("a", buffering=1) if args.out else contextlib.nullcontext() as out:
+        total = len(jobs) + len(rows)
+        for row in [*rows] if out else []:
+            print(to_json(row), file=out)
+        for row in compile_all(jobs, args.workers):
+            rows.append(row)
+            verdict = "ok" if row.ok else f"RED {row.note}"
+            progress(f"[{len(rows)}/{total}] {row.kernel} {row.function} {row.case} {row.arch} {row.tile}: {verdict}")
+            if out:
+                print(to_json(row), file=out)
+    print(table(sorted(rows, key=lambda r: r.key)))
+    return 0 if rows and all(r.ok for r in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
