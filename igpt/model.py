@@ -182,7 +182,7 @@ class ImageGPT(nn.Module):
         inside), or given all unmasked pixels (BERT; masked_BN bool or None)."""
         n = self.normed(self.trunk(tokens_BN, masked_BN), self.norm_f)
         with torch.autocast(n.device.type, enabled=False):
-            return F.linear(n, self.head.to(n.dtype))
+            return ops.linear(n, self.head)
 
     def loss(self, tokens_BN, masked_BN=None, generator: torch.Generator | None = None):
         """Nats a pixel, a scalar (paper section 2.1, [code]).

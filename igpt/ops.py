@@ -17,6 +17,7 @@ import os
 import torch
 import torch.nn.functional as F
 
+from igpt import cpu
 from igpt.kernels import reference
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # Linux only; elsewhere the torch path is all there is
@@ -84,7 +85,11 @@ def norm(x, weight, *, eps: float = 1e-5, centred: bool = False, impl: str = "au
     weight = weight.to(x.dtype)
     if resolve(impl, x):
         return norm_kernel.norm(x, weight, eps, centred)
-    return F.layer_norm(x, weight.shape, weight, None, eps) if centred else F.rms_norm(x, weight.shape, weight, eps)
+    if centred:
+        return F.layer_norm(x, weight.shape, weight, None, eps)
+    if cpu.suits(x):
+        return cpu.Norm.apply(x, weight, eps)
+    return F.rms_norm(x, weight.shape, weight, eps)
 
 
 def norm_linear(x, norm_weight, weight, bias=None, *, eps: float = 1e-5, centred: bool = False, impl: str = "auto"):
@@ -96,7 +101,15 @@ def norm_linear(x, norm_weight, weight, bias=None, *, eps: float = 1e-5, centred
     norm_weight, weight, bias = _cast(x.dtype, norm_weight, weight, bias)
     if resolve(impl, x):
         return norm_mlp_kernel.norm_linear(x, norm_weight, weight, bias, eps, centred)
+    if cpu.suits(x) and not centred:
+        return _rows(cpu.NormLinear, x, norm_weight, weight, bias, eps)
     return F.linear(norm(x, norm_weight, eps=eps, centred=centred, impl="torch"), weight, bias)
+
+
+def linear(x, weight):
+    """x @ weight^T by the vendor's product, which no kernel of ours is to beat: (..., d), (out, d) -> (..., out)."""
+    weight = weight.to(x.dtype)
+    return _rows(cpu.Linear, x, weight, None) if cpu.suits(x) else F.linear(x, weight)
 
 
 def linear_residual(a, weight, residual, bias=None, *, impl: str = "auto"):
@@ -108,6 +121,8 @@ def linear_residual(a, weight, residual, bias=None, *, impl: str = "auto"):
     weight, residual, bias = _cast(a.dtype, weight, residual, bias)
     if resolve(impl, a):
         return norm_mlp_kernel.linear_residual(a, weight, residual, bias)
+    if cpu.suits(a):
+        return residual + _rows(cpu.Linear, a, weight, bias)
     return _addmm(residual if bias is None else residual + bias, a, weight)
 
 
@@ -125,6 +140,8 @@ def norm_mlp(
     norm_weight, w_fc, w_proj, b_fc, b_proj = _cast(x.dtype, norm_weight, w_fc, w_proj, b_fc, b_proj)
     if resolve(impl, x):
         return norm_mlp_kernel.norm_mlp(x, norm_weight, w_fc, w_proj, b_fc, b_proj, eps, centred)
+    if cpu.suits(x) and not centred:
+        return _rows(cpu.NormMLP, x, norm_weight, w_fc, w_proj, b_fc, b_proj, eps)
     n = norm(x, norm_weight, eps=eps, centred=centred, impl="torch")
     # quick_gelu(h) = silu(1.702 h) / 1.702: both constants ride in the products' alpha, the residual in beta, so that
     # of the elementwise passes only silu is left.
@@ -172,7 +189,8 @@ def head_loss(
         nll = head_loss_kernel.head_loss(x, norm_weight, head_weight, targets, eps, centred)
     else:
         n = norm(x, norm_weight, eps=eps, centred=centred, impl="torch")
-        logits = reference.wide(F.linear(n, head_weight)).flatten(0, -2)
+        logits = linear(n, head_weight)
+        logits = reference.wide(logits).flatten(0, -2)
         nll = F.cross_entropy(logits, targets.long().flatten(), reduction="none").view(targets.shape)
     if token_weights is not None:
         return (nll * token_weights).sum()
@@ -198,6 +216,12 @@ def palette_decode(tokens, palette, *, impl: str = "auto"):
     if resolve(impl, tokens):
         return palette_kernel.palette_decode(tokens, palette)
     return reference.palette_decode(tokens, palette)
+
+
+def _rows(function, x, *args):
+    """Apply an autograd function of 2-D activations to (..., d) ones."""
+    y = function.apply(x.flatten(0, -2), *args)
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def _addmm(added, a, weight, alpha: float = 1.0):

@@ -1,0 +1,134 @@
+"""The torch path's blocks on a CPU, as four hand-written autograd functions over oneDNN's products.
+
+Why not F.linear: its fp32 products go to MKL, which on AMD processors stops at AVX2 (measured on 2 Zen 5 cores, 1024 x
+512 x 2048: 203 GFLOP/s, against 480 through oneDNN, which `torch.ops.mkldnn._linear_pointwise` reaches; the same op
+that torch.compile emits). Why not autograd: on a CPU each fresh 8 MB tensor costs its page faults, so the backward
+here reuses its buffers, and the activation and the residual ride in the products' epilogues where oneDNN has one.
+
+For the released norm (not centred), fp32 and bf16, eager mode; igpt/ops.py sends everything else to plain PyTorch.
+Saved for backward: x, the reciprocal RMS, and the MLP's pre-activation and activation. Statistics are fp32.
+"""
+
+import torch
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from igpt.kernels.reference import QUICK_GELU, wide
+
+_linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+
+
+def suits(x: torch.Tensor) -> bool:
+    """Whether this file computes for x: a CPU tensor, fp32 or bf16, with oneDNN, outside of torch.compile."""
+    return (
+        _linear is not None
+        and x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and x.numel() > 0
+        and not torch.compiler.is_compiling()
+    )
+
+
+def product(a, weight, bias=None, activation: str = "none"):
+    """a @ weight^T + bias for 2-D operands of any strides; activation "swish" is silu, in the epilogue."""
+    return _linear(a, weight, bias, activation, [], "")
+
+
+def _normalise(x, gain, eps):
+    """(n, rstd): n = x * rstd * gain in x's dtype, rstd fp32 [rows, 1]."""
+    h = wide(x)
+    rstd = torch.rsqrt(torch.linalg.vector_norm(h, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps))
+    return (h * rstd).mul_(gain).to(x.dtype), rstd
+
+
+def _normalise_backward(dn, x, gain, rstd):
+    """(dx, dgain), both fp32: dx = rstd (gain dn - x rstd^2 rowdot(gain dn, x) / d)."""
+    dn, h = wide(dn), wide(x)
+    xhat = h * rstd
+    product = dn * xhat
+    dgain = product.sum(0)
+    rowdot = product.mul_(gain).sum(-1, keepdim=True).div_(x.shape[-1])
+    return (dn * gain).sub_(xhat.mul_(rowdot)).mul_(rstd), dgain
+
+
+class Norm(Function):
+    @staticmethod
+    def forward(ctx, x, gain, eps):
+        n, rstd = _normalise(x, gain, eps)
+        ctx.save_for_backward(x, gain, rstd)
+        return n
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dn):
+        x, gain, rstd = ctx.saved_tensors
+        dx, dgain = _normalise_backward(dn, x, gain, rstd)
+        return dx.to(x.dtype), dgain.to(gain.dtype), None
+
+
+class Linear(Function):
+    @staticmethod
+    def forward(ctx, a, weight, bias):
+        ctx.save_for_backward(a, weight)
+        ctx.has_bias = bias is not None
+        return product(a, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        a, weight = ctx.saved_tensors
+        return product(dy, weight.t()), product(dy.t(), a.t()), dy.sum(0) if ctx.has_bias else None
+
+
+class NormLinear(Function):
+    @staticmethod
+    def forward(ctx, x, gain, weight, bias, eps):
+        n, rstd = _normalise(x, gain, eps)
+        ctx.save_for_backward(x, gain, rstd, weight)
+        ctx.has_bias = bias is not None
+        return product(n, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, gain, rstd, weight = ctx.saved_tensors
+        n = (wide(x) * rstd).mul_(gain).to(x.dtype)
+        dweight = product(dy.t(), n.t())
+        dx, dgain = _normalise_backward(product(dy, weight.t()), x, gain, rstd)
+        return dx.to(x.dtype), dgain.to(gain.dtype), dweight, dy.sum(0) if ctx.has_bias else None, None
+
+
+class NormMLP(Function):
+    """quick_gelu(h) = silu(1.702 h) / 1.702: the first constant rides in the norm's gain (and fc's bias), the second in
+    the sum with the residual."""
+
+    @staticmethod
+    def forward(ctx, x, gain, w_fc, w_proj, b_fc, b_proj, eps):
+        n, rstd = _normalise(x, gain * QUICK_GELU, eps)
+        bias = None if b_fc is None else b_fc * QUICK_GELU
+        if any(ctx.needs_input_grad):
+            pre = product(n, w_fc, bias)
+            hidden = torch.nn.functional.silu(pre)
+            ctx.save_for_backward(x, gain, rstd, w_fc, w_proj, pre, hidden)
+            ctx.has_bias = b_fc is not None, b_proj is not None
+        else:
+            hidden = product(n, w_fc, bias, "swish")
+        y = product(hidden, w_proj)
+        y.mul_(1 / QUICK_GELU).add_(x)
+        return y if b_proj is None else y.add_(b_proj)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, gain, rstd, w_fc, w_proj, pre, hidden = ctx.saved_tensors
+        dz = dy * (1 / QUICK_GELU)
+        dw_proj = product(dz.t(), hidden.t())
+        dpre = product(dz, w_proj.t())
+        torch.ops.aten.silu_backward.grad_input(dpre, pre, grad_input=dpre)
+        gain_q = gain * QUICK_GELU
+        n = (wide(x) * rstd).mul_(gain_q).to(x.dtype)
+        dw_fc = product(dpre.t(), n.t())
+        dx, dgain = _normalise_backward(product(dpre, w_fc.t()), x, gain_q, rstd)
+        db_fc = dpre.sum(0).mul_(QUICK_GELU) if ctx.has_bias[0] else None
+        db_proj = dy.sum(0) if ctx.has_bias[1] else None
+        return dx.add_(dy).to(x.dtype), dgain.mul_(QUICK_GELU).to(gain.dtype), dw_fc, dw_proj, db_fc, db_proj, None
