@@ -5,8 +5,8 @@ Why not F.linear: its fp32 products go to MKL, which on AMD processors stops at 
 that torch.compile emits). Why not autograd: on a CPU each fresh 8 MB tensor costs its page faults, so the backward
 here reuses its buffers, and the activation and the residual ride in the products' epilogues where oneDNN has one.
 
-For the released norm (not centred), fp32 and bf16, eager mode; igpt/ops.py sends everything else to plain PyTorch.
-Saved for backward: x, the reciprocal RMS, and the MLP's pre-activation and activation. Statistics are fp32.
+For fp32 and bf16 in eager mode; igpt/ops.py sends everything else to plain PyTorch. Saved for backward: x, the rows'
+reciprocal deviation, and the MLP's pre-activation and activation. Statistics and the norm's gradients are fp32.
 """
 
 import torch
@@ -34,36 +34,47 @@ def product(a, weight, bias=None, activation: str = "none"):
     return _linear(a, weight, bias, activation, [], "")
 
 
-def _normalise(x, gain, eps):
-    """(n, rstd): n = x * rstd * gain in x's dtype, rstd fp32 [rows, 1]."""
+def _centre(x, centred):
     h = wide(x)
+    return h - h.mean(-1, keepdim=True) if centred else h
+
+
+def _normalise(x, gain, eps, centred):
+    """(n, rstd): n = h * rstd * gain in x's dtype, h = x or x - mean(x), rstd fp32 [rows, 1]."""
+    h = _centre(x, centred)
     rstd = torch.rsqrt(torch.linalg.vector_norm(h, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps))
     return (h * rstd).mul_(gain).to(x.dtype), rstd
 
 
-def _normalise_backward(dn, x, gain, rstd):
-    """(dx, dgain), both fp32: dx = rstd (gain dn - x rstd^2 rowdot(gain dn, x) / d)."""
-    dn, h = wide(dn), wide(x)
-    xhat = h * rstd
+def _again(x, gain, rstd, centred):
+    """n once more, for a weight's gradient: cheaper than to have kept it."""
+    return (_centre(x, centred) * rstd).mul_(gain).to(x.dtype)
+
+
+def _normalise_backward(dn, x, gain, rstd, centred):
+    """(dx, dgain), both fp32: dx = rstd (gain dn - xhat rowdot(gain dn, xhat) / d), less its mean if centred."""
+    dn, xhat = wide(dn), _centre(x, centred) * rstd
     product = dn * xhat
     dgain = product.sum(0)
     rowdot = product.mul_(gain).sum(-1, keepdim=True).div_(x.shape[-1])
-    return (dn * gain).sub_(xhat.mul_(rowdot)).mul_(rstd), dgain
+    dx = (dn * gain).sub_(xhat.mul_(rowdot)).mul_(rstd)
+    return dx.sub_(dx.mean(-1, keepdim=True)) if centred else dx, dgain
 
 
 class Norm(Function):
     @staticmethod
-    def forward(ctx, x, gain, eps):
-        n, rstd = _normalise(x, gain, eps)
+    def forward(ctx, x, gain, eps, centred):
+        n, rstd = _normalise(x, gain, eps, centred)
         ctx.save_for_backward(x, gain, rstd)
+        ctx.centred = centred
         return n
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dn):
         x, gain, rstd = ctx.saved_tensors
-        dx, dgain = _normalise_backward(dn, x, gain, rstd)
-        return dx.to(x.dtype), dgain.to(gain.dtype), None
+        dx, dgain = _normalise_backward(dn, x, gain, rstd, ctx.centred)
+        return dx.to(x.dtype), dgain.to(gain.dtype), None, None
 
 
 class Linear(Function):
@@ -82,35 +93,34 @@ class Linear(Function):
 
 class NormLinear(Function):
     @staticmethod
-    def forward(ctx, x, gain, weight, bias, eps):
-        n, rstd = _normalise(x, gain, eps)
+    def forward(ctx, x, gain, weight, bias, eps, centred):
+        n, rstd = _normalise(x, gain, eps, centred)
         ctx.save_for_backward(x, gain, rstd, weight)
-        ctx.has_bias = bias is not None
+        ctx.has_bias, ctx.centred = bias is not None, centred
         return product(n, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         x, gain, rstd, weight = ctx.saved_tensors
-        n = (wide(x) * rstd).mul_(gain).to(x.dtype)
-        dweight = product(dy.t(), n.t())
-        dx, dgain = _normalise_backward(product(dy, weight.t()), x, gain, rstd)
-        return dx.to(x.dtype), dgain.to(gain.dtype), dweight, dy.sum(0) if ctx.has_bias else None, None
+        dweight = product(dy.t(), _again(x, gain, rstd, ctx.centred).t())
+        dx, dgain = _normalise_backward(product(dy, weight.t()), x, gain, rstd, ctx.centred)
+        return dx.to(x.dtype), dgain.to(gain.dtype), dweight, dy.sum(0) if ctx.has_bias else None, None, None
 
 
 class NormMLP(Function):
     """quick_gelu(h) = silu(1.702 h) / 1.702: the first constant rides in the norm's gain (and fc's bias), the second in
-    the sum with the residual."""
+    the sum with the residual. Without `training` nothing is kept and silu runs in the product's epilogue."""
 
     @staticmethod
-    def forward(ctx, x, gain, w_fc, w_proj, b_fc, b_proj, eps):
-        n, rstd = _normalise(x, gain * QUICK_GELU, eps)
+    def forward(ctx, x, gain, w_fc, w_proj, b_fc, b_proj, eps, centred, training):
+        n, rstd = _normalise(x, gain * QUICK_GELU, eps, centred)
         bias = None if b_fc is None else b_fc * QUICK_GELU
-        if any(ctx.needs_input_grad):
+        if training:
             pre = product(n, w_fc, bias)
             hidden = torch.nn.functional.silu(pre)
             ctx.save_for_backward(x, gain, rstd, w_fc, w_proj, pre, hidden)
-            ctx.has_bias = b_fc is not None, b_proj is not None
+            ctx.has_bias, ctx.centred = (b_fc is not None, b_proj is not None), centred
         else:
             hidden = product(n, w_fc, bias, "swish")
         y = product(hidden, w_proj)
@@ -126,9 +136,9 @@ class NormMLP(Function):
         dpre = product(dz, w_proj.t())
         torch.ops.aten.silu_backward.grad_input(dpre, pre, grad_input=dpre)
         gain_q = gain * QUICK_GELU
-        n = (wide(x) * rstd).mul_(gain_q).to(x.dtype)
-        dw_fc = product(dpre.t(), n.t())
-        dx, dgain = _normalise_backward(product(dpre, w_fc.t()), x, gain_q, rstd)
+        dw_fc = product(dpre.t(), _again(x, gain_q, rstd, ctx.centred).t())
+        dx, dgain = _normalise_backward(product(dpre, w_fc.t()), x, gain_q, rstd, ctx.centred)
         db_fc = dpre.sum(0).mul_(QUICK_GELU) if ctx.has_bias[0] else None
         db_proj = dy.sum(0) if ctx.has_bias[1] else None
-        return dx.add_(dy).to(x.dtype), dgain.mul_(QUICK_GELU).to(gain.dtype), dw_fc, dw_proj, db_fc, db_proj, None
+        dx, dgain = dx.add_(dy).to(x.dtype), dgain.mul_(QUICK_GELU).to(gain.dtype)
+        return dx, dgain, dw_fc, dw_proj, db_fc, db_proj, None, None, None

@@ -85,11 +85,7 @@ def norm(x, weight, *, eps: float = 1e-5, centred: bool = False, impl: str = "au
     weight = weight.to(x.dtype)
     if resolve(impl, x):
         return norm_kernel.norm(x, weight, eps, centred)
-    if centred:
-        return F.layer_norm(x, weight.shape, weight, None, eps)
-    if cpu.suits(x):
-        return cpu.Norm.apply(x, weight, eps)
-    return F.rms_norm(x, weight.shape, weight, eps)
+    return _rows(cpu.Norm, x, weight, eps, centred) if cpu.suits(x) else reference.norm(x, weight, eps, centred)
 
 
 def norm_linear(x, norm_weight, weight, bias=None, *, eps: float = 1e-5, centred: bool = False, impl: str = "auto"):
@@ -101,8 +97,8 @@ def norm_linear(x, norm_weight, weight, bias=None, *, eps: float = 1e-5, centred
     norm_weight, weight, bias = _cast(x.dtype, norm_weight, weight, bias)
     if resolve(impl, x):
         return norm_mlp_kernel.norm_linear(x, norm_weight, weight, bias, eps, centred)
-    if cpu.suits(x) and not centred:
-        return _rows(cpu.NormLinear, x, norm_weight, weight, bias, eps)
+    if cpu.suits(x):
+        return _rows(cpu.NormLinear, x, norm_weight, weight, bias, eps, centred)
     return F.linear(norm(x, norm_weight, eps=eps, centred=centred, impl="torch"), weight, bias)
 
 
@@ -140,8 +136,9 @@ def norm_mlp(
     norm_weight, w_fc, w_proj, b_fc, b_proj = _cast(x.dtype, norm_weight, w_fc, w_proj, b_fc, b_proj)
     if resolve(impl, x):
         return norm_mlp_kernel.norm_mlp(x, norm_weight, w_fc, w_proj, b_fc, b_proj, eps, centred)
-    if cpu.suits(x) and not centred:
-        return _rows(cpu.NormMLP, x, norm_weight, w_fc, w_proj, b_fc, b_proj, eps)
+    if cpu.suits(x):
+        training = torch.is_grad_enabled()
+        return _rows(cpu.NormMLP, x, norm_weight, w_fc, w_proj, b_fc, b_proj, eps, centred, training)
     n = norm(x, norm_weight, eps=eps, centred=centred, impl="torch")
     # quick_gelu(h) = silu(1.702 h) / 1.702: both constants ride in the products' alpha, the residual in beta, so that
     # of the elementwise passes only silu is left.

@@ -1,0 +1,168 @@
+"""The dispatch: its checks, its torch path against the reference, and that "triton" never falls back."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from bench.budget import against_fp64
+from igpt import cpu, ops
+from igpt.kernels import reference
+
+
+def rand(*shape, dtype=torch.float32, scale=1.0, seed=0):
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape))) * scale).to(dtype)
+
+
+def block_inputs(rows, d, inner, dtype, bias):
+    inputs = {
+        "x": rand(2, rows, d, dtype=dtype), "norm_weight": 1 + rand(d, dtype=dtype, scale=0.1),
+        "w_fc": rand(inner, d, dtype=dtype, scale=d**-0.5), "w_proj": rand(d, inner, dtype=dtype, scale=inner**-0.5),
+    }  # fmt: skip
+    if bias:
+        inputs |= {"b_fc": rand(inner, dtype=dtype, seed=1), "b_proj": rand(d, dtype=dtype, seed=2)}
+    return inputs
+
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows, d, inner", [(64, 64, 256), (33, 40, 100)])
+def test_norm_mlp_and_norm_linear_on_the_torch_path(rows, d, inner, dtype, bias, centred):
+    inputs = block_inputs(rows, d, inner, dtype, bias)
+    settings = {"centred": centred}
+    for errors in against_fp64(
+        lambda **k: ops.norm_mlp(**k, **settings, impl="torch"),
+        lambda **k: reference.norm_mlp(**k, **settings), inputs, tuple(inputs),
+    ):  # fmt: skip
+        assert errors.ok, errors
+    inputs = {"x": inputs["x"], "norm_weight": inputs["norm_weight"], "weight": inputs["w_fc"]} | (
+        {"bias": inputs["b_fc"]} if bias else {}
+    )
+    for errors in against_fp64(
+        lambda **k: ops.norm_linear(**k, **settings, impl="torch"),
+        lambda **k: reference.norm_linear(**k, **settings), inputs, tuple(inputs),
+    ):  # fmt: skip
+        assert errors.ok, errors
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norm_and_linear_residual_on_the_torch_path(dtype):
+    inputs = {"x": rand(3, 7, 50, dtype=dtype), "weight": rand(50, dtype=dtype)}
+    for errors in against_fp64(lambda **k: ops.norm(**k, impl="torch"), reference.norm, inputs, tuple(inputs)):
+        assert errors.ok, errors
+    inputs = {"a": rand(7, 50, dtype=dtype), "weight": rand(20, 50, dtype=dtype), "residual": rand(7, 20, dtype=dtype),
+              "bias": rand(20, dtype=dtype)}  # fmt: skip
+    for errors in against_fp64(
+        lambda **k: ops.linear_residual(**k, impl="torch"), reference.linear_residual, inputs, tuple(inputs)
+    ):
+        assert errors.ok, errors
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_on_the_torch_path(dtype, causal):
+    inputs = {"qkv": rand(2, 37, 3, 2, 16, dtype=dtype)}
+    for errors in against_fp64(
+        lambda qkv: ops.attention(qkv, causal=causal, impl="torch"),
+        lambda qkv: reference.attention(*qkv.unbind(2), causal), inputs, ("qkv",),
+    ):  # fmt: skip
+        assert errors.ok, errors
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_head_loss_on_the_torch_path(dtype):
+    targets = torch.randint(0, 30, (2, 9))
+    x, gain, head = rand(2, 9, 24, dtype=dtype), rand(24, dtype=dtype), rand(30, 24, dtype=dtype)
+    inputs = {"x": x, "norm_weight": gain, "head_weight": head}
+    for errors in against_fp64(
+        lambda **k: ops.head_loss(**k, targets=targets, reduction="none", impl="torch"),
+        lambda **k: reference.head_loss(**k, targets=targets), inputs, tuple(inputs),
+    ):  # fmt: skip
+        assert errors.ok, errors
+
+
+def test_head_loss_reductions():
+    x, g, w, t = rand(2, 5, 8), rand(8), rand(11, 8), torch.randint(0, 11, (2, 5))
+    nll = ops.head_loss(x, g, w, t, reduction="none")
+    weights = torch.rand(2, 5)
+    torch.testing.assert_close(ops.head_loss(x, g, w, t), nll.mean())
+    torch.testing.assert_close(ops.head_loss(x, g, w, t, weights), (nll * weights).sum())
+
+
+def test_fp32_parameters_get_fp32_gradients_under_bf16_activations():
+    inputs = block_inputs(8, 16, 64, torch.float32, bias=True)
+    params = {k: v.requires_grad_() for k, v in inputs.items() if k != "x"}
+    y = ops.norm_mlp(inputs["x"].bfloat16(), **params)
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in params.values())
+
+
+def test_large_values_in_fp16_do_not_overflow_the_norm():
+    x = torch.full((2, 64), 300.0, dtype=torch.float16)
+    assert torch.allclose(ops.norm(x, torch.ones(64)), torch.ones_like(x))
+
+
+def test_full_graph_compile_leaves_the_cpu_functions_out():
+    inputs = block_inputs(8, 16, 64, torch.float32, bias=False)
+    compiled = torch.compile(ops.norm_mlp, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(**inputs), ops.norm_mlp(**inputs))
+
+
+def test_cpu_functions_are_used_where_onednn_is():
+    assert cpu.suits(torch.zeros(2, 2)) == torch.backends.mkldnn.is_available()
+    assert not cpu.suits(torch.zeros(2, 2, dtype=torch.float64))
+
+
+def test_triton_never_falls_back():
+    """Without a GPU or the interpreter impl="triton" raises; "auto" runs."""
+    code = (
+        "import torch; from igpt import ops; x = torch.zeros(4, 16); ops.norm(x, torch.ones(16)); "
+        "ops.norm(x, torch.ones(16), impl='triton')"
+    )
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert run.returncode == 1
+    assert "ValueError: impl='triton'" in run.stderr and "TRITON_INTERPRET" in run.stderr
+
+
+X, G = torch.zeros(2, 8), torch.ones(8)
+QKV = torch.zeros(1, 4, 3, 2, 16)
+TOKENS = torch.zeros(1, 4, dtype=torch.long)
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda: ops.norm(X, torch.ones(7)), r"weight: got shape \(7,\), expected \(8,\)"),
+        (lambda: ops.norm(X.long(), G), "x: got torch.int64"),
+        (lambda: ops.norm(X, G, impl="fast"), "impl: got 'fast'"),
+        (lambda: ops.norm(X.double(), G, impl="triton"), "float64"),
+        (lambda: ops.norm_linear(X, G, torch.ones(3, 7)), "weight: got shape"),
+        (lambda: ops.norm_linear(X, G, torch.ones(3, 8), torch.ones(4)), "bias: got shape"),
+        (lambda: ops.norm_mlp(X, G, torch.ones(32, 8), torch.ones(8, 31)), "w_proj: got shape"),
+        (lambda: ops.linear_residual(X, torch.ones(3, 8), torch.ones(2, 4)), "residual: got shape"),
+        (lambda: ops.attention(QKV[0], causal=True), "q: got shape"),
+        (lambda: ops.attention(QKV[:, :, 0], QKV[:, :, 1], causal=True), "k, v: got one"),
+        (lambda: ops.attention(QKV[:, :, 0], QKV[:, :2, 1], QKV[:, :, 2], causal=True), "k: got"),
+        (lambda: ops.attention(QKV[:, :, 0], QKV[:, :, 1].half(), QKV[:, :, 2], causal=True), "k: got torch.float16"),
+        (lambda: ops.attention(QKV.long(), causal=True), "q: got torch.int64"),
+        (lambda: ops.embed(TOKENS + 9, torch.zeros(9, 8), torch.zeros(4, 8)), r"values in \[9, 9\]"),
+        (lambda: ops.embed(TOKENS, torch.zeros(9, 8), torch.zeros(3, 8)), "1 <= N <= 3"),
+        (lambda: ops.embed(TOKENS, torch.zeros(9, 8), torch.zeros(4, 8), masked=TOKENS), "masked: got torch.int64"),
+        (lambda: ops.head_loss(X, G, torch.zeros(5, 8), torch.tensor([1, 5])), "targets: got values"),
+        (lambda: ops.head_loss(X, G, torch.zeros(5, 8), torch.tensor([1, 4]), reduction="sum"), "reduction"),
+        (lambda: ops.palette_encode(torch.zeros(2, 4), torch.zeros(5, 3)), "pixels: got"),
+        (lambda: ops.palette_encode(torch.zeros(2, 3), torch.zeros(5, 4)), "palette: got"),
+        (lambda: ops.palette_decode(torch.tensor([5]), torch.zeros(5, 3)), "tokens: got values"),
+    ],
+)
+def test_bad_input_is_named(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
