@@ -7,7 +7,7 @@ nothing searches in the call path. Architectures that no row names use "portable
 import contextlib
 import functools
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -80,3 +80,38 @@ def multiprocessors(device: torch.device) -> int:
     if device.type == "cuda":
         return _multiprocessors(device.index if device.index is not None else torch.cuda.current_device())
     return 4 if INTERPRETED else 132
+
+
+# Row kernels (kernels/rows.py): (architecture, widest power of two of columns) -> BLOCK_M rows a step. BLOCK_N, the
+# columns, is the power of two that holds the row at hand.
+NORM_FORWARD = {
+    ("portable", 512): Tile(8, 512, num_warps=4),
+    ("portable", 1024): Tile(4, 1024, num_warps=4),
+    ("portable", 2048): Tile(2, 2048, num_warps=4),
+    ("portable", 4096): Tile(1, 4096, num_warps=4),
+    ("portable", 16384): Tile(1, 16384, num_warps=16),
+}
+NORM_BACKWARD = {
+    ("portable", 512): Tile(4, 512, num_warps=8),
+    ("portable", 1024): Tile(2, 1024, num_warps=8),
+    ("portable", 2048): Tile(1, 2048, num_warps=4),
+    ("sm_90", 2048): Tile(1, 2048, num_warps=8),
+    ("sm_100", 2048): Tile(1, 2048, num_warps=8),
+    ("portable", 4096): Tile(1, 4096, num_warps=16),
+    ("portable", 16384): Tile(1, 16384, num_warps=32),
+}
+
+
+def row_tile(table: dict, arch: str, d: int) -> Tile:
+    """The tile of a row kernel for d columns: of the narrowest class that holds them."""
+    width = max(16, 1 << (d - 1).bit_length())
+    widest = min(w for a, w in table if a == "portable" and w >= width)
+    return replace(table.get((arch, widest), table["portable", widest]), BLOCK_N=width)
+
+
+# Elementwise kernels (kernels/norm_mlp.py): BLOCK_N elements a program.
+ELEMENTWISE = {"portable": Tile(1, 4096, num_warps=8)}
+
+
+def elementwise_tile(arch: str) -> Tile:
+    return ELEMENTWISE.get(arch, ELEMENTWISE["portable"])
