@@ -1,0 +1,159 @@
+"""One pixel at a time: the key-value cache, prefill, and the step that turns a pixel into the next one's logits.
+
+    decoder = Decoder(model, batch)
+    decoder.prefill(tokens[:, :keep])                  # with the training kernels
+    logits = decoder.step(keep, tokens[:, keep - 1])   # (B, V) fp32: of pixel `keep`
+
+All pictures are in lock-step and of one length, so the cache is one contiguous tensor, allocated once. Weights are
+prepared once: gains and quick_gelu's constants folded in (norm(x) W = rstd (x (g W))), packed by oneDNN on a CPU,
+bf16 or int8 (one fp32 scale an output channel) when asked for; the residual stream, the norms, the head and the logits
+stay fp32 then.
+"""
+
+import os
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from igpt import cpu, ops
+from igpt.kernels.reference import QUICK_GELU
+
+WEIGHTS = (None, "bf16", "int8")
+CACHES = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+
+
+def quantise(weight: torch.Tensor):
+    """int8 weights and fp32 scales of each output channel: weight ~ int8 * scale[:, None], symmetric."""
+    scale = weight.float().abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / 127
+    return (weight.float() / scale[:, None]).round().to(torch.int8), scale
+
+
+class Product:
+    """a @ weight^T + bias for few rows, with the weight stored as the machine reads it quickest."""
+
+    def __init__(self, weight, bias, rows: int, kind: str | None):
+        self.dtype = torch.bfloat16 if kind else weight.dtype
+        self.bias = None if bias is None else bias.to(self.dtype)
+        self.scale = None
+        if kind == "int8":
+            self.weight, scale = quantise(weight)
+            self.scale = scale.to(self.dtype)
+        else:
+            self.weight = weight.to(self.dtype).contiguous()
+        self.packed = kind != "int8" and cpu.suits(self.weight)
+        if self.packed:
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, rows)
+
+    def __call__(self, a, activation: str = "none"):
+        a = a.to(self.dtype)
+        if self.packed:
+            return cpu.product(a, self.weight, self.bias, activation)
+        if self.scale is None:
+            y = F.linear(a, self.weight, self.bias)
+        else:
+            y = torch._weight_int8pack_mm(a, self.weight, self.scale)
+            y = y if self.bias is None else y.add_(self.bias)
+        return F.silu(y, inplace=True) if activation == "swish" else y
+
+
+class Layer:
+    """One block's products; 1.702 rides in fc, 1 / 1.702 in the MLP's proj (quick_gelu(h) = silu(1.702 h) / 1.702)."""
+
+    def __init__(self, block, rows: int, kind: str | None):
+        a, m = block.attn, block.mlp
+        self.scale = a.scale
+        self.qkv = Product(a.qkv * a.norm, a.b_qkv, rows, kind)
+        self.proj = Product(a.proj, a.b_proj, rows, kind)
+        b_fc = None if m.b_fc is None else m.b_fc * QUICK_GELU
+        self.fc = Product(m.fc * (m.norm * QUICK_GELU), b_fc, rows, kind)
+        self.out = Product(m.proj / QUICK_GELU, m.b_proj, rows, kind)
+
+
+class Decoder:
+    """Decodes `batch` pictures of `model` in lock-step with plain PyTorch operations.
+
+    weights: None (the parameters' dtype), "bf16" or "int8"; cache_dtype: None (the activations'), "fp32", "bf16" or
+    "fp8". Raises ValueError for a BERT model, an unknown option, or a cache that doesn't fit, before allocating it."""
+
+    @torch.no_grad()
+    def __init__(self, model, batch: int, *, weights: str | None = None, cache_dtype: str | None = None):
+        c = model.config
+        check_options(model, batch, weights, cache_dtype)
+        self.model, self.batch, self.config = model, batch, c
+        self.device = model.wte.device
+        self.dtype = torch.bfloat16 if weights else model.wte.dtype
+        self.wide = torch.float32 if weights else model.wte.dtype
+        stored = CACHES[cache_dtype] or self.dtype
+        check_memory(model, batch, stored.itemsize)
+        self.cache = torch.empty(c.n_layer, 2, batch, c.heads, c.n_ctx, c.head_dim, dtype=stored, device=self.device)
+        self.layers = [Layer(block, batch, weights) for block in model.blocks]
+        self.wte, self.wpe, self.sos = (t.detach().to(self.wide) for t in (model.wte, model.wpe, model.sos))
+        self.head = Product(model.head.detach().to(self.wide) * model.norm_f.to(self.wide), None, batch, None)
+
+    @torch.inference_mode()
+    def prefill(self, tokens_BN):
+        """Fill the cache with positions 0 .. N - 1: the start vector and the first N - 1 of N tokens."""
+        c, model, (B, N) = self.config, self.model, tokens_BN.shape
+        form = {"eps": c.norm_eps, "centred": c.centred, "impl": model.impl}
+        h = ops.embed(tokens_BN, model.wte, model.wpe, model.sos, dtype=self.dtype, impl=model.impl)
+        for block, cache in zip(model.blocks, self.cache):
+            a = block.attn
+            qkv = ops.norm_linear(h, a.norm, a.qkv, a.b_qkv, **form).view(B, N, 3, c.heads, c.head_dim)
+            cache[:, :, :, :N] = qkv[:, :, 1:].permute(2, 0, 3, 1, 4)
+            n = ops.attention(qkv, causal=True, scale=a.scale, impl=model.impl)
+            h = block.mlp(ops.linear_residual(n.reshape(B, N, -1), a.proj, h, a.b_proj, impl=model.impl), model.impl)
+
+    @torch.inference_mode()
+    def step(self, position: int, previous_B):
+        """Logits (B, V) of the pixel at `position`, given its predecessor (unread at position 0) and the cache."""
+        c, B = self.config, self.batch
+        h = self.wpe[position] + (self.wte[previous_B] if position else self.sos.expand(B, -1))
+        keys, values = (t.unbind(0) for t in self.cache[..., : position + 1, :].unbind(1))
+        slots = self.cache[..., position, :].unbind(0)
+        for layer, slot, k, v in zip(self.layers, slots, keys, values):
+            qkv = layer.qkv(self.normed(h)).view(B, 3, c.heads, c.head_dim).transpose(0, 1)
+            slot.copy_(qkv[1:])
+            q, k, v = qkv[0, :, :, None], k.to(self.dtype), v.to(self.dtype)
+            a = F.scaled_dot_product_attention(q, k, v, scale=layer.scale)
+            h = h + layer.proj(a.view(B, -1))
+            h = h + layer.out(layer.fc(self.normed(h), "swish"))
+        return self.head(self.normed(h))
+
+    def normed(self, h):
+        c = self.config
+        return F.layer_norm(h, (c.width,), eps=c.norm_eps) if c.centred else F.rms_norm(h, (c.width,), eps=c.norm_eps)
+
+
+def check_options(model, batch, weights, cache_dtype):
+    if not model.config.causal:
+        raise ValueError("objective: got 'bert', expected 'ar': only an autoregressive model can generate")
+    if not isinstance(batch, int) or batch < 1:
+        raise ValueError(f"batch: got {batch!r}, expected a positive integer")
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights: got {weights!r}, expected one of {WEIGHTS}")
+    if cache_dtype not in CACHES:
+        raise ValueError(f"cache_dtype: got {cache_dtype!r}, expected one of {tuple(CACHES)}")
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that an allocation on `device` can still get."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        line = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
+        return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def check_memory(model, batch: int, bytes_per_element: int):
+    """Raises ValueError if the cache of `batch` pictures doesn't fit: bytes needed and available, the largest that does."""
+    each = model.config.n_ctx * model.kv_bytes_per_token(bytes_per_element)
+    available = available_bytes(model.wte.device)
+    if batch * each > available:
+        raise ValueError(
+            f"batch: got {batch}, whose cache needs {batch * each:,} bytes of {model.wte.device.type} memory; "
+            f"{available:,} are available, which fits a batch of {available // each} at most"
+        )

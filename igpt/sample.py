@@ -1,0 +1,88 @@
+"""Sampling whole pictures, and the rest of pictures whose first pixels are given: tokens in, tokens out."""
+
+import torch
+
+from igpt import draw
+from igpt.decode import Decoder
+
+NOISE = 1 << 16  # elements of noise drawn at once on a CPU: their 64-bit temporaries stay in its cache
+
+
+def generate(model, batch: int = 1, **options) -> torch.Tensor:
+    """Sample whole pictures: tokens (batch, n_ctx) int64. Options as in `complete`."""
+    if not isinstance(batch, int) or batch < 1:
+        raise ValueError(f"batch: got {batch!r}, expected a positive integer")
+    blank = torch.zeros(batch, model.config.n_ctx, dtype=torch.int64, device=model.wte.device)
+    return _continue(model, blank, 0, **options)
+
+
+def complete(model, tokens_BN, keep: int, **options) -> torch.Tensor:
+    """Keep the first `keep` pixels (raster order) of each picture and sample the rest: tokens (B, n_ctx) int64.
+
+    temperature   divides the logits; 0 takes the likeliest token each time (greedy). Default 1.
+    top_k, top_p  only the k likeliest tokens; only the likeliest that together reach the mass p. Default: all.
+    seed, first   picture i draws from the counters of (seed, first + i): the same pictures whatever the batch split.
+    weights       None (the parameters' dtype), "bf16", or "int8" with one scale an output channel.
+    cache_dtype   None (the activations'), "fp32", "bf16" or "fp8".
+    progress      called with the number of pixels done, now and then.
+
+    Raises ValueError for a bad option, a keep of 0 or all, tokens of another size or range, a BERT model, and a batch
+    whose cache doesn't fit, before any work."""
+    c = model.config
+    if tokens_BN.dim() != 2 or tokens_BN.shape[1] != c.n_ctx or tokens_BN.shape[0] < 1:
+        raise ValueError(f"tokens: got shape {tuple(tokens_BN.shape)}, expected (B, {c.n_ctx})")
+    if tokens_BN.is_floating_point() or tokens_BN.dtype == torch.bool:
+        raise ValueError(f"tokens: got {tokens_BN.dtype}, expected integers in [0, {c.vocab})")
+    if not isinstance(keep, int) or not 0 < keep < c.n_ctx:
+        raise ValueError(f"keep: got {keep!r}, expected 1 to {c.n_ctx - 1} of the {c.n_ctx} pixels")
+    kept = tokens_BN[:, :keep]
+    low, high = (int(t) for t in torch.aminmax(kept.long()))
+    if low < 0 or high >= c.vocab:
+        raise ValueError(f"tokens: got values in [{low}, {high}], expected integers in [0, {c.vocab})")
+    tokens = torch.zeros_like(tokens_BN, dtype=torch.int64, device=model.wte.device)
+    tokens[:, :keep] = kept
+    return _continue(model, tokens, keep, **options)
+
+
+def log_likelihood(model, tokens_BN, *, weights: str | None = None, cache_dtype: str | None = None) -> torch.Tensor:
+    """Log-probability in nats of each pixel, fp32 or wider (B, N), computed one pixel at a time as sampling does: what
+    int8 weights or an fp8 cache cost is its difference from the full forward's."""
+    decoder = Decoder(model, tokens_BN.shape[0], weights=weights, cache_dtype=cache_dtype)
+    steps = [
+        decoder.step(i, tokens_BN[:, i - 1]).log_softmax(-1).gather(-1, tokens_BN[:, i : i + 1].long())
+        for i in range(tokens_BN.shape[1])
+    ]
+    return torch.cat(steps, 1)
+
+
+def _continue(
+    model, tokens, keep, *, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
+    seed: int = 0, first: int = 0, weights: str | None = None, cache_dtype: str | None = None, progress=None,
+):  # fmt: skip
+    """Fill tokens[:, keep:] in place."""
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature: got {temperature}, expected a finite number >= 0 (0: greedy)")
+    if top_k is not None and not 1 <= top_k <= model.config.vocab:
+        raise ValueError(f"top_k: got {top_k}, expected None or 1 to the palette's {model.config.vocab}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p: got {top_p}, expected None or a number in (0, 1]")
+    with torch.autocast(tokens.device.type, enabled=False):
+        decoder = Decoder(model, tokens.shape[0], weights=weights, cache_dtype=cache_dtype)
+        if keep:
+            decoder.prefill(tokens[:, :keep])
+        pictures = torch.arange(first, first + tokens.shape[0], device=tokens.device)
+        noise = _noise(seed, pictures, keep, model.config) if temperature else None
+        for i in range(keep, tokens.shape[1]):
+            logits = decoder.step(i, tokens[:, i - 1])
+            tokens[:, i] = draw.draw(logits, next(noise) if noise else None, temperature, top_k, top_p)
+            if progress is not None:
+                progress(i + 1)
+    return tokens
+
+
+def _noise(seed, pictures, start, config):
+    """The Gumbel noise of positions start, start + 1, ..., each (B, V), drawn a chunk of positions at a time."""
+    chunk = max(1, NOISE // (len(pictures) * config.vocab))
+    for i in range(start, config.n_ctx, chunk):
+        positions = torch.arange(i, min(i + chunk, config.n_ctx), device=pictures.device)
+        yield from draw.gumbel(seed, pictures, positions, config.vocab)
