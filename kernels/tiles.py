@@ -115,3 +115,20 @@ ELEMENTWISE = {"portable": Tile(1, 4096, num_warps=8)}
 
 def elementwise_tile(arch: str) -> Tile:
     return ELEMENTWISE.get(arch, ELEMENTWISE["portable"])
+
+
+# The head (kernels/head_loss.py): (architecture, bytes of an element) -> rows, colours a chunk, columns a step.
+HEAD_LOSS = {
+    ("portable", 2): Tile(64, 128, 64, num_warps=4, num_stages=3),
+    ("portable", 4): Tile(32, 64, 32, num_warps=4, num_stages=2),
+    ("sm_80", 2): Tile(128, 128, 32, num_warps=8, num_stages=3),
+    ("sm_90", 2): Tile(128, 256, 64, num_warps=8, num_stages=3, tma=True),
+    ("sm_100", 2): Tile(128, 256, 64, num_warps=8, num_stages=3, tma=True),
+    ("gfx942", 2): Tile(128, 128, 32, num_warps=4, num_stages=2),
+}
+
+
+def head_loss_tile(arch: str, dtype: torch.dtype, vocab: int) -> Tile:
+    """No more columns than the vocabulary has."""
+    tile = HEAD_LOSS.get((arch, dtype.itemsize), HEAD_LOSS["portable", dtype.itemsize])
+    return replace(tile, BLOCK_N=min(tile.BLOCK_N, max(16, 1 << (vocab - 1).bit_length())))
