@@ -149,7 +149,7 @@ def available_bytes(device: torch.device) -> int:
 
 
 def check_memory(model, batch: int, bytes_per_element: int):
-    """Raises ValueError if the cache of `batch` pictures doesn't fit: bytes needed and available, the largest that does."""
+    """Raises ValueError if a cache for `batch` pictures doesn't fit, with the bytes and the largest batch that does."""
     each = model.config.n_ctx * model.kv_bytes_per_token(bytes_per_element)
     available = available_bytes(model.wte.device)
     if batch * each > available:
