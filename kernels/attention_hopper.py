@@ -1,0 +1,305 @@
+"""Attention forward on Hopper, warp-specialised, in Gluon: out = softmax(scale q k^T) v, lse = log sum exp.
+
+One persistent program a multiprocessor holds three warpgroups. A producer copies tiles into rings of shared memory by
+TMA; two consumers own 64 query rows each and run, for every key block j, in this order:
+
+    issue S = Q K_j^T          issue O += P V_(j-1)          wait for S          softmax of S, under O's product
+
+so that the tensor cores work through the softmax, and the two consumers interleave besides. Blocks run from the
+diagonal down: the only masked block is the first, outside of the loop. Tiles go longest first, in groups of heads
+whose keys and values fit L2 together.
+
+Cost for B H heads, causal: 2 B H N^2 D FLOPs; bytes 4 B N H D elements once. At D = 64 a 64 x 128 tile asks 512 cycles
+of products and 512 of exp2, so without this overlap the kernel could not pass half of the peak.
+
+D = 96 is a chunk of 64 and a chunk of 32 columns, for widths are powers of two and padding would add a third.
+Deterministic. Needs N % 128 == 0, fp16 or bf16 and 16-byte aligned rows (`fits`); `attention.py` does all else.
+Compiled only: no GPU has run this yet, so no row of the tile table selects it.
+"""
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from .tiles import multiprocessors
+
+BLOCK = 128  # query rows of a tile (two consumers of 64), and keys of a block
+L2_BYTES = 32 << 20  # of the 50 MB: what keys and values of a group of heads may take
+CONSUMER_REGISTERS, PRODUCER_REGISTERS = 232, 40
+
+
+@gluon.jit
+def tile_of(t, M_TILES, BATCH_HEADS, GROUP, H):
+    """(query tile, batch, head) of the t-th tile: groups of heads, within a group the longest rows first."""
+    group = t // (GROUP * M_TILES)
+    r = t - group * GROUP * M_TILES
+    size = gl.minimum(GROUP, BATCH_HEADS - group * GROUP)
+    i_m = M_TILES - 1 - r // size
+    i_bh = group * GROUP + r % size
+    return i_m, i_bh // H, i_bh % H
+
+
+@gluon.jit
+def producer(
+    descs, tails, rings, tail_rings, bars, N, H, M_TILES, BATCH_HEADS, GROUP,
+    D1: gl.constexpr, D2: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, IS_CAUSAL: gl.constexpr,
+):  # fmt: skip
+    q_desc, k_desc, v_desc = descs
+    q_tail, k_tail, v_tail = tails
+    q_ring, k_ring, v_ring = rings
+    q_ring2, k_ring2, v_ring2 = tail_rings
+    q_full, q_empty, k_full, k_empty, v_full, v_empty = bars
+    Q_BYTES: gl.constexpr = (BLOCK // 2) * (D1 + D2) * 2
+    KV_BYTES: gl.constexpr = BLOCK * (D1 + D2) * 2
+    step = 0
+    tile = 0
+    for t in range(gl.program_id(0), M_TILES * BATCH_HEADS, gl.num_programs(0)):
+        i_m, i_b, i_h = tile_of(t, M_TILES, BATCH_HEADS, GROUP, H)
+        row = i_b * N
+        for c in gl.static_range(2):
+            mbarrier.wait(q_empty.index(c), (tile & 1) ^ 1)
+            mbarrier.expect(q_full.index(c), Q_BYTES)
+            o_q = row + i_m * BLOCK + c * (BLOCK // 2)
+            tma.async_copy_global_to_shared(q_desc, [o_q, i_h * (D1 + D2)], q_full.index(c), q_ring.index(c))
+            if D2 > 0:
+                tma.async_copy_global_to_shared(q_tail, [o_q, i_h * (D1 + D2) + D1], q_full.index(c), q_ring2.index(c))
+        blocks = i_m + 1 if IS_CAUSAL else M_TILES
+        for j in range(blocks):
+            o_k = row + (blocks - 1 - j) * BLOCK
+            slot = step % STAGES
+            phase = ((step // STAGES) & 1) ^ 1
+            mbarrier.wait(k_empty.index(slot), phase)
+            mbarrier.expect(k_full.index(slot), KV_BYTES)
+            tma.async_copy_global_to_shared(k_desc, [o_k, i_h * (D1 + D2)], k_full.index(slot), k_ring.index(slot))
+            if D2 > 0:
+                tma.async_copy_global_to_shared(
+                    k_tail, [o_k, i_h * (D1 + D2) + D1], k_full.index(slot), k_ring2.index(slot)
+                )
+            mbarrier.wait(v_empty.index(slot), phase)
+            mbarrier.expect(v_full.index(slot), KV_BYTES)
+            tma.async_copy_global_to_shared(v_desc, [o_k, i_h * (D1 + D2)], v_full.index(slot), v_ring.index(slot))
+            if D2 > 0:
+                tma.async_copy_global_to_shared(
+                    v_tail, [o_k, i_h * (D1 + D2) + D1], v_full.index(slot), v_ring2.index(slot)
+                )
+            step += 1
+        tile += 1
+
+
+@gluon.jit
+def issue_scores(q, q2, k, k2, D2: gl.constexpr, BLOCK: gl.constexpr, LAYOUT: gl.constexpr):
+    """S = Q K^T, in flight: [64, BLOCK]."""
+    zero = gl.zeros([BLOCK // 2, BLOCK], gl.float32, LAYOUT)
+    s = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
+    if D2 > 0:
+        s = warpgroup_mma(q2, k2.permute((1, 0)), s, is_async=True)
+    return s
+
+
+@gluon.jit
+def consumer(
+    c: gl.constexpr, out_desc, out_tail, p_lse, rings, tail_rings, bars, scale_log2, N, H, M_TILES, BATCH_HEADS, GROUP,
+    D1: gl.constexpr, D2: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, IS_CAUSAL: gl.constexpr,
+):  # fmt: skip
+    q_ring, k_ring, v_ring = rings
+    q_ring2, k_ring2, v_ring2 = tail_rings
+    q_full, q_empty, k_full, k_empty, v_full, v_empty = bars
+    ROWS: gl.constexpr = BLOCK // 2
+    PV_GROUPS: gl.constexpr = 2 if D2 > 0 else 1
+    D2_: gl.constexpr = D2 if D2 > 0 else 16
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
+    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D1, 16])
+    O2_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D2_, 16])
+    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
+    P2_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O2_LAYOUT, 2)
+    dtype: gl.constexpr = q_ring.dtype
+    o_row = gl.arange(0, ROWS, gl.SliceLayout(1, S_LAYOUT))
+    o_col = gl.arange(0, BLOCK, gl.SliceLayout(0, S_LAYOUT))
+    q, q2 = q_ring.index(c), q_ring2.index(c)
+    step = 0
+    tile = 0
+    for t in range(gl.program_id(0), M_TILES * BATCH_HEADS, gl.num_programs(0)):
+        i_m, i_b, i_h = tile_of(t, M_TILES, BATCH_HEADS, GROUP, H)
+        mbarrier.wait(q_full.index(c), tile & 1)
+        slot = step % STAGES
+        phase = (step // STAGES) & 1
+        mbarrier.wait(k_full.index(slot), phase)
+        s = issue_scores(q, q2, k_ring.index(slot), k_ring2.index(slot), D2, BLOCK, S_LAYOUT)
+        s = warpgroup_mma_wait(0, deps=[s])
+        mbarrier.arrive(k_empty.index(slot), count=1)
+        s = s * scale_log2
+        if IS_CAUSAL:
+            s = gl.where(o_col[None, :] <= c * ROWS + o_row[:, None], s, float("-inf"))
+        m = gl.max(s, 1)
+        p = gl.exp2(s - m[:, None])
+        l = gl.sum(p, 1)
+        p = p.to(dtype)
+        o = gl.zeros([ROWS, D1], gl.float32, O_LAYOUT)
+        o2 = gl.zeros([ROWS, D2_], gl.float32, O2_LAYOUT)
+        blocks = i_m + 1 if IS_CAUSAL else M_TILES
+        for _ in range(1, blocks):
+            next_slot = (step + 1) % STAGES
+            mbarrier.wait(k_full.index(next_slot), ((step + 1) // STAGES) & 1)
+            s = issue_scores(q, q2, k_ring.index(next_slot), k_ring2.index(next_slot), D2, BLOCK, S_LAYOUT)
+            mbarrier.wait(v_full.index(slot), phase)
+            b_p = gl.convert_layout(p, P_LAYOUT)
+            o = warpgroup_mma(b_p, v_ring.index(slot), o, is_async=True)
+            if D2 > 0:
+                b_p2 = gl.convert_layout(p, P2_LAYOUT)
+                o2 = warpgroup_mma(b_p2, v_ring2.index(slot), o2, is_async=True)
+            s = warpgroup_mma_wait(PV_GROUPS, deps=[s])
+            mbarrier.arrive(k_empty.index(next_slot), count=1)
+            s = s * scale_log2
+            m_new = gl.maximum(m, gl.max(s, 1))
+            alpha = gl.exp2(m - m_new)
+            p32 = gl.exp2(s - m_new[:, None])
+            l = l * alpha + gl.sum(p32, 1)
+            m = m_new
+            if D2 > 0:
+                o, o2, b_p, b_p2 = warpgroup_mma_wait(0, deps=[o, o2, b_p, b_p2])
+                o2 = o2 * gl.convert_layout(alpha, gl.SliceLayout(1, O2_LAYOUT))[:, None]
+            else:
+                o, b_p = warpgroup_mma_wait(0, deps=[o, b_p])
+            mbarrier.arrive(v_empty.index(slot), count=1)
+            o = o * gl.convert_layout(alpha, gl.SliceLayout(1, O_LAYOUT))[:, None]
+            p = p32.to(dtype)
+            step += 1
+            slot = step % STAGES
+            phase = (step // STAGES) & 1
+        mbarrier.wait(v_full.index(slot), phase)
+        o = warpgroup_mma(gl.convert_layout(p, P_LAYOUT), v_ring.index(slot), o, is_async=True)
+        if D2 > 0:
+            o2 = warpgroup_mma(gl.convert_layout(p, P2_LAYOUT), v_ring2.index(slot), o2, is_async=True)
+            o2 = warpgroup_mma_wait(0, deps=[o2])
+        o = warpgroup_mma_wait(0, deps=[o])
+        mbarrier.arrive(v_empty.index(slot), count=1)
+        step += 1
+
+        # The query tile has been read for the last time: its place in shared memory takes the output on its way out.
+        o_m = i_m * BLOCK + c * ROWS
+        q.store((o / gl.convert_layout(l, gl.SliceLayout(1, O_LAYOUT))[:, None]).to(dtype))
+        if D2 > 0:
+            q2.store((o2 / gl.convert_layout(l, gl.SliceLayout(1, O2_LAYOUT))[:, None]).to(dtype))
+        fence_async_shared()
+        tma.async_copy_shared_to_global(out_desc, [i_b * N + o_m, i_h * (D1 + D2)], q)
+        if D2 > 0:
+            tma.async_copy_shared_to_global(out_tail, [i_b * N + o_m, i_h * (D1 + D2) + D1], q2)
+        gl.store(p_lse + (i_b.to(gl.int64) * H + i_h) * N + o_m + o_row, (m + gl.log2(l)) * 0.6931471805599453)
+        tma.store_wait(0)
+        mbarrier.arrive(q_empty.index(c), count=1)
+        tile += 1
+
+
+@gluon.jit
+def attention_hopper_kernel(
+    q_desc, k_desc, v_desc, out_desc, q_tail, k_tail, v_tail, out_tail, p_lse, scale_log2,
+    N, H, M_TILES, BATCH_HEADS, GROUP,
+    D1: gl.constexpr, D2: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, IS_CAUSAL: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    dtype: gl.constexpr = q_desc.dtype
+    q_ring = gl.allocate_shared_memory(dtype, [2, BLOCK // 2, D1], q_desc.layout)
+    k_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK, D1], k_desc.layout)
+    v_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK, D1], v_desc.layout)
+    if D2 > 0:
+        q_ring2 = gl.allocate_shared_memory(dtype, [2, BLOCK // 2, D2], q_tail.layout)
+        k_ring2 = gl.allocate_shared_memory(dtype, [STAGES, BLOCK, D2], k_tail.layout)
+        v_ring2 = gl.allocate_shared_memory(dtype, [STAGES, BLOCK, D2], v_tail.layout)
+    else:
+        q_ring2, k_ring2, v_ring2 = q_ring, k_ring, v_ring
+    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for c in gl.static_range(2):
+        mbarrier.init(q_full.index(c), count=1)
+        mbarrier.init(q_empty.index(c), count=1)
+    for slot in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(slot), count=1)
+        mbarrier.init(v_full.index(slot), count=1)
+        # Both consumers release a block.
+        mbarrier.init(k_empty.index(slot), count=2)
+        mbarrier.init(v_empty.index(slot), count=2)
+
+    rings, tail_rings = (q_ring, k_ring, v_ring), (q_ring2, k_ring2, v_ring2)
+    bars = (q_full, q_empty, k_full, k_empty, v_full, v_empty)
+    descs, tails = (q_desc, k_desc, v_desc), (q_tail, k_tail, v_tail)
+    gl.warp_specialize(
+        [
+            (consumer, (
+                0, out_desc, out_tail, p_lse, rings, tail_rings, bars, scale_log2, N, H, M_TILES, BATCH_HEADS, GROUP,
+                D1, D2, BLOCK, STAGES, IS_CAUSAL,
+            )),
+            (consumer, (
+                1, out_desc, out_tail, p_lse, rings, tail_rings, bars, scale_log2, N, H, M_TILES, BATCH_HEADS, GROUP,
+                D1, D2, BLOCK, STAGES, IS_CAUSAL,
+            )),
+            (producer, (
+                descs, tails, rings, tail_rings, bars, N, H, M_TILES, BATCH_HEADS, GROUP,
+                D1, D2, BLOCK, STAGES, IS_CAUSAL,
+            )),
+        ],
+        [4, 4],
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+    )  # fmt: skip
+
+
+def fits(q, k, v, scale: float) -> bool:
+    """Whether this kernel computes attention of q, k, v (B, N, H, D): see the head of this file."""
+    B, N, _, D = q.shape
+    return (
+        D in (64, 96, 128)
+        and N % BLOCK == 0
+        and q.dtype in (torch.float16, torch.bfloat16)
+        and scale > 0
+        and all(
+            t.stride()[1:] == (t.stride(1), D, 1)
+            and (B == 1 or t.stride(0) == N * t.stride(1))
+            and t.stride(1) % 8 == 0
+            and t.data_ptr() % 16 == 0
+            for t in (q, k, v)
+        )
+    )
+
+
+def attention_forward_hopper(q, k, v, causal: bool, scale: float, stages: int | None = None):
+    """(out (B, N, H, D), lse fp32 (B, H, N) in nats). Raises ValueError if the tensors do not fit this kernel."""
+    if not fits(q, k, v, scale):
+        raise ValueError(
+            f"q, k, v: got {q.dtype} {tuple(q.shape)} with strides {q.stride()}, {k.stride()}, {v.stride()} and scale "
+            f"{scale}; expected fp16 or bf16, D 64, 96 or 128, N a multiple of {BLOCK}, heads side by side, scale > 0"
+        )
+    B, N, H, D = q.shape
+    out = torch.empty((B, N, H, D), dtype=q.dtype, device=q.device)
+    lse = torch.empty((B, H, N), dtype=torch.float32, device=q.device)
+    D1, D2 = (64, 32) if D == 96 else (D, 0)
+    stages = stages or {64: 4, 96: 3, 128: 2}[D]
+    dtype = gl.bfloat16 if q.dtype == torch.bfloat16 else gl.float16
+
+    def describe(t, rows, width):
+        view = t.as_strided((B * N, H * D), (t.stride(1), 1))
+        layout = gl.NVMMASharedLayout.get_default_for([rows, width], dtype)
+        return TensorDescriptor.from_tensor(view, [rows, width], layout)
+
+    def four(width):
+        return describe(q, 64, width), describe(k, BLOCK, width), describe(v, BLOCK, width), describe(out, 64, width)
+
+    M_TILES = N // BLOCK
+    group = max(1, min(B * H, L2_BYTES // (2 * N * D * q.element_size())))
+    lead, tail = four(D1), four(D2 or D1)
+    attention_hopper_kernel[(min(multiprocessors(q.device), M_TILES * B * H),)](
+        *lead, *tail, lse, scale * 1.4426950408889634, N, H, M_TILES, B * H, group,
+        D1=D1, D2=D2, BLOCK=BLOCK, STAGES=stages, IS_CAUSAL=causal,
+        CONSUMER_REGISTERS=CONSUMER_REGISTERS, PRODUCER_REGISTERS=PRODUCER_REGISTERS, num_warps=4,
+    )  # fmt: skip
+    return out, lse

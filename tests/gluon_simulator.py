@@ -1,0 +1,334 @@
+"""Runs a warp-specialised Gluon kernel's Python body on the CPU, to check its protocol.
+
+Gluon has no interpreter. Here the module's source is executed with `gl`, `mbarrier`, `tma` and wgmma replaced by
+torch: each partition is a thread that holds a baton, each asynchronous copy or store an action of its own, and a
+scheduler decides what moves next. What makes it strict:
+
+- a copy poisons its destination with NaN when issued and lands when the scheduler says so, at the latest before a
+  deadlock: reading without waiting reads NaN;
+- a product may read shared memory at any time from its issue to its wait: its operands must be there all the while;
+- barriers count arrivals, bytes and phases as mbarriers do; a barrier that gets too many raises, nobody able to move
+  is a deadlock;
+- shared memory written by ordinary stores must be fenced before a bulk store reads it.
+
+It sees neither layouts, registers nor time: those are the compiler's evidence and the GPU's.
+"""
+
+import random
+import sys
+import threading
+import types
+
+import torch
+
+
+class Deadlock(AssertionError):
+    pass
+
+
+class Killed(BaseException):
+    pass
+
+
+POLICIES = ("producer first", "consumers first", "random")
+
+
+class Machine:
+    """One program (CTA): partitions, actions in flight, and the baton."""
+
+    def __init__(self, policy: str, seed: int = 0):
+        self.policy, self.random = policy, random.Random(seed)
+        self.threads, self.actions, self.error = [], [], None
+        self.local = threading.local()
+
+    def run(self, bodies):
+        for rank, (function, args) in enumerate(bodies):
+            thread = Partition(self, rank, function, args)
+            self.threads.append(thread)
+            thread.start()
+        while any(not t.done for t in self.threads) or self.actions:
+            ready = [t for t in self.threads if not t.done and (t.condition is None or t.condition())]
+            if not ready and not self.actions:
+                self.kill()
+                raise Deadlock([f"partition {t.rank}" for t in self.threads if not t.done])
+            self.step(ready)
+            if self.error is not None:
+                self.kill()
+                raise self.error
+
+    def step(self, ready):
+        late = self.policy != "random"  # asynchronous work takes as long as it can
+        if self.actions and (not ready or (not late and self.random.random() < 0.5)):
+            self.actions.pop(0 if late else self.random.randrange(len(self.actions)))()
+            return
+        order = {"producer first": -1, "consumers first": 0}.get(self.policy)
+        (self.random.choice(ready) if order is None else ready[order]).resume()
+
+    def kill(self):
+        for t in self.threads:
+            if not t.done:
+                t.killed = True
+                t.resume()
+
+    def pause(self, condition=None):
+        """Called inside a partition: give the baton back until `condition` holds."""
+        self.local.me.pause(condition)
+
+
+class Partition(threading.Thread):
+    def __init__(self, machine, rank, function, args):
+        super().__init__(daemon=True)
+        self.machine, self.rank, self.function, self.args = machine, rank, function, args
+        self.go, self.back = threading.Semaphore(0), threading.Semaphore(0)
+        self.done, self.killed, self.condition, self.groups = False, False, None, []
+
+    def run(self):
+        self.go.acquire()
+        self.machine.local.me = self
+        try:
+            if not self.killed:
+                self.function(*self.args)
+        except Killed:
+            pass
+        except BaseException as error:
+            self.machine.error = error
+        self.done = True
+        self.back.release()
+
+    def resume(self):
+        self.go.release()
+        self.back.acquire()
+
+    def pause(self, condition=None):
+        self.condition = condition
+        self.back.release()
+        self.go.acquire()
+        self.condition = None
+        if self.killed:
+            raise Killed
+
+
+class Shared:
+    """Shared memory or a view of it. `stale` is a cell: ordinary stores since the last fence."""
+
+    def __init__(self, data, dtype, layout=None, stale=None):
+        self.data, self.dtype, self.layout, self.stale = data, dtype, layout, stale if stale is not None else [False]
+
+    def index(self, i):
+        return Shared(self.data[int(i)], self.dtype, self.layout, self.stale)
+
+    def permute(self, order):
+        return Shared(self.data.permute(order), self.dtype, self.layout, self.stale)
+
+    def store(self, value):
+        self.data.copy_(value)
+        self.stale[0] = True
+
+
+class Barriers:
+    """An array of mbarriers: arrivals and bytes outstanding, and the parity of the current phase."""
+
+    def __init__(self, n):
+        self.all = [types.SimpleNamespace(count=None, pending=None, bytes=0, phase=0) for _ in range(n)]
+
+    def index(self, i):
+        return self.all[int(i)]
+
+
+def settle(bar):
+    assert bar.pending >= 0, "more arrivals at a barrier than its count"
+    if bar.pending == 0 and bar.bytes == 0:
+        bar.pending, bar.phase = bar.count, bar.phase ^ 1
+
+
+class Descriptor:
+    """A 2-D tensor descriptor over a view; rows and columns outside read zero and are not written."""
+
+    def __init__(self, view, block, layout):
+        self.view, self.block, self.layout, self.dtype = view, block, layout, view.dtype
+
+    @classmethod
+    def from_tensor(cls, view, block, layout):
+        return cls(view, block, layout)
+
+    def box(self, at):
+        return tuple(slice(int(o), int(o) + b) for o, b in zip(at, self.block))
+
+
+class Product:
+    """A product in flight: its operands are read at its issue and again when it is waited for, and must agree."""
+
+    def __init__(self, a, b, acc, use_acc):
+        self.parts, self.value = (a, b, acc, use_acc), None
+        self.issued = [t.data.clone() for t in (a, b) if isinstance(t, Shared)]
+
+    def complete(self):
+        a, b, acc, use_acc = self.parts
+        for before, operand in zip(self.issued, [t for t in (a, b) if isinstance(t, Shared)]):
+            assert torch.equal(before, operand.data), "a product's operand changed, or was not there, in flight"
+        a, b = (t.data if isinstance(t, Shared) else t for t in (a, b))
+        acc = acc.value if isinstance(acc, Product) else acc
+        product = a.float() @ b.float()
+        self.value = product + acc if use_acc else product
+
+
+def load(path, package: str, policy: str = "producer first", seed: int = 0, edit=lambda source: source):
+    """The module at `path` as a namespace whose kernels run here. `edit` may plant a fault in its source."""
+    state = types.SimpleNamespace(machine=None, program=0, programs=1)
+
+    def wait(bar, phase):
+        state.machine.pause(lambda: bar.phase != int(phase))
+
+    def expect(bar, size):
+        bar.bytes += size
+        bar.pending -= 1
+        settle(bar)
+
+    def arrive(bar, count=1):
+        bar.pending -= count
+        settle(bar)
+        state.machine.pause()
+
+    def init(bar, count):
+        bar.count = bar.pending = count
+
+    def to_shared(desc, at, bar, dest):
+        dest.data.fill_(float("nan"))
+
+        def land():
+            dest.data.copy_(desc.view[desc.box(at)])
+            bar.bytes -= dest.data.numel() * dest.data.element_size()
+            settle(bar)
+
+        state.machine.actions.append(land)
+        state.machine.pause()
+
+    def to_global(desc, at, src):
+        assert not src.stale[0], "a bulk store reads shared memory written without a fence"
+        store = types.SimpleNamespace(done=False)
+
+        def land():
+            if not store.done:
+                desc.view[desc.box(at)] = src.data
+                store.done = True
+
+        state.machine.local.me.groups.append(land)
+        state.machine.actions.append(land)
+        state.machine.pause()
+
+    def store_wait(pendings):
+        me = state.machine.local.me
+        stores = [g for g in me.groups if not isinstance(g, Product)]
+        for land in stores[: len(stores) - pendings]:
+            land()
+            me.groups.remove(land)
+
+    def mma(a, b, acc, use_acc=True, is_async=False):
+        product = Product(a, b, acc, use_acc)
+        state.machine.local.me.groups.append(product)
+        state.machine.pause()
+        return product
+
+    def mma_wait(outstanding, deps):
+        me = state.machine.local.me
+        state.machine.pause()
+        products = [g for g in me.groups if isinstance(g, Product)]
+        for product in products[: max(0, len(products) - outstanding)]:
+            product.complete()
+            me.groups.remove(product)
+        for dep in deps:
+            assert not isinstance(dep, Product) or dep.value is not None, "a product used before it was waited for"
+        values = [d.value if isinstance(d, Product) else d for d in deps]
+        return values[0] if len(values) == 1 else tuple(values)
+
+    def fence():
+        for shared in state.shared:
+            shared.stale[0] = False
+
+    def allocate(dtype, shape, layout):
+        if dtype == torch.int64:
+            return Barriers(shape[0])
+        shared = Shared(torch.full(shape, float("nan"), dtype=dtype), dtype, layout)
+        state.shared.append(shared)
+        return shared
+
+    class Kernel:
+        def __init__(self, function):
+            self.function = function
+
+        def __call__(self, *args):
+            return self.function(*args)
+
+        def __getitem__(self, grid):
+            def launch(*args, num_warps, **kwargs):
+                args = [Pointer(a) if isinstance(a, torch.Tensor) else a for a in args]
+                state.programs = grid[0]
+                for state.program in range(grid[0]):
+                    state.shared = []
+                    self.function(*args, **kwargs)
+
+            return launch
+
+    def warp_specialize(bodies, worker_num_warps, worker_num_regs):
+        state.machine = Machine(policy, seed)
+        state.machine.run(bodies)
+
+    def pointer_store(where, value):
+        base, offsets = where.base, where.offset
+        base.view(-1)[offsets] = value
+
+    layout = types.SimpleNamespace(get_default_for=lambda block, dtype: None)
+    gl = types.ModuleType("gl")
+    vars(gl).update(
+        constexpr=None, float32=torch.float32, float16=torch.float16, bfloat16=torch.bfloat16, int64=torch.int64,
+        program_id=lambda axis: state.program, num_programs=lambda axis: state.programs,
+        static_range=range, minimum=_minimum, maximum=torch.maximum, zeros=lambda s, d, l: torch.zeros(s, dtype=d),
+        arange=lambda a, b, l: torch.arange(a, b), where=lambda c, a, b: torch.where(c, a, torch.tensor(b)),
+        max=lambda x, axis: x.amax(axis), sum=lambda x, axis: x.sum(axis), exp2=torch.exp2, log2=torch.log2,
+        convert_layout=lambda x, l: x, store=pointer_store, allocate_shared_memory=allocate,
+        warp_specialize=warp_specialize, SliceLayout=lambda *a: None, NVMMADistributedLayout=lambda *a: None,
+        DotOperandLayout=lambda *a: None, NVMMASharedLayout=layout,
+    )  # fmt: skip
+    hopper = types.ModuleType("hopper")
+    vars(hopper).update(
+        fence_async_shared=fence, warpgroup_mma=mma, warpgroup_mma_wait=mma_wait,
+        mbarrier=types.SimpleNamespace(wait=wait, expect=expect, arrive=arrive, init=init, MBarrierLayout=lambda: None),
+        tma=types.SimpleNamespace(
+            async_copy_global_to_shared=to_shared, async_copy_shared_to_global=to_global, store_wait=store_wait
+        ),
+    )  # fmt: skip
+    host = types.ModuleType("host")
+    host.TensorDescriptor = Descriptor
+    gluon = types.ModuleType("gluon")
+    gluon.jit, gluon.language = Kernel, gl
+    root = "triton.experimental.gluon"
+    experimental = types.ModuleType("triton.experimental")
+    experimental.gluon = gluon
+    fakes = {
+        "triton.experimental": experimental, root: gluon, f"{root}.language": gl,
+        f"{root}.language.nvidia.hopper": hopper, f"{root}.nvidia.hopper": host,
+    }  # fmt: skip
+
+    namespace = {"__name__": f"{package}.simulated", "__package__": package}
+    saved = {name: sys.modules.get(name) for name in fakes}
+    sys.modules.update(fakes)
+    try:
+        exec(compile(edit(path.read_text()), str(path), "exec"), namespace)
+    finally:
+        for name, module in saved.items():
+            sys.modules.pop(name) if module is None else sys.modules.update({name: module})
+    return namespace
+
+
+def _minimum(a, b):
+    return torch.minimum(torch.as_tensor(a), torch.as_tensor(b))
+
+
+class Pointer:
+    """A tensor as a kernel's pointer argument: only `+ offsets` and a masked-free store."""
+
+    def __init__(self, base, offset=0):
+        self.base, self.offset = base, offset
+
+    def __add__(self, offset):
+        return Pointer(self.base, self.offset + offset)
