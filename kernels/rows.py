@@ -171,3 +171,8 @@ def sum_partials(partials, dtype: torch.dtype):
         partials, out, P=P, d=d, BLOCK_P=64, BLOCK_D=BLOCK_D, num_warps=4, num_stages=2
     )
     return out
+
+
+def column_sums(dy, bias):
+    """The gradient of a bias; an empty tensor where there is none, as custom ops return no None."""
+    return dy.new_empty(0) if bias is None else dy.sum(0)

@@ -119,7 +119,7 @@ def elementwise_tile(arch: str) -> Tile:
 
 # The head (kernels/head_loss.py): (architecture, bytes of an element) -> rows, colours a chunk, columns a step.
 HEAD_LOSS = {
-    ("portable", 2): Tile(64, 128, 64, num_warps=4, num_stages=3),
+    ("portable", 2): Tile(64, 128, 32, num_warps=4, num_stages=3),
     ("portable", 4): Tile(32, 64, 32, num_warps=4, num_stages=2),
     ("sm_80", 2): Tile(128, 128, 32, num_warps=8, num_stages=3),
     ("sm_90", 2): Tile(128, 256, 64, num_warps=8, num_stages=3, tma=True),

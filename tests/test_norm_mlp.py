@@ -1,0 +1,144 @@
+"""norm_linear, linear_residual, norm_mlp: error budgets for output and every gradient, hard values, odd shapes."""
+
+import pytest
+import torch
+from test_norm import DTYPES, assert_budget, values
+
+from bench.budget import against_fp64
+from igpt.kernels import norm_linear as products
+from igpt.kernels import norm_mlp as mlp
+from igpt.kernels import reference
+
+# Rows, width, output width: aligned, odd in each, one row, as wide as a preset.
+SHAPES = [((2, 16), 64, 128), ((7,), 100, 72), ((2, 3), 513, 40), ((1,), 40, 513), ((1, 5), 1024, 96)]
+
+
+def inputs(kind, shape, d, out, dtype, bias, device):
+    """Weights of size 1/sqrt(d), so that every intermediate is of order one."""
+    t = {
+        "x": values(kind, (*shape, d), dtype),
+        "norm_weight": 1 + values("normal", (d,), dtype, 1) / 4,
+        "weight": values("normal", (out, d), dtype, 2) * d**-0.5,
+    }
+    if bias:
+        t["bias"] = values("normal", (out,), dtype, 3)
+    return {k: v.to(device) for k, v in t.items()}
+
+
+def mlp_inputs(kind, shape, d, f, dtype, bias, device):
+    t = inputs(kind, shape, d, f, dtype, bias, device)
+    t["w_fc"], t["w_proj"] = t.pop("weight"), (values("normal", (d, f), dtype, 4) * f**-0.5).to(device)
+    if bias:
+        t["b_fc"], t["b_proj"] = t.pop("bias"), values("normal", (d,), dtype, 5).to(device)
+    return t
+
+
+def check(ours, eager, t, **options):
+    assert_budget(
+        against_fp64(lambda **k: ours(**k, **options), lambda **k: eager(**k, centred=options["centred"]), t, tuple(t))
+    )
+
+
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", SHAPES, ids=str)
+def test_norm_linear(case, dtype, centred, device, poison_empty):
+    t = inputs("normal", *case, dtype, case[1] % 8 == 0, device)
+    check(products.norm_linear, reference.norm_linear, t, centred=centred)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", SHAPES, ids=str)
+def test_linear_residual(case, dtype, device, poison_empty):
+    shape, d, out = case
+    t = inputs("normal", shape, d, out, dtype, d % 8 == 0, device)
+    del t["norm_weight"]
+    t["a"], t["residual"] = t.pop("x"), values("normal", (*shape, out), dtype, 6).to(device)
+    assert_budget(against_fp64(products.linear_residual, reference.linear_residual, t, tuple(t)))
+
+
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", SHAPES, ids=str)
+def test_norm_mlp(case, dtype, recompute, centred, device, poison_empty):
+    t = mlp_inputs("normal", *case, dtype, case[1] % 8 == 0, device)
+    check(mlp.norm_mlp, reference.norm_mlp, t, centred=centred, recompute=recompute)
+
+
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["mean", "outliers", "large", "zeros"])
+def test_hard_values(kind, dtype, centred, device, poison_empty):
+    t = mlp_inputs(kind, (12,), 136, 160, dtype, True, device)
+    check(mlp.norm_mlp, reference.norm_mlp, t, centred=centred)
+
+
+def test_strides(device):
+    """Columns of a wider matrix, and a transposed weight: what packed projections hand over."""
+    t = mlp_inputs("normal", (2, 9), 96, 80, torch.float32, False, device)
+    t["x"] = t["x"][..., 32:]
+    t["norm_weight"] = t["norm_weight"][::3][:64].repeat(2)[:64]
+    t["w_fc"], t["w_proj"] = t["w_fc"][:, :64], t["w_proj"][:64]
+    check(mlp.norm_mlp, reference.norm_mlp, t, centred=False)
+    t = {"x": t["x"], "norm_weight": t["norm_weight"], "weight": t["w_fc"].t().contiguous().t()}
+    check(products.norm_linear, reference.norm_linear, t, centred=False)
+
+
+def test_nothing_is_kept_without_gradients(device):
+    t = mlp_inputs("normal", (4,), 32, 64, torch.float32, False, device)
+    want = mlp.norm_mlp(**{k: v.requires_grad_() for k, v in t.items()})
+    with torch.no_grad():
+        assert torch.equal(mlp.norm_mlp(**t), want)
+    out = mlp.norm_mlp_op(*t.values(), None, None, 1e-5, False, False, False)
+    assert [o.numel() for o in out[2:]] == [0, 0]
+
+
+def test_backward_keeps_nothing_twice(device):
+    """Bytes held between forward and backward: the statistics, u and h; u alone when recomputing."""
+    t = {k: v.requires_grad_() for k, v in mlp_inputs("normal", (8,), 32, 128, torch.float32, False, device).items()}
+    for recompute, want in ((False, 8 * 4 + 2 * 8 * 128 * 4), (True, 8 * 4 + 8 * 128 * 4)):
+        held = {}
+
+        def pack(s, held=held):
+            held[s.untyped_storage().data_ptr()] = s.untyped_storage().nbytes()
+            return s
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda s: s):
+            mlp.norm_mlp(**t, recompute=recompute)
+        given = {v.untyped_storage().data_ptr() for v in t.values()}
+        assert sum(size for p, size in held.items() if p not in given) == want
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_opcheck_and_compile(bias, device):
+    t = mlp_inputs("normal", (2, 5), 32, 48, torch.float32, bias, device)
+    a = {k: v.requires_grad_() for k, v in t.items()}
+    b_fc, b_proj = a.get("b_fc"), a.get("b_proj")
+    weights = a["x"], a["norm_weight"], a["w_fc"], a["w_proj"]
+    torch.library.opcheck(torch.ops.igpt.norm_mlp, (*weights, b_fc, b_proj, 1e-5, False, True, True))
+    torch.library.opcheck(torch.ops.igpt.norm_mlp, (*weights, b_fc, b_proj, 1e-5, True, True, False))
+    torch.library.opcheck(torch.ops.igpt.norm_linear, (*weights[:3], b_fc, 1e-5, False))
+    hidden = torch.randn(2, 5, 48, device=device, requires_grad=True)
+    torch.library.opcheck(torch.ops.igpt.linear_residual, (hidden, a["w_proj"], a["x"], b_proj))
+
+    def block(**t):
+        qkv = products.norm_linear(t["x"], t["norm_weight"], t["w_fc"], t.get("b_fc"))
+        x = products.linear_residual(qkv, t["w_proj"], t["x"], t.get("b_proj"))
+        return mlp.norm_mlp(**{**t, "x": x}).square().sum()
+
+    got = torch.autograd.grad(torch.compile(block, backend="aot_eager", fullgraph=True)(**a), tuple(a.values()))
+    want = torch.autograd.grad(block(**a), tuple(a.values()))
+    assert all(torch.equal(g, w) for g, w in zip(got, want))
+
+
+def test_bad_input(device):
+    t = mlp_inputs("normal", (4,), 32, 64, torch.float32, True, device)
+    wrong_ones = {"w_fc": t["w_proj"], "w_proj": t["w_fc"], "b_fc": t["b_proj"], "b_proj": t["b_proj"].half()}
+    for name, wrong in wrong_ones.items():
+        with pytest.raises(ValueError, match=f"norm_mlp: {name}: got"):
+            mlp.norm_mlp(**{**t, name: wrong})
+    with pytest.raises(ValueError, match="norm_linear: weight: got"):
+        products.norm_linear(t["x"], t["norm_weight"], t["w_proj"])
+    with pytest.raises(ValueError, match="linear_residual: residual: got"):
+        products.linear_residual(t["x"], t["w_fc"], t["x"])
