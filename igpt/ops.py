@@ -24,7 +24,7 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None  # Linux only; elsew
 if HAS_TRITON:
     import contextlib  # TEMPORARY until every kernel file has landed
 
-    for _m in ("attention", "embedding", "head_loss", "norm", "norm_mlp", "palette"):
+    for _m in ("attention", "embedding", "head_loss", "norm", "norm_linear", "norm_mlp", "palette"):
         with contextlib.suppress(ImportError):
             globals()[f"{_m}_kernel"] = importlib.import_module(f"igpt.kernels.{_m}")
     from igpt.kernels.primitives import check_device
@@ -96,7 +96,7 @@ def norm_linear(x, norm_weight, weight, bias=None, *, eps: float = 1e-5, centred
     _shape("bias", bias, (weight.shape[0],))
     norm_weight, weight, bias = _cast(x.dtype, norm_weight, weight, bias)
     if resolve(impl, x):
-        return norm_mlp_kernel.norm_linear(x, norm_weight, weight, bias, eps, centred)
+        return norm_linear_kernel.norm_linear(x, norm_weight, weight, bias, eps, centred)
     if cpu.suits(x):
         return _rows(cpu.NormLinear, x, norm_weight, weight, bias, eps, centred)
     return F.linear(norm(x, norm_weight, eps=eps, centred=centred, impl="torch"), weight, bias)
@@ -116,7 +116,7 @@ def linear_residual(a, weight, residual, bias=None, *, impl: str = "auto"):
     _shape("bias", bias, (weight.shape[0],))
     weight, residual, bias = _cast(a.dtype, weight, residual, bias)
     if resolve(impl, a):
-        return norm_mlp_kernel.linear_residual(a, weight, residual, bias)
+        return norm_linear_kernel.linear_residual(a, weight, residual, bias)
     if cpu.suits(a):
         return residual + _rows(cpu.Linear, a, weight, bias)
     return _addmm(residual if bias is None else residual + bias, a, weight)
