@@ -12,7 +12,8 @@ import torch
 
 @dataclass(frozen=True)
 class Errors:
-    """Maximum and RMS error of ours and of eager against fp64, and the rounding allowance; `ok` is the budget."""
+    """Maximum and RMS error of ours and of eager against fp64, and the rounding allowance; `ok` is the budget. `peak` is the largest
+    fp64 value."""
 
     name: str
     ours_max: float
@@ -21,6 +22,7 @@ class Errors:
     eager_rms: float
     rounding: float
     finite: bool
+    peak: float = 0.0
 
     @property
     def ok(self) -> bool:
@@ -55,7 +57,7 @@ def compare(name: str, ours: torch.Tensor, eager: torch.Tensor, exact: torch.Ten
 
     return Errors(
         name, top(error_ours), top(error_eager), rms(error_ours), rms(error_eager),
-        torch.finfo(ours.dtype).eps / 2 * peak, bool(ours.isfinite().all()),
+        torch.finfo(ours.dtype).eps / 2 * peak, bool(ours.isfinite().all()), peak,
     )
 
 

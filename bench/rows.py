@@ -1,8 +1,87 @@
 """Rows of a report: frozen dataclasses, one JSON line each. DESIGN.md's schema is these fields."""
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Row:
+    """One implementation on one case: how far from fp64 (`suite` correctness) or how quick.
+
+    err_vs_fp64 is the largest error over the output and every gradient, each relative to its own fp64 maximum, and
+    eager_err_vs_fp64 that of eager PyTorch in the same dtype. ratios: this row's speed over each peer's in the same
+    run (2.0: twice as quick). pct_floor: floor_ms over median_ms. mfu counts cost.model's FLOPs without attention's
+    recomputed product. A correctness row that is not ok takes the speeds of its operation away."""
+
+    suite: str
+    op: str
+    impl: str
+    dtype: str
+    direction: str
+    B: int = 0
+    N: int = 0
+    H: int = 0
+    D: int = 0
+    d: int = 0
+    causal: bool = True
+    preset: str = ""
+    device: str = ""
+    gpu: str = ""
+    driver: str = ""
+    torch: str = ""
+    triton: str = ""
+    commit: str = ""
+    date: str = ""
+    median_ms: float | None = None
+    p20_ms: float | None = None
+    p80_ms: float | None = None
+    runs: int = 0
+    flops: float = 0.0
+    bytes: float = 0.0
+    tflops: float | None = None
+    tb_s: float | None = None
+    floor_ms: float | None = None
+    pct_floor: float | None = None
+    per_s: float | None = None
+    unit: str = ""
+    mfu: float | None = None
+    peak_gb: float | None = None
+    err_vs_fp64: float | None = None
+    eager_err_vs_fp64: float | None = None
+    ok: bool = True
+    ratios: dict[str, float] = field(default_factory=dict)
+    note: str = ""
+
+    @property
+    def case(self) -> str:
+        """The case in words, the same for every implementation."""
+        size = f"{self.preset} " if self.preset else ""
+        shape = " ".join(f"{k}{v}" for k in ("B", "N", "H", "D", "d") if (v := getattr(self, k)))
+        full = "" if self.causal else " full"
+        return f"{size}{shape} {self.dtype}{full} {self.direction}"
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        return self.suite, self.op, self.case, self.impl, self.device
+
+
+@dataclass(frozen=True)
+class StepRow:
+    """One kernel's share of a training step: `launches` of it, the bytes of its arguments each once, its FLOPs, and
+    the floor of their sum at an H200's ceilings. Counted from recorded launches, not timed."""
+
+    suite: str
+    preset: str
+    B: int
+    N: int
+    kernel: str
+    vendor: bool
+    launches: int
+    bytes: float
+    flops: float
+    floor_ms: float
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -41,17 +120,34 @@ class CompileRow:
         return self.kernel, self.function, self.case, self.arch
 
 
+KINDS = {"compile": CompileRow, "step": StepRow}
+
+
 def to_json(row) -> str:
     return json.dumps(asdict(row))
 
 
-def from_json(kind, line: str):
-    """Raises ValueError naming the fields if the line isn't one of `kind`."""
-    values, known = json.loads(line), {f.name for f in fields(kind)}
-    if unknown := sorted(set(values) - known):
+def from_json(line: str):
+    """The row of one line; `suite` says of which kind. Raises ValueError naming unknown or missing fields."""
+    values = json.loads(line)
+    kind = KINDS.get(values.get("suite"), Row)
+    if unknown := sorted(set(values) - {f.name for f in fields(kind)}):
         raise ValueError(f"{kind.__name__}: unknown fields {unknown}")
+    needed = {f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING}
+    if missing := sorted(needed - set(values)):
+        raise ValueError(f"{kind.__name__}: missing fields {missing}")
     return kind(**values)
 
 
-def read(kind, path: str | Path) -> list:
-    return [from_json(kind, line) for line in Path(path).read_text().splitlines() if line.strip()]
+def read(path: str | Path) -> list:
+    return [from_json(line) for line in Path(path).read_text().splitlines() if line.strip()]
+
+
+def regressions(rows: list, earlier: list, allowed: float = 1.1) -> tuple[dict[tuple, float], list[str]]:
+    """Time over the earlier time of every measured row found in both, and the names of those slower by more than
+    `allowed` with their 20-80% ranges apart."""
+    before = {r.key: r for r in earlier if isinstance(r, Row) and r.median_ms}
+    both = [(r, before[r.key]) for r in rows if isinstance(r, Row) and r.median_ms and r.key in before]
+    ratio = {r.key: r.median_ms / b.median_ms for r, b in both}
+    slower = [(r, b) for r, b in both if ratio[r.key] > allowed and r.p20_ms > b.p80_ms]
+    return ratio, [f"{r.op} {r.case} {r.impl}: {ratio[r.key]:.2f}x the earlier time" for r, b in slower]

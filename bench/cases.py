@@ -1,0 +1,269 @@
+"""One case table: what is checked, timed and compiled is the same operations on the same inputs.
+
+An operation here is how to make its inputs, how to run it (ours and the reference) and its cost. Inputs come from
+real pictures: emoji as tokens of a colour cube, embedded and projected by random tables.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from bench import cost
+from igpt import data, ops
+from igpt.config import PRESETS
+from igpt.kernels import reference
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+VOCAB = 512
+
+
+def palette_cube() -> torch.Tensor:
+    """512 colours that need no fit: 8 levels a channel, (512, 3) in [-1, 1]."""
+    level = torch.linspace(-1, 1, 8)
+    return torch.cartesian_prod(level, level, level)
+
+
+@functools.cache
+def pixels() -> torch.Tensor:
+    """The pixels of the built-in pictures in raster order, uint8 (n, 3)."""
+    return torch.from_numpy(np.ascontiguousarray(data.load("builtin:emoji", "train+valid+test").images)).view(-1, 3)
+
+
+@functools.cache
+def stream() -> torch.Tensor:
+    """The same as tokens of the cube: int64 (n,)."""
+    level = torch.div(pixels().int() * 7 + 127, 255, rounding_mode="floor").clamp(max=7)
+    return (level * torch.tensor([64, 8, 1])).sum(-1)
+
+
+def tokens(B: int, N: int, device="cpu") -> torch.Tensor:
+    """B sequences of N tokens of real pictures, from a third of the way in (emoji there fill their squares)."""
+    start, all_of_them = len(stream()) // 3, stream()
+    index = (start + torch.arange(B * N)) % len(all_of_them)
+    return all_of_them[index].view(B, N).to(device)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation at one size. d = H D; `inner` is 4 d. V = 512."""
+
+    op: str
+    B: int
+    N: int
+    H: int
+    D: int
+    dtype: str = "bf16"
+    causal: bool = True
+    direction: str = "fwd"
+    preset: str = ""
+
+    @property
+    def d(self) -> int:
+        return self.H * self.D
+
+    @property
+    def labels(self) -> dict:
+        """The fields that a Row takes from its case."""
+        names = ("op", "B", "N", "H", "D", "dtype", "causal", "direction", "preset")
+        return {n: getattr(self, n) for n in names} | {"d": self.d}
+
+    def inputs(self, device="cpu") -> dict[str, torch.Tensor]:
+        """Tensors by name; on "meta", their shapes alone."""
+        return OPS[self.op].inputs(self, Draw(self, device))
+
+    def ours(self, impl: str = "auto") -> Callable:
+        return OPS[self.op].ours(self, impl)
+
+    def reference(self) -> Callable:
+        return OPS[self.op].reference(self)
+
+    @property
+    def diff(self) -> tuple[str, ...]:
+        """The inputs with a gradient."""
+        return OPS[self.op].diff
+
+    def cost(self) -> cost.Cost:
+        return OPS[self.op].cost(self, cost.ELEMENT[self.dtype])
+
+
+class Draw:
+    """Random tables and embedded pictures of one case, in its dtype on its device."""
+
+    def __init__(self, case: Case, device):
+        self.case, self.device, self.dtype = case, torch.device(device), DTYPES[case.dtype]
+        self.meta = self.device.type == "meta"
+        self.generator = None if self.meta else torch.Generator(self.device).manual_seed(0)
+
+    def normal(self, *shape, std: float = 1.0, mean: float = 0.0) -> torch.Tensor:
+        if self.meta:
+            return torch.empty(shape, dtype=self.dtype, device="meta")
+        return (torch.randn(shape, generator=self.generator, device=self.device) * std + mean).to(self.dtype)
+
+    def tokens(self) -> torch.Tensor:
+        c = self.case
+        return torch.empty(c.B, c.N, dtype=torch.int64, device="meta") if self.meta else tokens(c.B, c.N, self.device)
+
+    def pixels(self) -> torch.Tensor:
+        n = self.case.B * self.case.N
+        if self.meta:
+            return torch.empty(n, 3, dtype=torch.uint8, device="meta")
+        return pixels()[torch.arange(n) % len(pixels())].to(self.device)
+
+    def palette(self) -> torch.Tensor:
+        return palette_cube().to(self.device)
+
+    def stream(self) -> torch.Tensor:
+        """A residual stream (B, N, d): pictures embedded, plus noise for what attention would have added."""
+        c = self.case
+        table, noise = self.normal(VOCAB, c.d), self.normal(c.B, c.N, c.d, std=0.5)
+        return noise if self.meta else table[self.tokens()] + noise
+
+    def gain(self) -> torch.Tensor:
+        return self.normal(self.case.d, std=0.1, mean=1.0)
+
+    def weight(self, d_out: int, d_in: int) -> torch.Tensor:
+        return self.normal(d_out, d_in, std=d_in**-0.5)
+
+
+@dataclass(frozen=True)
+class Op:
+    inputs: Callable
+    ours: Callable
+    reference: Callable
+    cost: Callable
+    diff: tuple[str, ...] = ()
+
+
+def _same(name: str) -> dict:
+    """An operation whose ops function and reference take the same tensors by the same names."""
+    ours, spec = getattr(ops, name), getattr(reference, name)
+    return {
+        "ours": lambda case, impl: functools.partial(ours, impl=impl),
+        "reference": lambda case: spec,
+    }
+
+
+def _qkv(c: Case, draw: Draw) -> dict:
+    qkv = F.linear(draw.stream(), draw.weight(3 * c.d, c.d))
+    return {"qkv": qkv.view(c.B, c.N, 3, c.H, c.D)}
+
+
+OPS = {
+    "attention": Op(
+        inputs=_qkv,
+        ours=lambda c, impl: lambda qkv: ops.attention(qkv, causal=c.causal, impl=impl),
+        reference=lambda c: lambda qkv: reference.attention(*qkv.unbind(2), c.causal),
+        cost=lambda c, e: cost.attention(c.B, c.N, c.H, c.D, e, c.causal, c.direction),
+        diff=("qkv",),
+    ),
+    "norm": Op(
+        inputs=lambda c, draw: {"x": draw.stream(), "weight": draw.gain()},
+        **_same("norm"),
+        cost=lambda c, e: cost.norm(c.B * c.N, c.d, e, c.direction),
+        diff=("x", "weight"),
+    ),
+    "norm_linear": Op(
+        inputs=lambda c, draw: {
+            "x": draw.stream(), "norm_weight": draw.gain(), "weight": draw.weight(3 * c.d, c.d),
+        },
+        **_same("norm_linear"),
+        cost=lambda c, e: cost.norm_linear(c.B * c.N, c.d, 3 * c.d, e, c.direction),
+        diff=("x", "norm_weight", "weight"),
+    ),
+    "linear_residual": Op(
+        inputs=lambda c, draw: {
+            "a": draw.normal(c.B, c.N, c.d), "weight": draw.weight(c.d, c.d), "residual": draw.stream(),
+        },
+        **_same("linear_residual"),
+        cost=lambda c, e: cost.linear_residual(c.B * c.N, c.d, c.d, e, c.direction),
+        diff=("a", "weight", "residual"),
+    ),
+    "norm_mlp": Op(
+        inputs=lambda c, draw: {
+            "x": draw.stream(), "norm_weight": draw.gain(),
+            "w_fc": draw.weight(4 * c.d, c.d), "w_proj": draw.weight(c.d, 4 * c.d),
+        },
+        **_same("norm_mlp"),
+        cost=lambda c, e: cost.norm_mlp(c.B * c.N, c.d, 4 * c.d, e, c.direction),
+        diff=("x", "norm_weight", "w_fc", "w_proj"),
+    ),
+    "head_loss": Op(
+        inputs=lambda c, draw: {
+            "x": draw.stream(), "norm_weight": draw.gain(),
+            "head_weight": draw.weight(VOCAB, c.d), "targets": draw.tokens(),
+        },
+        ours=lambda c, impl: functools.partial(ops.head_loss, reduction="none", impl=impl),
+        reference=lambda c: reference.head_loss,
+        cost=lambda c, e: cost.head_loss(c.B * c.N, c.d, VOCAB, e, c.direction),
+        diff=("x", "norm_weight", "head_weight"),
+    ),
+    "embed": Op(
+        inputs=lambda c, draw: {
+            "tokens": draw.tokens(), "wte": draw.normal(VOCAB, c.d), "wpe": draw.normal(c.N, c.d), "sos": draw.gain(),
+        },
+        ours=lambda c, impl: lambda tokens, wte, wpe, sos: ops.embed(tokens, wte, wpe, sos, impl=impl),
+        reference=lambda c: lambda tokens, wte, wpe, sos: reference.embed(tokens, wte, wpe, sos),
+        cost=lambda c, e: cost.embed(c.B * c.N, c.d, VOCAB, c.N, e, c.direction),
+        diff=("wte", "wpe", "sos"),
+    ),
+    "palette_encode": Op(
+        inputs=lambda c, draw: {"pixels": draw.pixels(), "palette": draw.palette()},
+        ours=lambda c, impl: lambda pixels, palette: ops.palette_encode(pixels, palette, impl=impl),
+        reference=lambda c: lambda pixels, palette: reference.palette_encode(pixels, palette),
+        cost=lambda c, e: cost.palette_encode(c.B * c.N, VOCAB),
+    ),
+    "palette_decode": Op(
+        inputs=lambda c, draw: {"tokens": draw.tokens(), "palette": draw.palette()},
+        ours=lambda c, impl: lambda tokens, palette: ops.palette_decode(tokens, palette, impl=impl),
+        reference=lambda c: lambda tokens, palette: reference.palette_decode(tokens, palette),
+        cost=lambda c, e: cost.palette_decode(c.B * c.N, VOCAB),
+    ),
+}  # fmt: skip
+
+WIDTH_OPS = ("norm_mlp", "norm_linear", "linear_residual", "head_loss", "norm")
+ROW_OPS = (*WIDTH_OPS, "embed")
+PIXEL_OPS = ("palette_encode", "palette_decode")
+
+
+def correctness(quick: bool, gpu: bool) -> list[Case]:
+    """Small enough for the interpreter, odd where that can break something; on a GPU at the lengths that count.
+
+    Every head dim that is fast, causal and full, and every operation, in bf16, fp16 and fp32."""
+    dtypes = ("bf16",) if quick else ("bf16", "fp16", "fp32")
+    lengths = ((2, 1024), (1, 2304)) if gpu else ((1, 77),) if quick else ((1, 128), (1, 77))
+    found = []
+    for dtype in dtypes:
+        for B, N in lengths:
+            for D in (64, 96, 128):
+                found += [Case("attention", B, N, 2, D, dtype, causal, "fwd+bwd") for causal in (True, False)]
+        B, N = (4, 1024) if gpu else (2, 50)
+        for H, D in ((8, 64), (8, 128), (16, 96)) if gpu else ((1, 64), (1, 96)):
+            found += [Case(op, B, N, H, D, dtype, direction="fwd+bwd") for op in ROW_OPS]
+    found += [Case(op, 2, 1024, 1, 64, "fp32") for op in PIXEL_OPS]
+    return found
+
+
+def shapes(preset: str) -> tuple[int, int]:
+    return PRESETS[preset].heads, PRESETS[preset].head_dim
+
+
+def speed(presets, lengths, dtypes, directions, T: int, every: bool = True) -> list[Case]:
+    """Operations at the presets' shapes with T tokens a call; every=False leaves only attention, MLP and head."""
+    found = []
+    for preset in presets:
+        H, D = shapes(preset)
+        for dtype in dtypes:
+            for direction in directions:
+                for N in lengths:
+                    found.append(Case("attention", max(1, T // N), N, H, D, dtype, True, direction, preset))
+                N = lengths[0]
+                row_ops = ROW_OPS if every else ("norm_mlp", "head_loss")
+                found += [Case(op, max(1, T // N), N, H, D, dtype, True, direction, preset) for op in row_ops]
+            if every:
+                N = lengths[0]
+                found += [Case("attention", max(1, T // N), N, H, D, dtype, False, x, preset) for x in directions]
+    return found

@@ -1,0 +1,77 @@
+"""Every kernel against fp64: `python -m bench.correctness`, in Triton's interpreter where there is no GPU.
+
+The Triton path is compared with the reference in fp64, and with what the reference is off by in the case's own dtype:
+the budget of bench/budget.py, for the output and every gradient. Palettes must agree to the bit.
+"""
+
+import argparse
+import dataclasses
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from bench.budget import Errors, against_fp64
+from bench.cases import PIXEL_OPS, Case, correctness
+from bench.machine import FAULTS, stamp
+from bench.rows import Row, to_json
+
+
+def worst(errors: list[Errors]) -> tuple[float, float]:
+    """Largest error of ours and of eager, each tensor's relative to its fp64 peak."""
+    return max(e.ours_max / (e.peak or 1.0) for e in errors), max(e.eager_max / (e.peak or 1.0) for e in errors)
+
+
+def check(case: Case, device: str, impl: str = "triton") -> Row:
+    """The row of one case: red with the budget that broke, or with what was raised."""
+    row = Row("correctness", impl=impl, **case.labels, **stamp(device))
+    if case.op not in PIXEL_OPS:
+        row = dataclasses.replace(row, direction="fwd+bwd")
+    try:
+        inputs = case.inputs(device)
+        if case.op in PIXEL_OPS:
+            differ = int((case.ours(impl)(**inputs) != case.reference()(**inputs)).sum())
+            note = f"{differ} differ of {case.B * case.N}" if differ else "bit-equal"
+            return dataclasses.replace(row, ok=not differ, err_vs_fp64=float(differ), eager_err_vs_fp64=0.0, note=note)
+        errors = against_fp64(case.ours(impl), case.reference(), inputs, case.diff)
+    except FAULTS as fault:
+        return dataclasses.replace(row, ok=False, note=f"raised {type(fault).__name__}: {str(fault)[:300]}")
+    ours, eager = worst(errors)
+    over = "; ".join(str(e) for e in errors if not e.ok)
+    return dataclasses.replace(row, err_vs_fp64=ours, eager_err_vs_fp64=eager, ok=not over, note=over)
+
+
+def run(cases: list[Case], device: str, limit_s: float = float("inf")) -> Iterator[Row]:
+    """Rows as they come; cases past the time limit are not dropped in silence: their rows are red."""
+    start = time.monotonic()
+    for case in cases:
+        if time.monotonic() - start > limit_s:
+            yield Row("correctness", impl="triton", **case.labels, **stamp(device), ok=False, note="out of time")
+        else:
+            yield check(case, device)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.correctness", description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--quick", action="store_true", help="bf16 and one length only")
+    parser.add_argument("--op", default="", help="only operations whose name contains this")
+    parser.add_argument("--limit", type=float, default=float("inf"), help="seconds")
+    parser.add_argument("--out", type=Path, help="append rows as JSON lines to this file as they come")
+    args = parser.parse_args(argv)
+    chosen = [c for c in correctness(args.quick, args.device == "cuda") if args.op in c.op]
+    rows = []
+    for row in run(chosen, args.device, args.limit):
+        rows.append(row)
+        verdict = f"{row.err_vs_fp64:.2e} (eager {row.eager_err_vs_fp64:.2e})" if row.ok else f"RED {row.note}"
+        print(f"[{len(rows)}/{len(chosen)}] {row.op} {row.case}: {verdict}", file=sys.stderr, flush=True)
+        if args.out:
+            with args.out.open("a") as out:
+                print(to_json(row), file=out)
+    return 0 if rows and all(r.ok for r in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,130 @@
+"""FLOPs and bytes of every operation, each by one function, and the floor that a machine's two ceilings set.
+
+Letters: B pictures, N positions, H heads, D head dim, d = H D width, V palette, T = B N tokens, e bytes an element.
+FLOPs are those of the products (2 a multiply-add), and attention's are counted over the pairs that exist: N (N + 1) / 2
+when causal. Backward is two products for each of forward's; attention's recomputes one more. Bytes are compulsory:
+every input read once, every output written once, and whatever backward needs written by forward and read again.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Cost:
+    flops: float
+    bytes: float
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.flops + other.flops, self.bytes + other.bytes)
+
+    def __mul__(self, times: float) -> "Cost":
+        return Cost(self.flops * times, self.bytes * times)
+
+    __rmul__ = __mul__
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the machine was measured to do: dense products in FLOP/s, by dtype, and bytes read + written a second."""
+
+    name: str
+    flops: dict[str, float]
+    bytes: float
+
+    def floor_ms(self, cost: Cost, dtype: str) -> float:
+        """No implementation with this cost can be quicker."""
+        products = cost.flops / self.flops[dtype] if cost.flops else 0.0
+        return 1e3 * max(products, cost.bytes / self.bytes)
+
+
+# bf16: 8192-cubed product of random data; bytes: device copy, read + written. fp32 means without TF32: data sheet.
+H200 = Ceilings("NVIDIA H200", {"bf16": 790e12, "fp16": 790e12, "fp32": 67e12}, 4.3e12)
+
+ELEMENT = {"bf16": 2, "fp16": 2, "fp32": 4}
+DIRECTIONS = ("fwd", "bwd", "fwd+bwd")
+
+
+def by_direction(direction: str, forward: Cost, backward: Cost) -> Cost:
+    return {"fwd": forward, "bwd": backward, "fwd+bwd": forward + backward}[direction]
+
+
+def attention(B, N, H, D, e, causal: bool, direction: str) -> Cost:
+    """Two products forward (q k^T, p v), five backward (p again, dv, dp, dq, dk). Saved: q, k, v, o and lse."""
+    pairs = B * H * (N * (N + 1) / 2 if causal else N * N)
+    tensor, lse = B * N * H * D * e, B * N * H * 4
+    return by_direction(direction, Cost(4 * D * pairs, 4 * tensor + lse), Cost(10 * D * pairs, 8 * tensor + lse))
+
+
+def linear(T, d_in, d_out, e, direction: str) -> Cost:
+    """x @ w^T. Backward: dx and dw; reads x, w, dy."""
+    forward = Cost(2 * T * d_in * d_out, (T * (d_in + d_out) + d_in * d_out) * e)
+    backward = Cost(4 * T * d_in * d_out, (T * (2 * d_in + d_out) + 2 * d_in * d_out) * e)
+    return by_direction(direction, forward, backward)
+
+
+def norm(T, d, e, direction: str) -> Cost:
+    """Reads x, writes n. Backward reads dn, x, writes dx."""
+    return by_direction(direction, Cost(0, 2 * T * d * e), Cost(0, 3 * T * d * e))
+
+
+def norm_linear(T, d, d_out, e, direction: str) -> Cost:
+    """The normed x never needs memory of its own: the bytes are those of the product."""
+    return linear(T, d, d_out, e, direction)
+
+
+def linear_residual(T, d_in, d_out, e, direction: str) -> Cost:
+    """The product and one more read of (T, d_out); the residual's gradient is dy itself."""
+    return linear(T, d_in, d_out, e, direction) + by_direction(direction, Cost(0, T * d_out * e), Cost(0, 0))
+
+
+def norm_mlp(T, d, inner, e, direction: str) -> Cost:
+    """x + act(norm(x) fc) proj: (T, inner) is written once (kept for backward) and read once by the second product,
+    since both products in one kernel do not fit a multiprocessor. Backward reads it, and writes and reads its
+    gradient; the activation and its gradient are made on chip."""
+    weights, wide, slim = 2 * d * inner * e, T * inner * e, T * d * e
+    forward = Cost(4 * T * d * inner, 2 * slim + weights + 2 * wide)
+    backward = Cost(8 * T * d * inner, 3 * slim + 2 * weights + 4 * wide)
+    return by_direction(direction, forward, backward)
+
+
+def embed(T, d, V, n_ctx, e, direction: str) -> Cost:
+    """Tokens (int64) and both tables in, (T, d) out; backward reads (T, d) and writes both tables."""
+    tables = (V + n_ctx) * d * e
+    return by_direction(direction, Cost(0, T * d * e + tables + 8 * T), Cost(0, T * d * e + tables + 8 * T))
+
+
+def head_loss(T, d, V, e, direction: str) -> Cost:
+    """Norm, product and cross-entropy: x, w and the targets in, a float a token out; the logits stay on chip, and
+    backward makes them again or reads their gradient, (T, V), once written."""
+    forward = Cost(2 * T * d * V, (T * d + V * d) * e + 12 * T)
+    backward = Cost(4 * T * d * V, (2 * T * d + 2 * V * d + 2 * T * V) * e)
+    return by_direction(direction, forward, backward)
+
+
+def palette_encode(pixels, V) -> Cost:
+    """3 subtractions, 3 products, 2 sums a pixel and colour; 3 bytes in, an int64 out. The FLOPs are none of a matrix
+    unit's, so the floor is the bytes'."""
+    return Cost(0, pixels * (3 + 8) + V * 12)
+
+
+def palette_decode(pixels, V) -> Cost:
+    return Cost(0, pixels * (8 + 3) + V * 12)
+
+
+def model(config, B, N, e, direction: str) -> Cost:
+    """A whole Image GPT: loss of B pictures of N positions; "fwd+bwd" is a training step without its optimiser."""
+    c, T = config, B * N
+    layer = (
+        norm_linear(T, c.width, 3 * c.width, e, direction)
+        + attention(B, N, c.heads, c.head_dim, e, c.causal, direction)
+        + linear_residual(T, c.width, c.width, e, direction)
+        + norm_mlp(T, c.width, c.inner, e, direction)
+    )
+    ends = embed(T, c.width, c.vocab, N, e, direction) + head_loss(T, c.width, c.vocab, e, direction)
+    return c.n_layer * layer + ends
+
+
+def logits(config, B, N, e) -> Cost:
+    """The model's forward to its logits (B, N, V), written once."""
+    T = B * N
+    return model(config, B, N, e, "fwd") + Cost(0, T * config.vocab * e)

@@ -1,0 +1,81 @@
+"""Timing: variants interleaved in one process, medians with the 20-80% range.
+
+A timer turns a call into milliseconds. `CudaTimer` clears L2 before each call and reads device events; `CpuTimer`
+reads a clock, which a test may replace.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Milliseconds of one variant."""
+
+    median: float
+    p20: float
+    p80: float
+    runs: int
+
+
+def stats(times: list[float]) -> Stats:
+    t = sorted(times)
+
+    def at(q):
+        return t[min(len(t) - 1, round(q * (len(t) - 1)))]
+
+    return Stats(at(0.5), at(0.2), at(0.8), len(t))
+
+
+class CpuTimer:
+    """Wall time by `clock`, in seconds."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter):
+        self.clock = clock
+
+    def __call__(self, fn: Callable[[], object]) -> float:
+        start = self.clock()
+        fn()
+        return 1e3 * (self.clock() - start)
+
+
+class CudaTimer:
+    """Device time. L2 is filled with other bytes first; `lead` keeps the device busy while the host enqueues, so that
+    an operation of a few microseconds isn't charged for Python (off for whole steps: there Python is part of it)."""
+
+    def __init__(self, lead: bool = True, clock: Callable[[], float] = time.perf_counter):
+        self.clock, self.lead = clock, lead
+        self.flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
+
+    def __call__(self, fn: Callable[[], object]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.flush.zero_()
+        if self.lead:
+            torch.cuda._sleep(1_000_000)
+        start.record()
+        fn()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+
+def interleaved(
+    variants: dict[str, Callable[[], object]], timer, budget_s: float, least: int = 3, most: int = 100, warm: int = 1
+) -> dict[str, Stats]:
+    """Time each variant in turn, round after round, from `least` to `most` rounds until budget_s is spent.
+
+    The order turns each round, so that none always runs in another's wake. A variant so slow that it alone would eat
+    the budget is timed least times."""
+    start, names, times = timer.clock(), list(variants), {name: [] for name in variants}
+    for _ in range(warm):
+        for name in names:
+            variants[name]()
+    for turn in range(most):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            times[name].append(timer(variants[name]))
+        if turn + 1 >= least and timer.clock() - start > budget_s:
+            break
+    return {name: stats(t) for name, t in times.items()}
