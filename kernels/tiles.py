@@ -132,3 +132,75 @@ def head_loss_tile(arch: str, dtype: torch.dtype, vocab: int) -> Tile:
     """No more columns than the vocabulary has."""
     tile = HEAD_LOSS.get((arch, dtype.itemsize), HEAD_LOSS["portable", dtype.itemsize])
     return replace(tile, BLOCK_N=min(tile.BLOCK_N, max(16, 1 << (vocab - 1).bit_length())))
+
+
+# Products with epilogues (kernels/gemm.py): (architecture, bytes of an element).
+PRODUCT = {
+    ("portable", 2): Tile(128, 128, 32, num_warps=8, num_stages=3),
+    ("portable", 4): Tile(64, 128, 16, num_warps=8, num_stages=2),
+    ("sm_80", 2): Tile(128, 128, 32, num_warps=8, num_stages=4),
+    ("sm_90", 2): Tile(128, 256, 64, num_warps=8, num_stages=3, tma=True),
+    ("sm_100", 2): Tile(128, 256, 64, num_warps=8, num_stages=3, tma=True),
+    ("gfx942", 2): Tile(128, 128, 64, num_warps=8, num_stages=2),
+}
+
+
+def product_tile(arch: str, element_bytes: int) -> Tile:
+    return PRODUCT.get((arch, element_bytes), PRODUCT["portable", element_bytes])
+
+
+# Attention (kernels/attention.py, attention_backward.py): (architecture, head dim up to) -> BLOCK_M queries, BLOCK_N
+# keys. fp32 inputs, whose products run outside of the matrix units, have tiles of their own on every architecture.
+ATTENTION_FORWARD = {
+    ("portable", 64): Tile(64, 64, num_warps=4, num_stages=2),
+    ("portable", 96): Tile(64, 64, num_warps=4, num_stages=2),
+    ("portable", 128): Tile(64, 64, num_warps=4, num_stages=2),
+    ("sm_80", 64): Tile(128, 64, num_warps=8, num_stages=3),
+    ("sm_80", 96): Tile(128, 64, num_warps=8, num_stages=3),
+    ("sm_80", 128): Tile(128, 64, num_warps=8, num_stages=3),
+    ("sm_90", 64): Tile(128, 128, num_warps=8, num_stages=2, tma=True),
+    ("sm_90", 96): Tile(128, 128, num_warps=8, num_stages=2, tma=True),
+    ("sm_90", 128): Tile(128, 128, num_warps=8, num_stages=2, tma=True),
+    ("sm_100", 64): Tile(128, 128, num_warps=8, num_stages=2, tma=True),
+    ("sm_100", 96): Tile(128, 128, num_warps=8, num_stages=2, tma=True),
+    ("sm_100", 128): Tile(128, 128, num_warps=8, num_stages=2, tma=True),
+    ("fp32", 64): Tile(32, 32, num_warps=4, num_stages=2),
+    ("fp32", 96): Tile(32, 32, num_warps=4, num_stages=2),
+    ("fp32", 128): Tile(32, 32, num_warps=4, num_stages=2),
+}
+ATTENTION_DQ = {
+    ("portable", 64): Tile(64, 64, num_warps=4, num_stages=2),
+    ("portable", 96): Tile(64, 32, num_warps=4, num_stages=2),
+    ("portable", 128): Tile(64, 32, num_warps=4, num_stages=2),
+    ("sm_90", 64): Tile(128, 64, num_warps=8, num_stages=3, tma=True),
+    ("sm_90", 96): Tile(128, 64, num_warps=8, num_stages=3, tma=True),
+    ("sm_90", 128): Tile(128, 64, num_warps=8, num_stages=3, tma=True),
+    ("sm_100", 64): Tile(128, 64, num_warps=8, num_stages=2, tma=True),
+    ("sm_100", 96): Tile(128, 64, num_warps=8, num_stages=2, tma=True),
+    ("sm_100", 128): Tile(128, 64, num_warps=8, num_stages=2, tma=True),
+    ("fp32", 64): Tile(32, 32, num_warps=4, num_stages=2),
+    ("fp32", 96): Tile(32, 32, num_warps=4, num_stages=2),
+    ("fp32", 128): Tile(32, 32, num_warps=4, num_stages=2),
+}
+ATTENTION_DKDV = {
+    ("portable", 64): Tile(64, 64, num_warps=4, num_stages=2),
+    ("portable", 96): Tile(32, 64, num_warps=4, num_stages=2),
+    ("portable", 128): Tile(32, 64, num_warps=4, num_stages=2),
+    ("sm_90", 64): Tile(64, 128, num_warps=8, num_stages=2, tma=True),
+    ("sm_90", 96): Tile(64, 128, num_warps=8, num_stages=2, tma=True),
+    ("sm_90", 128): Tile(64, 128, num_warps=8, num_stages=2, tma=True),
+    ("sm_100", 64): Tile(64, 128, num_warps=8, num_stages=2, tma=True),
+    ("sm_100", 96): Tile(64, 128, num_warps=8, num_stages=2, tma=True),
+    ("sm_100", 128): Tile(64, 128, num_warps=8, num_stages=2, tma=True),
+    ("fp32", 64): Tile(32, 32, num_warps=4, num_stages=2),
+    ("fp32", 96): Tile(32, 32, num_warps=4, num_stages=2),
+    ("fp32", 128): Tile(32, 32, num_warps=4, num_stages=2),
+}
+
+
+def attention_tile(table: dict, q: torch.Tensor, describable: bool) -> Tile:
+    """The tile for q (B, N, H, D); the portable one where TMA is asked for and a view's strides don't allow it."""
+    width = 64 if q.shape[3] <= 64 else 96 if q.shape[3] <= 96 else 128
+    row = "fp32" if q.dtype == torch.float32 else arch(q.device)
+    tile = table.get((row, width), table["portable", width])
+    return tile if describable or not tile.tma else table["portable", width]

@@ -1,0 +1,137 @@
+"""Attention, backward: dq, dk, dv of attention.py's out, for views of any strides.
+
+    p = 2^(s log2(e) - lse)      dv = p^T dout      dp = dout v^T      delta = rowsum(dout out)
+    ds = p (dp - delta)          dq = scale ds k    dk = scale ds^T q
+
+p is made again from q, k and lse rather than kept: N^2 elements of traffic against one product. Two kernels: one over
+blocks of queries for dq, which also writes delta (fp32, (B, H, N)), then one over blocks of keys for dk and dv; seven
+products in all, 14 B H N^2 D FLOPs, half of it if causal. Each sum belongs to one program and runs in a fixed order,
+in fp32: no atomics, and every run gives the same bits. p and ds enter their products in the inputs' dtype.
+
+Queries past N read q, dout, lse and delta as zero, so that they add p dout = 0 and ds = 0. Keys past N only touch
+gradients past N where the product sums over queries; where it sums over keys (dq) they are masked.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import tiles
+from .heads import (
+    add_product,
+    describable,
+    heads_in_group,
+    load_tile,
+    outer_dots,
+    row_dots,
+    scale_tile,
+    store_tile,
+    tile_and_head,
+    view_args,
+    zero_tile,
+)
+from .primitives import LOG2E
+
+
+@triton.jit
+def attention_dq_kernel(
+    q, q_tail, q_strides, k, k_tail, k_strides, v, v_tail, v_strides,
+    out, out_tail, out_strides, dout, dout_tail, dout_strides, lse, delta, dq, dq_strides,
+    scale, scale_log2, N, H, HEADS, GROUP,
+    D: tl.constexpr, IS_CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    TILES = tl.cdiv(N, BLOCK_M)
+    i_m, i_bh = tile_and_head(TILES, HEADS, GROUP)
+    i_b, i_h = i_bh // H, i_bh % H
+    start_m = (TILES - 1 - i_m) * BLOCK_M  # the last queries see the most keys: first
+    o_m = start_m + tl.arange(0, BLOCK_M)
+    o_row = i_bh.to(tl.int64) * N + o_m
+    b_dout = load_tile(dout, dout_tail, dout_strides, i_b, i_h, start_m, N, BLOCK_M, D)
+    b_out = load_tile(out, out_tail, out_strides, i_b, i_h, start_m, N, BLOCK_M, D)
+    b_delta = row_dots(b_dout, b_out)  # [BLOCK_M]
+    tl.store(delta + o_row, b_delta, mask=o_m < N)
+    b_lse = tl.load(lse + o_row, mask=o_m < N, other=0.0)
+    b_q = load_tile(q, q_tail, q_strides, i_b, i_h, start_m, N, BLOCK_M, D)
+    b_dq = zero_tile(BLOCK_M, D)
+    start_n, stop_n = 0, (start_m if IS_CAUSAL else N) // BLOCK_N * BLOCK_N
+    for IS_MASKED in tl.static_range(2):
+        for i_n in range(start_n, stop_n, BLOCK_N):
+            b_k = load_tile(k, k_tail, k_strides, i_b, i_h, i_n, N, BLOCK_N, D)
+            b_v = load_tile(v, v_tail, v_strides, i_b, i_h, i_n, N, BLOCK_N, D)
+            b_p = tl.exp2(outer_dots(b_q, b_k) * scale_log2 - b_lse[:, None])  # [BLOCK_M, BLOCK_N]
+            if IS_MASKED:
+                o_n = i_n + tl.arange(0, BLOCK_N)
+                b_p = tl.where(o_n[None, :] <= o_m[:, None] if IS_CAUSAL else o_n[None, :] < N, b_p, 0.0)
+            b_ds = b_p * (outer_dots(b_dout, b_v) - b_delta[:, None])
+            b_dq = add_product(b_dq, b_ds.to(b_k[0].dtype), b_k)
+        start_n, stop_n = stop_n, tl.minimum(start_m + BLOCK_M, N) if IS_CAUSAL else N
+    store_tile(dq, dq_strides, scale_tile(b_dq, scale), i_b, i_h, start_m, N, BLOCK_M, D)
+
+
+@triton.jit
+def attention_dkdv_kernel(
+    q, q_tail, q_strides, k, k_tail, k_strides, v, v_tail, v_strides, dout, dout_tail, dout_strides,
+    lse, delta, dk, dk_strides, dv, dv_strides,
+    scale, scale_log2, N, H, HEADS, GROUP,
+    D: tl.constexpr, IS_CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    i_n, i_bh = tile_and_head(tl.cdiv(N, BLOCK_N), HEADS, GROUP)  # the first keys are seen by the most queries
+    i_b, i_h = i_bh // H, i_bh % H
+    start_n = i_n * BLOCK_N
+    o_n = start_n + tl.arange(0, BLOCK_N)
+    lse += i_bh.to(tl.int64) * N
+    delta += i_bh.to(tl.int64) * N
+    b_k = load_tile(k, k_tail, k_strides, i_b, i_h, start_n, N, BLOCK_N, D)
+    b_v = load_tile(v, v_tail, v_strides, i_b, i_h, start_n, N, BLOCK_N, D)
+    b_dk, b_dv = zero_tile(BLOCK_N, D), zero_tile(BLOCK_N, D)
+    start_m, stop_m = 0, 0
+    if IS_CAUSAL:
+        start_m, stop_m = start_n, tl.minimum(start_n + max(BLOCK_M, BLOCK_N), N)
+    for IS_WHOLE in tl.static_range(2):
+        for i_m in range(start_m, stop_m, BLOCK_M):
+            o_m = i_m + tl.arange(0, BLOCK_M)
+            b_q = load_tile(q, q_tail, q_strides, i_b, i_h, i_m, N, BLOCK_M, D)
+            b_dout = load_tile(dout, dout_tail, dout_strides, i_b, i_h, i_m, N, BLOCK_M, D)
+            b_lse = tl.load(lse + o_m, mask=o_m < N, other=0.0)
+            b_delta = tl.load(delta + o_m, mask=o_m < N, other=0.0)
+            b_p = tl.exp2(outer_dots(b_k, b_q) * scale_log2 - b_lse[None, :])  # [BLOCK_N, BLOCK_M]
+            if not IS_WHOLE:
+                b_p = tl.where(o_n[:, None] <= o_m[None, :], b_p, 0.0)
+            b_dv = add_product(b_dv, b_p.to(b_dout[0].dtype), b_dout)
+            b_ds = b_p * (outer_dots(b_v, b_dout) - b_delta[None, :])
+            b_dk = add_product(b_dk, b_ds.to(b_q[0].dtype), b_q)
+        start_m, stop_m = stop_m, N
+    store_tile(dk, dk_strides, scale_tile(b_dk, scale), i_b, i_h, start_n, N, BLOCK_N, D)
+    store_tile(dv, dv_strides, b_dv, i_b, i_h, start_n, N, BLOCK_N, D)
+
+
+def attention_backward(dout, q, k, v, out, lse, dq, dk, dv, causal: bool, scale: float) -> None:
+    """Fill dq, dk, dv. All are views (B, N, H, D) with a contiguous last dimension, lse fp32 (B, H, N) in base 2."""
+    if not q.numel():
+        return
+    B, N, H, D = q.shape
+    delta = torch.empty_like(lse)
+    aligned = all(map(describable, (dout, q, k, v)))
+    common = {
+        "lse": lse, "delta": delta, "scale": scale, "scale_log2": scale * LOG2E.value,
+        "N": N, "H": H, "HEADS": B * H, "GROUP": heads_in_group(q), "D": D, "IS_CAUSAL": causal,
+    }  # fmt: skip
+    tile = tiles.attention_tile(tiles.ATTENTION_DQ, q, aligned)
+    attention_dq_kernel[(triton.cdiv(N, tile.BLOCK_M) * B * H,)](
+        **view_args("q", q, tile.BLOCK_M, tile.tma),
+        **view_args("k", k, tile.BLOCK_N, tile.tma),
+        **view_args("v", v, tile.BLOCK_N, tile.tma),
+        **view_args("out", out, tile.BLOCK_M, tile.tma),
+        **view_args("dout", dout, tile.BLOCK_M, tile.tma),
+        dq=dq, dq_strides=dq.stride()[:3], **common, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    tile = tiles.attention_tile(tiles.ATTENTION_DKDV, q, aligned)
+    attention_dkdv_kernel[(triton.cdiv(N, tile.BLOCK_N) * B * H,)](
+        **view_args("q", q, tile.BLOCK_M, tile.tma),
+        **view_args("k", k, tile.BLOCK_N, tile.tma),
+        **view_args("v", v, tile.BLOCK_N, tile.tma),
+        **view_args("dout", dout, tile.BLOCK_M, tile.tma),
+        dk=dk, dk_strides=dk.stride()[:3], dv=dv, dv_strides=dv.stride()[:3], **common,
+        BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip

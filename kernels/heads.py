@@ -1,0 +1,151 @@
+"""What the attention kernels share: views of heads (B, N, H, D) of any strides, tiles of them on chip, their order.
+
+A tile is a tuple of column chunks: widths on chip are powers of two, so D = 96 is 64 + 32 columns (padding to 128 would
+add a third to every product), 112 is 64 + 48 in a chunk of 64, and 16, 32, 64, 128 are one chunk. Rows past N and
+columns past D read as zero and are never written.
+
+A view reaches a kernel as three arguments. With TMA `x`, `x_tail` are host-side descriptors of its chunks over
+(B, H, N, D), so that the hardware's bounds are those of one head of one image, and `x_strides` is None; otherwise `x`
+is its pointer, `x_tail` None and `x_strides` its strides of (B, N, H). The last dimension is contiguous in both.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+# What the rows that one group of heads streams may take of L2 (40 MB on A100, 50 on H100 and H200).
+L2_BYTES = 16 << 20
+
+
+@triton.constexpr_function
+def head_width(D):
+    """Columns of a tile's first chunk: the largest power of two up to D."""
+    return 1 << (D.bit_length() - 1)
+
+
+@triton.constexpr_function
+def tail_width(D):
+    """Columns of its second chunk, 0 if there is none; at least the 16 that a product needs."""
+    rest = D - (1 << (D.bit_length() - 1))
+    return max(16, 1 << (rest - 1).bit_length()) if rest else 0
+
+
+@triton.jit
+def tile_and_head(TILES, HEADS, GROUP):
+    """(tile, head) of this program. Heads go in groups of GROUP, whose streamed rows share L2; a group does the first
+    tile of all its heads before the second of any, so causal work put longest first ends in the shortest."""
+    group = tl.program_id(0) // (GROUP * TILES)
+    i = tl.program_id(0) % (GROUP * TILES)
+    size = tl.minimum(GROUP, HEADS - group * GROUP)
+    return i // size, group * GROUP + i % size
+
+
+@triton.jit
+def chunk_pointers(x, strides, i_b, i_h, o_n, o_d):
+    """[ROWS, WIDTH] pointers to rows o_n and columns o_d of one head."""
+    x += i_b.to(tl.int64) * strides[0] + i_h.to(tl.int64) * strides[2]
+    return x + o_n[:, None].to(tl.int64) * strides[1] + o_d[None, :]
+
+
+@triton.jit
+def load_tile(x, x_tail, x_strides, i_b, i_h, o_n, N, ROWS: tl.constexpr, D: tl.constexpr):
+    """Rows o_n to o_n + ROWS of one head: ([ROWS, head_width(D)],) or with a second chunk [ROWS, tail_width(D)]."""
+    HEAD: tl.constexpr = head_width(D)
+    TAIL: tl.constexpr = tail_width(D)
+    if x_strides is None:
+        tile = (x.load([i_b, i_h, o_n, 0]).reshape(ROWS, HEAD),)
+        if TAIL > 0:
+            tile = (tile[0], x_tail.load([i_b, i_h, o_n, HEAD]).reshape(ROWS, TAIL))
+    else:
+        o_n = o_n + tl.arange(0, ROWS)
+        m_n = (o_n < N)[:, None]
+        tile = (tl.load(chunk_pointers(x, x_strides, i_b, i_h, o_n, tl.arange(0, HEAD)), mask=m_n, other=0.0),)
+        if TAIL > 0:
+            o_d = HEAD + tl.arange(0, TAIL)
+            m = m_n & (o_d < D)[None, :]
+            tile = (tile[0], tl.load(chunk_pointers(x, x_strides, i_b, i_h, o_n, o_d), mask=m, other=0.0))
+    return tile
+
+
+@triton.jit
+def store_tile(x, strides, tile, i_b, i_h, o_n, N, ROWS: tl.constexpr, D: tl.constexpr):
+    """Write the rows of a tile that lie before N, through pointers."""
+    HEAD: tl.constexpr = head_width(D)
+    dtype: tl.constexpr = x.dtype.element_ty
+    o_n = o_n + tl.arange(0, ROWS)
+    m_n = (o_n < N)[:, None]
+    tl.store(chunk_pointers(x, strides, i_b, i_h, o_n, tl.arange(0, HEAD)), tile[0].to(dtype), mask=m_n)
+    if len(tile) == 2:
+        o_d = HEAD + tl.arange(0, tail_width(D))
+        m = m_n & (o_d < D)[None, :]
+        tl.store(chunk_pointers(x, strides, i_b, i_h, o_n, o_d), tile[1].to(dtype), mask=m)
+
+
+@triton.jit
+def zero_tile(ROWS: tl.constexpr, D: tl.constexpr):
+    TAIL: tl.constexpr = tail_width(D)
+    tile = (tl.zeros([ROWS, head_width(D)], tl.float32),)
+    if TAIL > 0:
+        tile = (tile[0], tl.zeros([ROWS, TAIL], tl.float32))
+    return tile
+
+
+@triton.jit
+def scale_tile(tile, factor):
+    """tile * factor, a number or [ROWS, 1]."""
+    scaled = (tile[0] * factor,)
+    if len(tile) == 2:
+        scaled = (scaled[0], tile[1] * factor)
+    return scaled
+
+
+@triton.jit
+def row_dots(a, b):
+    """Of every row of a with that row of b, fp32: [ROWS]."""
+    dots = tl.sum(a[0].to(tl.float32) * b[0].to(tl.float32), 1)
+    if len(a) == 2:
+        dots += tl.sum(a[1].to(tl.float32) * b[1].to(tl.float32), 1)
+    return dots
+
+
+@triton.jit
+def outer_dots(a, b):
+    """a b^T, of every row of a with every row of b: [ROWS_A, ROWS_B]. fp32 operands are not rounded to tf32."""
+    dots = tl.dot(a[0], tl.trans(b[0]), input_precision="ieee")
+    if len(a) == 2:
+        dots = tl.dot(a[1], tl.trans(b[1]), dots, input_precision="ieee")
+    return dots
+
+
+@triton.jit
+def add_product(tile, weights, b):
+    """tile + weights b, weights [ROWS, ROWS_B]."""
+    total = (tl.dot(weights, b[0], tile[0], input_precision="ieee"),)
+    if len(b) == 2:
+        total = (total[0], tl.dot(weights, b[1], tile[1], input_precision="ieee"))
+    return total
+
+
+def heads_in_group(x: torch.Tensor) -> int:
+    """How many heads of x (B, N, H, D) run together: two streamed tensors of its size are to fit L2_BYTES."""
+    return max(1, L2_BYTES // (2 * x.shape[1] * x.shape[3] * x.element_size()))
+
+
+def describable(x: torch.Tensor) -> bool:
+    """Whether TMA can address x: 16-byte aligned start and strides, none of them zero."""
+    steps = [stride * x.element_size() for stride in x.stride()[:-1]]
+    return x.data_ptr() % 16 == 0 and all(step > 0 and step % 16 == 0 for step in steps)
+
+
+def view_args(name: str, x: torch.Tensor, rows: int, tma: bool) -> dict:
+    """The three kernel arguments of view x (B, N, H, D), loaded in tiles of `rows`."""
+    if not tma:
+        return {name: x, f"{name}_tail": None, f"{name}_strides": x.stride()[:3]}
+    D = x.shape[3]
+    x = x.transpose(1, 2)
+
+    def chunk(width):
+        return TensorDescriptor.from_tensor(x, [1, 1, rows, width]) if width else None
+
+    return {name: chunk(head_width(D)), f"{name}_tail": chunk(tail_width(D)), f"{name}_strides": None}
