@@ -1,8 +1,15 @@
-"""Sampling whole pictures, and the rest of pictures whose first pixels are given: tokens in, tokens out."""
+"""Sampling whole pictures, and the rest of pictures whose first pixels are given; the program `igpt sample`."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 import torch
 
-from igpt import draw
+from igpt import draw, grid
 from igpt.decode import Decoder
 
 NOISE = 1 << 16  # elements of noise drawn at once on a CPU: their 64-bit temporaries stay in its cache
@@ -24,7 +31,7 @@ def complete(model, tokens_BN, keep: int, **options) -> torch.Tensor:
     seed, first   picture i draws from the counters of (seed, first + i): the same pictures whatever the batch split.
     weights       None (the parameters' dtype), "bf16", or "int8" with one scale an output channel.
     cache_dtype   None (the activations'), "fp32", "bf16" or "fp8".
-    progress      called with the number of pixels done, now and then.
+    progress      called after each position with the number of pixels just drawn, B.
 
     Raises ValueError for a bad option, a keep of 0 or all, tokens of another size or range, a BERT model, and a batch
     whose cache doesn't fit, before any work."""
@@ -76,7 +83,7 @@ def _continue(
             logits = decoder.step(i, tokens[:, i - 1])
             tokens[:, i] = draw.draw(logits, next(noise) if noise else None, temperature, top_k, top_p)
             if progress is not None:
-                progress(i + 1)
+                progress(len(pictures))
     return tokens
 
 
@@ -86,3 +93,71 @@ def _noise(seed, pictures, start, config):
     for i in range(start, config.n_ctx, chunk):
         positions = torch.arange(i, min(i + chunk, config.n_ctx), device=pictures.device)
         yield from draw.gumbel(seed, pictures, positions, config.vocab)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the programs load a model and draw pixels."""
+
+    model: str  # our directory, a Hugging Face directory or hub id, or an OpenAI checkpoint prefix
+    palette: Path | None = None  # palette.npy, kmeans_centers.npy or a directory with one; default: the model's own
+    temperature: float = 1.0  # divides the logits; 0 is greedy
+    top_k: int | None = None  # draw from the k likeliest colours only
+    top_p: float | None = None  # draw from the likeliest colours that together reach this probability
+    seed: int = 0  # the same seed gives the same pictures, whatever --batch
+    batch: int = 16  # pictures decoded at once
+    weights: Literal["bf16", "int8"] | None = None  # default: bf16 on a GPU, the parameters' own dtype on a CPU
+    cache_dtype: Literal["fp32", "bf16", "fp8"] | None = None  # of keys and values; default: the activations'
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    scale: int = 4  # each pixel of a picture is scale x scale pixels of the PNG
+
+    def load(self):
+        """(model, palette, (height, width)). Raises ValueError if they don't fit together."""
+        from igpt.model import ImageGPT
+        from igpt.palette import Palette
+
+        cuda = self.device == "cuda" or (self.device == "auto" and torch.cuda.is_available())
+        model = ImageGPT.from_pretrained(self.model, device="cuda" if cuda else "cpu")
+        side = math.isqrt(model.config.n_ctx)
+        if side * side != model.config.n_ctx:
+            raise ValueError(f"model: got n_ctx {model.config.n_ctx}, expected a square number of pixels")
+        return model, Palette.load(self.palette or self.model).require(model.config.vocab), (side, side)
+
+    def run_batches(self, model, n: int, pixels: int, sample: Callable) -> tuple[torch.Tensor, dict]:
+        """sample(start, stop, **options) -> tokens, for slices of n pictures of which `pixels` are drawn each."""
+        from tqdm import tqdm
+
+        if self.batch < 1:
+            raise ValueError(f"batch: got {self.batch}, expected at least 1")
+        weights = self.weights or ("bf16" if model.wte.is_cuda else None)
+        drawn = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p, "seed": self.seed}
+        stored = {"weights": weights, "cache_dtype": self.cache_dtype}
+        began, done = time.perf_counter(), []
+        form = "{percentage:3.0f}%|{bar}| {n:.2f}/{total:.0f} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
+        with tqdm(total=n * pixels, unit=" pictures", unit_scale=1 / pixels, bar_format=form) as bar:
+            for start in range(0, n, self.batch):
+                stop = min(start + self.batch, n)
+                done.append(sample(start, stop, first=start, progress=bar.update, **drawn, **stored).cpu())
+        seconds = time.perf_counter() - began
+        return torch.cat(done), {"pictures": n, "seconds": round(seconds, 3), "pictures_per_s": round(n / seconds, 4)}
+
+
+@dataclass(frozen=True)
+class Options(Sampling):
+    """Sample pictures and tile them into one PNG."""
+
+    n: int = 16  # how many pictures
+    out: Path = Path("samples.png")
+    columns: int | None = None  # of the grid; default: as square as it gets
+
+
+def run(options: Options) -> dict:
+    if options.n < 1:
+        raise ValueError(f"n: got {options.n}, expected at least 1")
+    model, palette, size = options.load()
+    tokens, report = options.run_batches(
+        model, options.n, model.config.n_ctx, lambda start, stop, **how: generate(model, stop - start, **how)
+    )
+    columns = options.columns or math.ceil(math.sqrt(options.n))
+    path = grid.save(options.out, palette.decode(tokens, size), columns, scale=options.scale)
+    return {"out": str(path), **report}
