@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
+from .palette import Palette
+
 ASSETS = Path(__file__).with_name("assets")
 
 
@@ -20,7 +22,7 @@ class Pictures:
     tokens: np.ndarray | None = None
     labels: np.ndarray | None = None
     classes: tuple[str, ...] = ()
-    palette: object = None
+    palette: Palette | None = None
 
     def __len__(self) -> int:
         return len(self.tokens if self.images is None else self.images)
@@ -56,4 +58,5 @@ def load(spec: str, split: str = "train", labels: str | None = None) -> Pictures
         images=arrays["images"][chosen],
         labels=arrays[labels][chosen].astype(np.int64),
         classes=tuple(map(str, arrays[f"{labels}s"])),
+        palette=Palette.load(ASSETS / "emoji_palette.npy"),
     )

@@ -1,4 +1,4 @@
-"""Rebuilds emoji.npz, the built-in picture set, bit for bit: `python igpt/assets/make_emoji.py [OUT.npz]`.
+"""Rebuilds emoji.npz, the built-in picture set, bit for bit, and its palette: `python igpt/assets/make_emoji.py [DIR]`.
 
 Needs the Debian packages fonts-noto-color-emoji (the font) and unicode-data (emoji-test.txt). MADE_WITH and
 SHA256 name the versions and inputs that made the committed file, and the file. Licences: NOTICES.md.
@@ -34,6 +34,7 @@ SHA256 = {
     "NotoColorEmoji.ttf": "e5899ed38b8ed83e08bd3ac5de09791e9d19d288333a796de1d35ad17396f1ec",
     "emoji-test.txt": "8445f23ac8388e096be19d0262e14fceff856ff52093f2356dc89485f1a853db",
     "emoji.npz": "32defa99d8081d76900487d6a958d7a39d76d5c0fb22bf59a339f362874c5ba1",
+    "emoji_palette.npy": "58ea0ab2fb9511dbaff634724f8f512870e277f15cd5818cd4fd4deee9b3d3ed",
 }
 FONT_SIZE, BITMAP, SIZE = 109, 128, 32
 LOOK_ALIKE = 16.0
@@ -128,7 +129,13 @@ def npz_bytes(arrays: dict[str, np.ndarray]) -> bytes:
 
 
 if __name__ == "__main__":
-    path = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).with_name("emoji.npz")
-    data = npz_bytes(build())
-    path.write_bytes(data)
-    print(f"{path}: {len(data)} bytes, sha256 {hashlib.sha256(data).hexdigest()}")
+    from igpt import Palette
+
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent
+    arrays = build()
+    (folder / "emoji.npz").write_bytes(npz_bytes(arrays))
+    Palette.fit(arrays["images"][arrays["split"] == SPLITS.index("train")], k=512, seed=0).save(
+        folder / "emoji_palette.npy"
+    )
+    for name in ("emoji.npz", "emoji_palette.npy"):
+        print(name, hashlib.sha256((folder / name).read_bytes()).hexdigest())

@@ -1,0 +1,105 @@
+"""Weighted k-means on the distinct colours of a sample: how a palette is fitted.
+
+Which pixels OpenAI's k-means saw and how it started is [open]; here: all pixels given, each distinct colour once with
+its count as weight, greedy k-means++ start. Deterministic: a frozen generator, and sums whose order doesn't depend on
+the number of threads (no BLAS).
+"""
+
+import numpy as np
+
+from .lookup import BLOCKS, SIDE, Candidates
+
+MAX_STEPS = 100
+TOLERANCE = 1e-4  # stop when a step lowers the inertia by less than this part of it
+
+
+def distinct_colours(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 (..., 3) -> distinct colours uint8 (n, 3), and how often each occurs, fp64 (n,)."""
+    flat = pixels.reshape(-1, 3).astype(np.int32)
+    codes, counts = np.unique(flat[:, 0] << 16 | flat[:, 1] << 8 | flat[:, 2], return_counts=True)
+    return np.stack([codes >> 16, codes >> 8 & 255, codes & 255], axis=1).astype(np.uint8), counts.astype(np.float64)
+
+
+def weighted_means(x: np.ndarray, weight: np.ndarray, index: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mean of the points (n, 3) of each of k clusters, and each cluster's weight; 0 where a cluster is empty."""
+    total = np.bincount(index, weight, k)
+    sums = np.stack([np.bincount(index, weight * x[:, c], k) for c in range(3)], axis=1)
+    return sums / np.maximum(total, 1)[:, None], total
+
+
+def thin(colours: np.ndarray, weight: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Means of the colours in cells of 4x4x4, for a quick start; the colours themselves if the cells are too few."""
+    x = colours / 127.5 - 1
+    cell = colours >> 2
+    _, index = np.unique(cell[:, 0].astype(np.intp) << 16 | cell[:, 1].astype(np.intp) << 8 | cell[:, 2],
+                         return_inverse=True)
+    cells = index.max() + 1
+    return weighted_means(x, weight, index, cells) if cells >= 8 * k else (x, weight)
+
+
+def plus_plus(x: np.ndarray, weight: np.ndarray, k: int, rng: np.random.RandomState) -> np.ndarray:
+    """Greedy k-means++: each new centre is the best of 2 + ln k points drawn by weight * squared distance."""
+    x, weight = np.ascontiguousarray(x.T, np.float32), weight.astype(np.float32)
+    nearest = np.full(len(weight), np.inf, np.float32)
+    chosen = []
+    mass = weight
+    for _ in range(k):
+        cumulative = np.cumsum(mass, dtype=np.float64)
+        drawn = np.searchsorted(cumulative, rng.random_sample(2 + int(np.log(k))) * cumulative[-1], side="right")
+        trials = []
+        for i in np.unique(drawn):
+            distance = np.square(x[0] - x[0, i]) + np.square(x[1] - x[1, i]) + np.square(x[2] - x[2, i])
+            np.minimum(distance, nearest, out=distance)
+            trials.append(((distance * weight).sum(dtype=np.float64), i, distance))
+        _, i, nearest = min(trials, key=lambda trial: trial[:2])
+        mass = nearest * weight
+        chosen.append(i)
+    return x[:, chosen].T
+
+
+class Blocks:
+    """Distinct colours by block of the cube, for Candidates: which blocks there are, and where each colour lies."""
+
+    def __init__(self, colours: np.ndarray):
+        self.colours = colours.astype(np.intp)
+        shape = (BLOCKS, BLOCKS, BLOCKS)
+        ids, self.of_colour = np.unique(np.ravel_multi_index(tuple(self.colours.T // SIDE), shape), return_inverse=True)
+        self.r, self.g, self.b = np.unravel_index(ids, shape)
+
+    def nearest(self, centres: np.ndarray) -> np.ndarray:
+        """Index of each colour's nearest centre, the lowest on ties."""
+        candidates = Candidates(centres)
+        count, first, listed = candidates.of(self.r, self.g, self.b)
+        count, first = count[self.of_colour], first[self.of_colour]
+        index = np.zeros(len(self.colours), np.intp)
+        best = np.full(len(self.colours), np.inf, np.float32)
+        live = np.arange(len(self.colours))
+        for j in range(count.max()):
+            live = live[count[live] > j]
+            c = listed[first[live] + j]
+            red, green, blue = (candidates.squares[axis, c, self.colours[live, axis]] for axis in range(3))
+            distance = (red + green) + blue
+            closer = distance < best[live]
+            index[live[closer]], best[live[closer]] = c[closer], distance[closer]
+        return index
+
+
+def kmeans(pixels: np.ndarray, k: int, seed: int) -> np.ndarray:
+    """Centres fp32 (k, 3) in [-1, 1] of uint8 pixels (..., 3). Raises ValueError for fewer than k distinct colours."""
+    colours, weight = distinct_colours(pixels)
+    if len(colours) < k:
+        raise ValueError(f"images: got {len(colours)} distinct colours, expected at least k={k}")
+    x = colours / 127.5 - 1
+    centres = plus_plus(*thin(colours, weight, k), k, np.random.RandomState(seed))
+    blocks, previous = Blocks(colours), np.inf
+    for _ in range(MAX_STEPS):
+        index = blocks.nearest(centres)
+        loss = weight * np.square(x - centres[index]).sum(1)
+        means, total = weighted_means(x, weight, index, k)
+        if empty := np.flatnonzero(total == 0).tolist():
+            means[empty] = x[np.argsort(-loss, kind="stable")[: len(empty)]]
+        centres = means.astype(np.float32)
+        if not empty and previous - loss.sum() <= TOLERANCE * loss.sum():
+            break
+        previous = loss.sum()
+    return centres
