@@ -189,14 +189,18 @@ class ImageGPT(nn.Module):
 
         AR: mean cross-entropy of all B N pixels. BERT: each picture's mean over its masked pixels (0 if it has none),
         then the mean over pictures; masked_BN defaults to independent draws with probability 0.15."""
-        if self.config.causal:
-            if masked_BN is not None:
-                raise ValueError("masked_BN: got a mask, expected None for objective 'ar'")
-            return self.nll(self.trunk(tokens_BN), tokens_BN).mean()
-        if masked_BN is None:
+        if self.config.causal and masked_BN is not None:
+            raise ValueError("masked_BN: got a mask, expected None for objective 'ar'")
+        if not self.config.causal and masked_BN is None:
             masked_BN = self.draw_mask(tokens_BN, generator)
-        nll = self.nll(self.trunk(tokens_BN, masked_BN), tokens_BN) * masked_BN
-        return (nll.sum(-1) / masked_BN.sum(-1).clamp(min=1)).mean()
+        return self.mean_loss(self.nll(self.trunk(tokens_BN, masked_BN), tokens_BN), masked_BN)
+
+    @staticmethod
+    def mean_loss(nll_BN, masked_BN=None):
+        """The loss, a scalar, from each pixel's nats: over all pixels (AR), or over the masked ones (BERT)."""
+        if masked_BN is None:
+            return nll_BN.mean()
+        return ((nll_BN * masked_BN).sum(-1) / masked_BN.sum(-1).clamp(min=1)).mean()
 
     def nll(self, h_BNd, targets_BN):
         """Nats of each target, (B, N), from the trunk's output."""

@@ -1,0 +1,32 @@
+"""Probe features of a whole picture set, all layers in one pass, in a memory-mapped file."""
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from igpt.source import batches
+
+
+@torch.no_grad()
+def extract(model, tokens: np.ndarray, batch: int, path: Path | None = None, *, draw: int = 0, seed: int = 0):
+    """Features fp32 (L + 1, n, d) of tokens (n, n_ctx), a numpy memmap at `path` (default: a temporary file).
+
+    A BERT model reads each picture under a mask drawn from (seed, draw), as in its pretraining."""
+    c = model.config
+    shape = (c.n_layer + 1, len(tokens), c.width)
+    # The memmap outlives this function, and an unnamed file goes with it.
+    features = np.memmap(path or tempfile.TemporaryFile(), dtype=np.float32, mode="w+", shape=shape)
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + draw)
+    for rows, x in tqdm(list(batches(tokens, batch)), desc="features", unit="batch", leave=False):
+        masked = None if c.causal else model.draw_mask(x, generator).to(model.wte.device)
+        features[:, rows] = model.features(x.to(model.wte.device), masked).float().cpu().numpy()
+    return features
+
+
+def layers(features: np.ndarray, chosen) -> torch.Tensor:
+    """The features of one layer, or of several side by side: (n, d * len(chosen))."""
+    chosen = [chosen] if isinstance(chosen, int) else list(chosen)
+    return torch.from_numpy(np.concatenate([features[layer] for layer in chosen], axis=1))

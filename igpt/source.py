@@ -1,0 +1,87 @@
+"""What every measuring program starts from: a model and a labelled picture set as tokens."""
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class Source:
+    """A pretrained model and a picture set."""
+
+    model: str  # our directory, a Hugging Face directory or hub id, or an OpenAI checkpoint prefix
+    data: str  # builtin:emoji, a folder, a token set, CIFAR, STL-10, IDX or OpenAI's npy sets (igpt.data.load)
+    labels: str | None = None  # which labels, where a set has several
+    palette: Path | None = None  # palette.npy, kmeans_centers.npy or a directory with one; default: the model's own
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    batch: int = 64  # pictures at once
+    seed: int = 0
+
+    def load_model(self, **overrides):
+        """The model on its device; `overrides` replace Config fields that add parameters (classes)."""
+        from igpt.model import ImageGPT
+
+        cuda = self.device == "cuda" or (self.device == "auto" and torch.cuda.is_available())
+        model = ImageGPT.from_pretrained(self.model, device="cuda" if cuda else "cpu")
+        return with_config(model, **overrides) if overrides else model
+
+    def load_split(self, model, split: str):
+        """The Pictures of `split`, `tokens` filled in. Raises ValueError if they don't fit the model."""
+        from igpt import data
+        from igpt.palette import Palette
+
+        pictures = data.load(self.data, split, labels=self.labels)
+        if len(pictures) == 0:
+            raise ValueError(f"data: {self.data} has no pictures in split {split!r}")
+        if pictures.n_ctx != model.config.n_ctx:
+            raise ValueError(f"data: got {pictures.n_ctx} pixels a picture, expected the model's {model.config.n_ctx}")
+        if pictures.tokens is None:
+            palette = Palette.load(self.palette or self.model).require(model.config.vocab)
+            tokens = palette.encode(pictures.images, pictures.size).numpy().astype(np.uint16)
+            pictures = replace(pictures, tokens=tokens)
+        elif (top := int(pictures.tokens.max())) >= model.config.vocab:
+            raise ValueError(f"data: got token {top}, expected tokens below the model's {model.config.vocab}")
+        return pictures
+
+    def load_labelled(self, model, *splits: str):
+        """load_split of each split; raises ValueError where labels are missing or the classes differ."""
+        sets = [self.load_split(model, split) for split in splits]
+        for split, pictures in zip(splits, sets):
+            if pictures.labels is None:
+                raise ValueError(f"data: {self.data} has no labels in split {split!r}, and this needs them")
+        known = set(np.unique(sets[0].labels))
+        for split, pictures in zip(splits[1:], sets[1:]):
+            if strange := sorted(set(np.unique(pictures.labels)) - known):
+                raise ValueError(f"data: split {split!r} has classes {strange} that split {splits[0]!r} lacks")
+        return sets
+
+
+def classes_of(pictures) -> int:
+    return len(pictures.classes) or int(pictures.labels.max()) + 1
+
+
+def batches(tokens: np.ndarray, size: int):
+    """(slice, int64 tensor) of at most `size` rows each."""
+    for start in range(0, len(tokens), size):
+        rows = slice(start, min(start + size, len(tokens)))
+        yield rows, torch.from_numpy(tokens[rows].astype(np.int64))
+
+
+def with_config(model, **overrides):
+    """The same weights in a model whose Config differs by `overrides`; parameters it adds are freshly initialised."""
+    from igpt.model import ImageGPT
+
+    config = replace(model.config, **overrides)
+    other = ImageGPT(config, impl=model.impl, device=model.wte.device, dtype=model.wte.dtype)
+    wanted = other.state_dict()
+    fitting = {k: v for k, v in model.state_dict().items() if k in wanted and v.shape == wanted[k].shape}
+    other.load_state_dict(fitting, strict=False)
+    return other
+
+
+def bits(nats: float) -> float:
+    return nats / math.log(2)
