@@ -100,7 +100,7 @@ class Decoder:
         for block, cache in zip(model.blocks, self.cache):
             a = block.attn
             qkv = ops.norm_linear(h, a.norm, a.qkv, a.b_qkv, **form).view(B, N, 3, c.heads, c.head_dim)
-            cache[:, :, :, :N] = qkv[:, :, 1:].permute(2, 0, 3, 1, 4)
+            cache[:, :, :, :N] = self.stored(qkv[:, :, 1:]).permute(2, 0, 3, 1, 4)
             n = ops.attention(qkv, causal=True, scale=a.scale, impl=model.impl)
             h = block.mlp(ops.linear_residual(n.reshape(B, N, -1), a.proj, h, a.b_proj, impl=model.impl), model.impl)
 
@@ -113,12 +113,17 @@ class Decoder:
         slots = self.cache[..., position, :].unbind(0)
         for layer, slot, k, v in zip(self.layers, slots, keys, values):
             qkv = layer.qkv(self.normed(h)).view(B, 3, c.heads, c.head_dim).transpose(0, 1)
-            slot.copy_(qkv[1:])
+            slot.copy_(self.stored(qkv[1:]))
             q, k, v = qkv[0, :, :, None], k.to(self.dtype), v.to(self.dtype)
             a = F.scaled_dot_product_attention(q, k, v, scale=layer.scale)
             h = h + layer.proj(a.view(B, -1))
             h = h + layer.out(layer.fc(self.normed(h), "swish"))
         return self.head(self.normed(h))
+
+    def stored(self, kv):
+        """Keys and values as the cache can hold them: a cast to fp8, which has no infinity, would overflow to NaN."""
+        top = torch.finfo(self.cache.dtype).max
+        return kv.clamp(-top, top) if self.cache.dtype == torch.float8_e4m3fn else kv
 
     def normed(self, h):
         c = self.config

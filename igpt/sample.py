@@ -19,8 +19,7 @@ def generate(model, batch: int = 1, **options) -> torch.Tensor:
     """Sample whole pictures: tokens (batch, n_ctx) int64. Options as in `complete`."""
     if not isinstance(batch, int) or batch < 1:
         raise ValueError(f"batch: got {batch!r}, expected a positive integer")
-    blank = torch.zeros(batch, model.config.n_ctx, dtype=torch.int64, device=model.wte.device)
-    return _continue(model, blank, 0, **options)
+    return _continue(model, torch.empty(batch, 0, dtype=torch.int64), **options)
 
 
 def complete(model, tokens_BN, keep: int, **options) -> torch.Tensor:
@@ -46,9 +45,7 @@ def complete(model, tokens_BN, keep: int, **options) -> torch.Tensor:
     low, high = (int(t) for t in torch.aminmax(kept.long()))
     if low < 0 or high >= c.vocab:
         raise ValueError(f"tokens: got values in [{low}, {high}], expected integers in [0, {c.vocab})")
-    tokens = torch.zeros_like(tokens_BN, dtype=torch.int64, device=model.wte.device)
-    tokens[:, :keep] = kept
-    return _continue(model, tokens, keep, **options)
+    return _continue(model, kept, **options)
 
 
 def log_likelihood(model, tokens_BN, *, weights: str | None = None, cache_dtype: str | None = None) -> torch.Tensor:
@@ -63,27 +60,29 @@ def log_likelihood(model, tokens_BN, *, weights: str | None = None, cache_dtype:
 
 
 def _continue(
-    model, tokens, keep, *, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
+    model, kept_BK, *, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
     seed: int = 0, first: int = 0, weights: str | None = None, cache_dtype: str | None = None, progress=None,
 ):  # fmt: skip
-    """Fill tokens[:, keep:] in place."""
-    if not 0 <= temperature < float("inf"):
+    c, device, (B, keep) = model.config, model.wte.device, kept_BK.shape
+    if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature: got {temperature}, expected a finite number >= 0 (0: greedy)")
-    if top_k is not None and not 1 <= top_k <= model.config.vocab:
-        raise ValueError(f"top_k: got {top_k}, expected None or 1 to the palette's {model.config.vocab}")
+    if top_k is not None and not 1 <= top_k <= c.vocab:
+        raise ValueError(f"top_k: got {top_k}, expected None or 1 to the palette's {c.vocab}")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p: got {top_p}, expected None or a number in (0, 1]")
-    with torch.autocast(tokens.device.type, enabled=False):
-        decoder = Decoder(model, tokens.shape[0], weights=weights, cache_dtype=cache_dtype)
+    decoder = Decoder(model, B, weights=weights, cache_dtype=cache_dtype)
+    tokens = torch.zeros(B, c.n_ctx, dtype=torch.int64, device=device)
+    tokens[:, :keep] = kept_BK
+    with torch.autocast(device.type, enabled=False):
         if keep:
             decoder.prefill(tokens[:, :keep])
-        pictures = torch.arange(first, first + tokens.shape[0], device=tokens.device)
-        noise = _noise(seed, pictures, keep, model.config) if temperature else None
-        for i in range(keep, tokens.shape[1]):
+        pictures = torch.arange(first, first + B, device=device)
+        noise = _noise(seed, pictures, keep, c)
+        for i in range(keep, c.n_ctx):
             logits = decoder.step(i, tokens[:, i - 1])
-            tokens[:, i] = draw.draw(logits, next(noise) if noise else None, temperature, top_k, top_p)
+            tokens[:, i] = draw.draw(logits, next(noise) if temperature else None, temperature, top_k, top_p)
             if progress is not None:
-                progress(len(pictures))
+                progress(B)
     return tokens
 
 
