@@ -18,7 +18,7 @@ def extract(model, tokens: np.ndarray, batch: int, path: Path | None = None, *, 
     c = model.config
     shape = (c.n_layer + 1, len(tokens), c.width)
     # The memmap outlives this function, and an unnamed file goes with it.
-    features = np.memmap(path or tempfile.TemporaryFile(), dtype=np.float32, mode="w+", shape=shape)
+    features = np.memmap(path or tempfile.TemporaryFile(), dtype=np.float32, mode="w+", shape=shape)  # noqa: SIM115
     generator = torch.Generator().manual_seed(seed * 1_000_003 + draw)
     for rows, x in tqdm(list(batches(tokens, batch)), desc="features", unit="batch", leave=False):
         masked = None if c.causal else model.draw_mask(x, generator).to(model.wte.device)
