@@ -57,8 +57,8 @@ def norm_forward_kernel(
 
 @triton.jit
 def norm_backward_kernel(
-    dn, x, gain, stats, dres, scale, dx, n, partials, M, d, stride_dn, stride_x, stride_dres,
-    HAS_DRES: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_N: tl.constexpr, IS_CENTRED: tl.constexpr,
+    dn, x, gain, stats, dres, dx, n, partials, M, d, stride_dn, stride_x, stride_dres,
+    HAS_DRES: tl.constexpr, HAS_N: tl.constexpr, IS_CENTRED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     o_d = tl.arange(0, BLOCK_D)
@@ -74,10 +74,8 @@ def norm_backward_kernel(
             b_mean = tl.load(stats + M + o_m, mask=o_m < M, other=0.0)[:, None]
             b_xhat = tl.where(m, b_xhat - b_mean, 0.0)
         b_xhat *= b_rstd
-        b_scale = tl.load(scale + o_m, mask=o_m < M, other=0.0)[:, None] if HAS_SCALE else 1.0
-        b_dn *= b_scale
         if HAS_N:
-            store_rows(n, b_xhat * b_gain * b_scale, o_m, o_d, m, d)
+            store_rows(n, b_xhat * b_gain, o_m, o_d, m, d)
         b_dgain += b_dn * b_xhat
         b_dn *= b_gain
         b_dx = b_dn - b_xhat * (tl.sum(b_dn * b_xhat, 1) / d)[:, None]
@@ -141,10 +139,8 @@ def norm_forward(x, gain, eps: float, centred: bool, write: bool = True):
     return n, stats
 
 
-def norm_backward(dn, x, gain, stats, dres=None, write_n: bool = False, scale=None):
-    """dn, x, dres [M, d] -> dx [M, d], dgain [d], n [M, d] (None unless `write_n`).
-
-    With fp32 `scale` [M], rows of dn (and of the n that is written) are multiplied by it first."""
+def norm_backward(dn, x, gain, stats, dres=None, write_n: bool = False):
+    """dn, x, dres [M, d] -> dx [M, d], dgain [d], n [M, d] (None unless `write_n`)."""
     M, d = x.shape
     dx = torch.empty((M, d), dtype=x.dtype, device=x.device)
     n = torch.empty_like(dx) if write_n else None
@@ -154,9 +150,9 @@ def norm_backward(dn, x, gain, stats, dres=None, write_n: bool = False, scale=No
     partials = torch.empty((programs, d), dtype=torch.float32, device=x.device)
     if M:
         norm_backward_kernel[(programs,)](
-            dn, x, gain, stats, dres, scale, dx, n, partials,
+            dn, x, gain, stats, dres, dx, n, partials,
             M=M, d=d, stride_dn=dn.stride(0), stride_x=x.stride(0), stride_dres=0 if dres is None else dres.stride(0),
-            HAS_DRES=dres is not None, HAS_SCALE=scale is not None, HAS_N=write_n, IS_CENTRED=stats.shape[0] == 2,
+            HAS_DRES=dres is not None, HAS_N=write_n, IS_CENTRED=stats.shape[0] == 2,
             BLOCK_M=tile.BLOCK_M, BLOCK_D=tile.BLOCK_N, num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
     return dx, sum_partials(partials, gain.dtype), n

@@ -118,23 +118,26 @@ def elementwise_tile(arch: str) -> Tile:
 
 
 # The head (kernels/head_loss.py): (architecture, bytes of an element) -> rows, colours a chunk, columns a step.
+# "ragged": sizes that 16 doesn't divide, whose unaligned loads take more registers.
 HEAD_LOSS = {
+    ("ragged", 2): Tile(64, 64, 32, num_warps=4, num_stages=3),
     ("portable", 2): Tile(64, 128, 32, num_warps=4, num_stages=3),
     ("portable", 4): Tile(32, 64, 32, num_warps=4, num_stages=2),
     ("sm_80", 2): Tile(128, 128, 32, num_warps=8, num_stages=3),
     ("sm_90", 2): Tile(128, 256, 64, num_warps=8, num_stages=3, tma=True),
-    ("sm_100", 2): Tile(128, 256, 64, num_warps=8, num_stages=3, tma=True),
+    ("sm_100", 2): Tile(128, 128, 64, num_warps=8, num_stages=3, tma=True),
     ("gfx942", 2): Tile(128, 128, 32, num_warps=4, num_stages=2),
 }
 
 
-def head_loss_tile(arch: str, dtype: torch.dtype, vocab: int) -> Tile:
-    """No more columns than the vocabulary has."""
-    tile = HEAD_LOSS.get((arch, dtype.itemsize), HEAD_LOSS["portable", dtype.itemsize])
-    return replace(tile, BLOCK_N=min(tile.BLOCK_N, max(16, 1 << (vocab - 1).bit_length())))
+def head_loss_tile(arch: str, element_bytes: int, d: int, vocab: int) -> Tile:
+    if d % 16 or vocab % 16:
+        arch = "ragged"
+    return HEAD_LOSS.get((arch, element_bytes), HEAD_LOSS["portable", element_bytes])
 
 
-# Products with epilogues (kernels/gemm.py): (architecture, bytes of an element).
+# Products with epilogues (kernels/gemm.py): (architecture, bytes of an element), or of 16-bit elements, where a
+# measurement asks for it, (architecture, epilogue, K).
 PRODUCT = {
     ("portable", 2): Tile(128, 128, 32, num_warps=8, num_stages=3),
     ("portable", 4): Tile(64, 128, 16, num_warps=8, num_stages=2),
@@ -145,8 +148,18 @@ PRODUCT = {
 }
 
 
-def product_tile(arch: str, element_bytes: int) -> Tile:
-    return PRODUCT.get((arch, element_bytes), PRODUCT["portable", element_bytes])
+def product_tile(arch: str, element_bytes: int, epilogue: str, K: int) -> Tile:
+    special = PRODUCT.get((arch, epilogue, K)) if element_bytes == 2 else None
+    return special or PRODUCT.get((arch, element_bytes), PRODUCT["portable", element_bytes])
+
+
+# How an operation with a norm or a residual runs: (architecture, operation, width) -> "folded" where a measurement has
+# shown that our products with epilogues beat the vendor's with passes around them; everywhere else "plain".
+FORMS: dict[tuple[str, str, int], str] = {}
+
+
+def form(operation: str, arch: str, d: int) -> str:
+    return FORMS.get((arch, operation, d), "plain")
 
 
 # Attention (kernels/attention.py, attention_backward.py): (architecture, head dim up to) -> BLOCK_M queries, BLOCK_N
@@ -164,9 +177,9 @@ ATTENTION_FORWARD = {
     ("sm_100", 64): Tile(128, 128, num_warps=8, num_stages=2, tma=True),
     ("sm_100", 96): Tile(128, 128, num_warps=8, num_stages=2, tma=True),
     ("sm_100", 128): Tile(128, 128, num_warps=8, num_stages=2, tma=True),
-    ("fp32", 64): Tile(32, 32, num_warps=4, num_stages=2),
-    ("fp32", 96): Tile(32, 32, num_warps=4, num_stages=2),
-    ("fp32", 128): Tile(32, 32, num_warps=4, num_stages=2),
+    ("fp32", 64): Tile(64, 32, num_warps=8),
+    ("fp32", 96): Tile(64, 32, num_warps=8),
+    ("fp32", 128): Tile(32, 16),
 }
 ATTENTION_DQ = {
     ("portable", 64): Tile(64, 64, num_warps=4, num_stages=2),
@@ -178,9 +191,9 @@ ATTENTION_DQ = {
     ("sm_100", 64): Tile(128, 64, num_warps=8, num_stages=2, tma=True),
     ("sm_100", 96): Tile(128, 64, num_warps=8, num_stages=2, tma=True),
     ("sm_100", 128): Tile(128, 64, num_warps=8, num_stages=2, tma=True),
-    ("fp32", 64): Tile(32, 32, num_warps=4, num_stages=2),
-    ("fp32", 96): Tile(32, 32, num_warps=4, num_stages=2),
-    ("fp32", 128): Tile(32, 32, num_warps=4, num_stages=2),
+    ("fp32", 64): Tile(32, 32, num_warps=8),
+    ("fp32", 96): Tile(32, 32, num_warps=8),
+    ("fp32", 128): Tile(32, 16),
 }
 ATTENTION_DKDV = {
     ("portable", 64): Tile(64, 64, num_warps=4, num_stages=2),
@@ -192,9 +205,9 @@ ATTENTION_DKDV = {
     ("sm_100", 64): Tile(64, 128, num_warps=8, num_stages=2, tma=True),
     ("sm_100", 96): Tile(64, 128, num_warps=8, num_stages=2, tma=True),
     ("sm_100", 128): Tile(64, 128, num_warps=8, num_stages=2, tma=True),
-    ("fp32", 64): Tile(32, 32, num_warps=4, num_stages=2),
-    ("fp32", 96): Tile(32, 32, num_warps=4, num_stages=2),
-    ("fp32", 128): Tile(32, 32, num_warps=4, num_stages=2),
+    ("fp32", 64): Tile(16, 32, num_warps=8),
+    ("fp32", 96): Tile(16, 32, num_warps=8),
+    ("fp32", 128): Tile(16, 32, num_warps=8),
 }
 
 
