@@ -120,6 +120,15 @@ class Decoder:
             h = h + layer.out(layer.fc(self.normed(h), "swish"))
         return self.head(self.normed(h))
 
+    @torch.inference_mode()
+    def sample(self, tokens_BN, start: int, stop: int, sampler, progress=None):
+        """Draw the pixels start .. stop - 1 into `tokens_BN`, given those before and a cache filled up to `start`."""
+        c, B = self.config, self.batch
+        for i, noise in zip(range(start, stop), sampler.noise(B, c.vocab, start, stop, self.device)):
+            tokens_BN[:, i] = sampler(self.step(i, tokens_BN[:, i - 1]), noise)
+            if progress is not None:
+                progress(B)
+
     def stored(self, kv):
         """Keys and values as the cache can hold them: a cast to fp8, which has no infinity, would overflow to NaN."""
         top = torch.finfo(self.cache.dtype).max

@@ -10,10 +10,12 @@ where the inverse of the cumulative sum would change V / 2 times as often.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 
 MASK = 0xFFFFFFFF
+CHUNK = 1 << 16  # elements of noise drawn at once: on a CPU their 64-bit temporaries stay in its cache
 
 
 def philox(seed: int, counter: torch.Tensor) -> torch.Tensor:
@@ -59,9 +61,39 @@ def truncate(logits: torch.Tensor, top_k: int | None, top_p: float | None) -> to
     return logits.masked_fill(logits < floor, -math.inf)
 
 
-def draw(logits_BV, noise_BV, temperature: float, top_k: int | None = None, top_p: float | None = None):
-    """One token of each row, int64 (B,): noise from `gumbel`; temperature 0 takes the likeliest, the lowest on ties."""
-    if temperature == 0:
-        return logits_BV.argmax(-1)
-    scores = truncate(logits_BV.float() / temperature, top_k, top_p)
-    return (scores + noise_BV).argmax(-1)
+@dataclass(frozen=True)
+class Sampler:
+    """How tokens are drawn: temperature (0: the likeliest, the lowest on ties), top_k and top_p (None: all), and the
+    noise: picture i of a batch draws with the counters of (seed, first + i)."""
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+    first: int = 0
+
+    def check(self, vocab: int) -> "Sampler":
+        """Itself, or ValueError for a value that draws nothing from `vocab` tokens."""
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature: got {self.temperature}, expected a finite number >= 0 (0: greedy)")
+        if self.top_k is not None and not 1 <= self.top_k <= vocab:
+            raise ValueError(f"top_k: got {self.top_k}, expected None or 1 to the palette's {vocab}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p: got {self.top_p}, expected None or a number in (0, 1]")
+        return self
+
+    def noise(self, batch: int, vocab: int, start: int, stop: int, device):
+        """The noise (B, V) of each position, drawn a chunk of positions at a time; None for each when greedy."""
+        pictures = torch.arange(self.first, self.first + batch, device=device)
+        chunk = max(1, CHUNK // (batch * vocab)) if self.temperature else stop - start
+        for i in range(start, stop, chunk):
+            positions = torch.arange(i, min(i + chunk, stop), device=device)
+            drawn = gumbel(self.seed, pictures, positions, vocab) if self.temperature else [None] * len(positions)
+            yield from drawn
+
+    def __call__(self, logits_BV, noise_BV):
+        """One token of each row, int64 (B,)."""
+        if not self.temperature:
+            return logits_BV.argmax(-1)
+        scores = truncate(logits_BV.float() / self.temperature, self.top_k, self.top_p)
+        return (scores + noise_BV).argmax(-1)

@@ -9,10 +9,9 @@ from typing import Literal
 
 import torch
 
-from igpt import draw, grid
+from igpt import grid
 from igpt.decode import Decoder
-
-NOISE = 1 << 16  # elements of noise drawn at once on a CPU: their 64-bit temporaries stay in its cache
+from igpt.draw import Sampler
 
 
 def generate(model, batch: int = 1, **options) -> torch.Tensor:
@@ -63,35 +62,16 @@ def _continue(
     model, kept_BK, *, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
     seed: int = 0, first: int = 0, weights: str | None = None, cache_dtype: str | None = None, progress=None,
 ):  # fmt: skip
-    c, device, (B, keep) = model.config, model.wte.device, kept_BK.shape
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature: got {temperature}, expected a finite number >= 0 (0: greedy)")
-    if top_k is not None and not 1 <= top_k <= c.vocab:
-        raise ValueError(f"top_k: got {top_k}, expected None or 1 to the palette's {c.vocab}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p: got {top_p}, expected None or a number in (0, 1]")
+    n_ctx, device, (B, keep) = model.config.n_ctx, model.wte.device, kept_BK.shape
+    sampler = Sampler(temperature, top_k, top_p, seed, first).check(model.config.vocab)
     decoder = Decoder(model, B, weights=weights, cache_dtype=cache_dtype)
-    tokens = torch.zeros(B, c.n_ctx, dtype=torch.int64, device=device)
+    tokens = torch.zeros(B, n_ctx, dtype=torch.int64, device=device)
     tokens[:, :keep] = kept_BK
     with torch.autocast(device.type, enabled=False):
         if keep:
             decoder.prefill(tokens[:, :keep])
-        pictures = torch.arange(first, first + B, device=device)
-        noise = _noise(seed, pictures, keep, c)
-        for i in range(keep, c.n_ctx):
-            logits = decoder.step(i, tokens[:, i - 1])
-            tokens[:, i] = draw.draw(logits, next(noise) if temperature else None, temperature, top_k, top_p)
-            if progress is not None:
-                progress(B)
+        decoder.sample(tokens, keep, n_ctx, sampler, progress)
     return tokens
-
-
-def _noise(seed, pictures, start, config):
-    """The Gumbel noise of positions start, start + 1, ..., each (B, V), drawn a chunk of positions at a time."""
-    chunk = max(1, NOISE // (len(pictures) * config.vocab))
-    for i in range(start, config.n_ctx, chunk):
-        positions = torch.arange(i, min(i + chunk, config.n_ctx), device=pictures.device)
-        yield from draw.gumbel(seed, pictures, positions, config.vocab)
 
 
 @dataclass(frozen=True)

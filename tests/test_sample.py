@@ -90,7 +90,7 @@ def chi_square(counts, expected) -> float:
 def test_draws_have_the_right_frequencies(temperature):
     n, logits = 20_000, torch.tensor([1.5, 0.0, -1.0, 0.3, -4.0, 2.0, 0.5, 0.0])
     noise = draw.gumbel(0, torch.arange(n), torch.tensor([2]), 8)[0]
-    counts = torch.bincount(draw.draw(logits.expand(n, 8), noise, temperature), minlength=8)
+    counts = torch.bincount(draw.Sampler(temperature)(logits.expand(n, 8), noise), minlength=8)
     # 0.999 quantile of chi-square with 7 degrees of freedom.
     assert chi_square(counts, n * (logits / temperature).softmax(-1)) < 24.3
 
