@@ -12,8 +12,8 @@ import torch
 
 @dataclass(frozen=True)
 class Errors:
-    """Maximum and RMS error of ours and of eager against fp64, and the rounding allowance; `ok` is the budget. `peak` is the largest
-    fp64 value."""
+    """Maximum and RMS error of ours and of eager against fp64, the rounding allowance and the largest fp64 value;
+    `ok` is the budget."""
 
     name: str
     ours_max: float

@@ -30,6 +30,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 if __package__ is None or __package__ == "":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from bench.machine import FAULTS
 from bench.rows import CompileRow, to_json
 from igpt.kernels import tiles
 
@@ -81,6 +82,11 @@ class Launch:
     @property
     def name(self) -> str:
         return self.function.__name__
+
+    @property
+    def file(self) -> str:
+        """The kernel file it stands in."""
+        return self.function.module.rsplit(".", 1)[-1]
 
     @property
     def tile(self) -> str:
@@ -296,18 +302,18 @@ def plan(cases: Iterable, archs: Iterable[str]) -> tuple[list[Job], list[Compile
         for case in cases:
             if arch not in case.archs:
                 continue
-            row = CompileRow("compile", case.kernel, "", case.name, arch, "", triton.__version__)
+            row = CompileRow("compile", "", "", case.name, arch, "", triton.__version__)
             with capture(arch) as launches:
                 try:
                     case.run()
-                except (ValueError, TypeError, AttributeError, RuntimeError, KeyError, AssertionError) as error:
-                    note = f"the launcher raised {type(error).__name__}: {error}"
+                except FAULTS as fault:
+                    note = f"the launcher raised {type(fault).__name__}: {fault}"
                     broken.append(dataclasses.replace(row, note=note))
                     continue
             for launch in launches:
                 if launch.key not in seen:
                     seen.add(launch.key)
-                    named = dataclasses.replace(row, function=launch.name, tile=launch.tile)
+                    named = dataclasses.replace(row, kernel=launch.file, function=launch.name, tile=launch.tile)
                     jobs.append(Job(launch, named, launch.name not in case.small_products))
     return jobs, broken
 
@@ -315,10 +321,14 @@ def plan(cases: Iterable, archs: Iterable[str]) -> tuple[list[Job], list[Compile
 COLUMNS = ("kernel", "function", "case", "arch", "tile", "regs", "stack", "shared", "occupancy", "mma", "tma", "waits")
 
 
+def cells(row: CompileRow) -> list[str]:
+    """A row's columns, and its verdict."""
+    return [str(getattr(row, c)) for c in COLUMNS] + ["ok" if row.ok else f"RED {row.note}"]
+
+
 def table(rows: Iterable[CompileRow]) -> str:
     """The rows as text in columns, the red ones marked."""
-    lines = [[*COLUMNS, ""]]
-    lines += [[str(getattr(r, c)) for c in COLUMNS] + ["ok" if r.ok else f"RED {r.note}"] for r in rows]
+    lines = [[*COLUMNS, ""], *map(cells, rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
     return "\n".join("  ".join([c.ljust(w) for c, w in zip(line, widths)] + line[-1:]) for line in lines)
 
@@ -326,7 +336,7 @@ def table(rows: Iterable[CompileRow]) -> str:
 def main(argv: list[str] | None = None, progress: Callable[[str], None] = lambda s: print(s, file=sys.stderr)) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.compile", description=__doc__.splitlines()[0])
     parser.add_argument("--kernel", default="", help="only kernel files whose name contains this")
-    parser.add_argument("--case", default="", help="only cases whose name contains this")
+    parser.add_argument("--case", default="", help="only cases whose name contains this, such as an operation")
     parser.add_argument("--arch", nargs="+", choices=list(TARGETS), default=list(TARGETS))
     parser.add_argument("--quick", action="store_true", help="only the cases of the quick suite")
     parser.add_argument("--cases", default="bench.compile_cases", help="the module whose cases() are compiled")
@@ -334,8 +344,9 @@ def main(argv: list[str] | None = None, progress: Callable[[str], None] = lambda
     parser.add_argument("--out", type=Path, help="append rows as JSON lines to this file as they come")
     args = parser.parse_args(argv)
     cases = importlib.import_module(args.cases).cases()
-    chosen = [c for c in cases if args.kernel in c.kernel and args.case in c.name and (c.quick or not args.quick)]
+    chosen = [c for c in cases if args.case in c.name and (c.quick or not args.quick)]
     jobs, rows = plan(chosen, args.arch)
+    jobs = [job for job in jobs if args.kernel in job.row.kernel]
     with args.out.open("a", buffering=1) if args.out else contextlib.nullcontext() as out:
         total = len(jobs) + len(rows)
         for row in [*rows] if out else []:

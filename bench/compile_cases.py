@@ -1,13 +1,16 @@
-"""What the compile suite launches: for each kernel file its launchers, on meta tensors, at the presets' shapes.
+"""What the compile suite launches: every operation of bench/cases.py, forward and backward, on meta tensors.
 
-A launcher that a user can reach stands here; kernels that it launches are found by `bench.compile.capture`.
+Shapes matter to a binary only by their head dim and by what 16 divides, so a few stand for all: the presets' widths at
+1024 positions, and lengths that nothing divides.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 
+from bench.cases import PIXEL_OPS, ROW_OPS, Case, shapes
 from igpt.kernels.tiles import ARCHS
 
 
@@ -16,7 +19,6 @@ class CompileCase:
     """`run()` calls launchers. `quick`: in the quick suite. `small_products` names kernel functions whose products
     have fewer than the 64 rows that wgmma needs."""
 
-    kernel: str
     name: str
     run: Callable[[], None]
     quick: bool = False
@@ -28,5 +30,30 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+def forward_and_backward(case: Case) -> None:
+    inputs = case.inputs("meta")
+    for name in case.diff:
+        inputs[name].requires_grad_()
+    out = case.ours("triton")(**inputs)
+    if case.diff:
+        out.backward(torch.empty_like(out))
+
+
+def of(case: Case, name: str, quick: bool = False) -> CompileCase:
+    return CompileCase(f"{case.op} {name}", functools.partial(forward_and_backward, case), quick)
+
+
 def cases() -> Iterator[CompileCase]:
-    yield from ()
+    for preset in ("s", "m", "l"):
+        H, D = shapes(preset)
+        for dtype in ("bf16", "fp16", "fp32"):
+            quick = dtype == "bf16"
+            for causal in (True, False):
+                name = f"D{D} {dtype}{'' if causal else ' full'}"
+                yield of(Case("attention", 2, 1024, H, D, dtype, causal), name, quick and causal)
+                yield of(Case("attention", 1, 77, H, D, dtype, causal), f"{name} N77")
+            for op in ROW_OPS:
+                yield of(Case(op, 2, 1024, H, D, dtype), f"d{H * D} {dtype}", quick and preset == "s")
+                yield of(Case(op, 1, 77, H, D, dtype), f"d{H * D} {dtype} T77")
+    for op in PIXEL_OPS:
+        yield of(Case(op, 2, 1024, 1, 64, "fp32"), "V512", True)

@@ -51,8 +51,8 @@ def run_refused():
 
 
 def cases():
-    yield CompileCase("sample", "good", lambda: run_product(128, 128, 64, 8))
-    yield CompileCase("sample", "spills", lambda: run_product(256, 256, 64, 4), archs=("sm_90",))
-    yield CompileCase("sample", "tma", run_tma, archs=("sm_90", "sm_100"))
-    yield CompileCase("sample", "broken", run_broken, archs=("sm_90",))
-    yield CompileCase("sample", "refused", run_refused, archs=("sm_90",))
+    yield CompileCase("good", lambda: run_product(128, 128, 64, 8))
+    yield CompileCase("spills", lambda: run_product(256, 256, 64, 4), archs=("sm_90",))
+    yield CompileCase("tma", run_tma, archs=("sm_90", "sm_100"))
+    yield CompileCase("broken", run_broken, archs=("sm_90",))
+    yield CompileCase("refused", run_refused, archs=("sm_90",))

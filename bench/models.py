@@ -1,0 +1,166 @@
+"""Whole models: ours, and what it is timed against, on the same tokens of real pictures.
+
+Directions: "fwd" is logits without gradients, "fwd+bwd" the loss and every gradient, "step" that and fused Adam.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from bench import cost
+from bench.cases import DTYPES, tokens
+from bench.peers import Absent, compiled, importable
+from igpt import ImageGPT
+from igpt.config import PRESETS
+from igpt.kernels import reference
+
+DIRECTIONS = ("fwd", "fwd+bwd", "step")
+SDPA_ORDER = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+
+
+@dataclass(frozen=True)
+class ModelCase:
+    """A preset at B pictures of N positions."""
+
+    preset: str
+    B: int
+    N: int
+    dtype: str
+    direction: str
+
+    @property
+    def labels(self) -> dict:
+        c = PRESETS[self.preset]
+        return {
+            "op": "model", "preset": self.preset, "B": self.B, "N": self.N, "H": c.heads, "D": c.head_dim,
+            "d": c.width, "dtype": self.dtype, "direction": self.direction, "causal": c.causal,
+        }  # fmt: skip
+
+    def cost(self) -> cost.Cost:
+        e, config = cost.ELEMENT[self.dtype], PRESETS[self.preset]
+        if self.direction == "fwd":
+            return cost.logits(config, self.B, self.N, e)
+        return cost.model(config, self.B, self.N, e, "fwd+bwd")
+
+
+def flops(case: ModelCase) -> float:
+    """FLOPs that a model-FLOPs utilisation counts: the model's own, recomputation left out."""
+    config = PRESETS[case.preset]
+    model = ImageGPT(dataclasses.replace(config, n_ctx=case.N), device="meta")
+    return model.flops_per_token(training=case.direction != "fwd") * case.B * case.N
+
+
+def ours(case: ModelCase, device: str) -> ImageGPT:
+    """Random weights from one seed; the head drawn too, since with the zeros of the init every answer is right."""
+    torch.manual_seed(0)
+    model = ImageGPT.from_preset(case.preset, device=device, dtype=DTYPES[case.dtype], n_ctx=case.N)
+    torch.nn.init.normal_(model.head, std=0.02)
+    return model
+
+
+def eager_logits(model: ImageGPT, tokens_BN, attention: Callable = reference.attention, block: Callable | None = None):
+    """The reference, operation by operation, on our model's weights: the specification of the whole model."""
+    c, block = model.config, block or eager_block
+    h = reference.embed(tokens_BN, model.wte, model.wpe, model.sos)
+    for b in model.blocks:
+        weights = b.attn.norm, b.attn.qkv, b.attn.proj, b.mlp.norm, b.mlp.fc, b.mlp.proj
+        h = block(h, *weights, c.heads, b.attn.scale, c.norm_eps, c.causal, attention)
+    return F.linear(reference.norm(h, model.norm_f, c.norm_eps), model.head)
+
+
+def eager_block(h, norm_a, qkv, proj, norm_m, w_fc, w_proj, heads, scale, eps, causal, attention):
+    packed = reference.pack_heads(reference.norm_linear(h, norm_a, qkv, eps=eps), heads)
+    a = attention(*packed.unbind(2), causal, scale)
+    h = reference.linear_residual(a.flatten(-2), proj, h)
+    return reference.norm_mlp(h, norm_m, w_fc, w_proj, eps=eps)
+
+
+def sdpa(q_BNHD, k_BMHD, v_BMHD, causal, scale):
+    q, k, v = (t.transpose(1, 2) for t in (q_BNHD, k_BMHD, v_BMHD))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale).transpose(1, 2)
+
+
+def hugging_face(case: ModelCase, device: str):
+    """transformers' ImageGPT of the same size. Its attention divides by int(sqrt(head dim)), right only for 64, and
+    is left as shipped; dropout, 0.1 by its default and none in the paper, is off, in its favour."""
+    if not importable("transformers"):
+        return Absent("transformers is not installed")
+    from transformers import ImageGPTConfig, ImageGPTForCausalImageModeling
+
+    c = PRESETS[case.preset]
+    config = ImageGPTConfig(
+        n_positions=case.N, n_embd=c.width, n_layer=c.n_layer, n_head=c.heads, resid_pdrop=0.0, embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    )  # fmt: skip
+    with torch.device(device):
+        return ImageGPTForCausalImageModeling(config).to(DTYPES[case.dtype])
+
+
+def hugging_face_logits(model, tokens_BN):
+    sos = tokens_BN.new_full((len(tokens_BN), 1), model.config.vocab_size - 1)
+    return model(torch.cat([sos, tokens_BN[:, :-1]], 1)).logits
+
+
+def nll(logits, tokens_BN):
+    return F.cross_entropy(logits.float().flatten(0, 1), tokens_BN.flatten())
+
+
+def runner(case: ModelCase, model, logits: Callable, loss: Callable, device: str) -> Callable[[], object]:
+    """The call that is timed."""
+    ids = tokens(case.B, case.N, device)
+    if case.direction == "fwd":
+
+        def forward():
+            with torch.no_grad():
+                return logits(model, ids)
+
+        return forward
+    optimizer = None
+    if case.direction == "step":
+        optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.95), fused=device == "cuda")
+
+    def step():
+        model.zero_grad(set_to_none=True)
+        loss(model, ids).backward()
+        if optimizer:
+            optimizer.step()
+
+    return step
+
+
+def build(name: str, case: ModelCase, device: str):
+    """The timed call of one implementation, or Absent."""
+    if name == "hugging face":
+        model = hugging_face(case, device)
+        if isinstance(model, Absent):
+            return model
+        logits = hugging_face_logits
+    elif name == "ours":
+        return runner(case, ours(case, device), ImageGPT.__call__, ImageGPT.loss, device)
+    elif name == "eager":
+        model, logits = ours(case, device), eager_logits
+    elif name == "torch.compile":
+        model, block = ours(case, device), compiled(eager_block, device)
+        if isinstance(block, Absent):
+            return block
+
+        def logits(model, ids):
+            with sdpa_kernel(SDPA_ORDER, set_priority=True):
+                return eager_logits(model, ids, sdpa, block)
+
+    else:
+        raise ValueError(f"peers: got {name!r}, expected one of {sorted(NOTES)}")
+    return runner(case, model, logits, lambda m, ids: nll(logits(m, ids), ids), device)
+
+
+NOTES = {
+    "ours": "",
+    "hugging face": "attention scale as shipped: divides by int(sqrt(head dim)), right only for 64; dropout off",
+    "eager": "kernels/reference.py on our weights",
+    "torch.compile": "SDPA (cuDNN first on a GPU) and the reference, compiled block by block",
+}
+PEERS = tuple(name for name in NOTES if name != "ours")

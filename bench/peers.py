@@ -1,0 +1,172 @@
+"""The others: for each operation and for the whole model, peers by name, with the reason where one is absent.
+
+A peer is built for a case and answers with a callable that takes the case's inputs, or with `Absent`.
+"""
+
+import functools
+import importlib.util
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from bench.cases import Case
+from igpt.kernels import reference
+
+SCORES_LIMIT = 24e9  # bytes of N x N scores past which an eager peer is not run
+
+
+@dataclass(frozen=True)
+class Absent:
+    """Why a peer is not run."""
+
+    why: str
+
+
+def importable(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
+def no_compiler(device: str) -> Absent | None:
+    if device == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
+        return Absent("torch.compile needs a C++ compiler")
+    return None
+
+
+def compiled(fn: Callable, device: str) -> Callable | Absent:
+    """torch.compile of a function; max-autotune on a GPU, without CUDA graphs as nothing else here has them."""
+    mode = "max-autotune-no-cudagraphs" if device == "cuda" else None
+    return no_compiler(device) or torch.compile(fn, dynamic=False, mode=mode)
+
+
+def eager(case: Case, device: str):
+    """The reference as it stands."""
+    scores = 4 * case.B * case.H * case.N**2 * 4
+    if case.op == "attention" and scores > SCORES_LIMIT:
+        return Absent(f"its N x N scores need {scores / 1e9:.0f} GB")
+    return case.reference()
+
+
+def _sdpa(case: Case, qkv):
+    q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=case.causal).transpose(1, 2)
+
+
+def sdpa(case: Case, device: str, backend: SDPBackend | None = None):
+    """torch's fused attention: its own choice, or one backend forced."""
+    if backend is None:
+        return functools.partial(_sdpa, case)
+    if device != "cuda":
+        return Absent("this SDPA backend is a GPU's")
+
+    def forced(qkv):
+        with sdpa_kernel(backend):
+            return _sdpa(case, qkv)
+
+    return forced
+
+
+@functools.cache
+def _flex(device: str):
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return compiled(flex_attention, device)
+
+
+def flex(case: Case, device: str):
+    if device != "cuda":
+        return Absent("FlexAttention trains only on a GPU")
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    mask = None
+    if case.causal:
+        mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, case.N, case.N, device=device)
+
+    def run(qkv):
+        q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))
+        return _flex(device)(q, k, v, block_mask=mask).transpose(1, 2)
+
+    return run
+
+
+def flash4(case: Case, device: str):
+    if device != "cuda" or not importable("flash_attn"):
+        return Absent("FlashAttention-4 (flash_attn.cute) is not installed" if device == "cuda" else "needs a GPU")
+    if not importable("flash_attn.cute"):
+        return Absent("flash_attn has no cute build")
+    from flash_attn.cute import flash_attn_func
+
+    def run(qkv):
+        out = flash_attn_func(*qkv.unbind(2), causal=case.causal)
+        return out[0] if isinstance(out, tuple) else out
+
+    return run
+
+
+def compiled_reference(case: Case, device: str):
+    """torch.compile of what a careful user would write: SDPA for attention, the reference for the rest."""
+    if case.op.startswith("palette"):
+        return Absent("the reference's argmin is numpy's")
+    return compiled(functools.partial(_sdpa, case) if case.op == "attention" else case.reference(), device)
+
+
+def liger(case: Case, device: str):
+    """Liger-Kernel's norm, or its fused linear cross-entropy behind its norm."""
+    if device != "cuda" or not importable("liger_kernel"):
+        return Absent("Liger-Kernel is not installed" if device == "cuda" else "needs a GPU")
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as HeadLoss
+    from liger_kernel.ops.rms_norm import LigerRMSNormFunction as Norm
+
+    def norm(x, weight):
+        return Norm.apply(x, weight, 1e-5, 0.0, "llama", False)
+
+    def head_loss(x, norm_weight, head_weight, targets):
+        n = norm(x, norm_weight).flatten(0, -2)
+        loss = HeadLoss.apply(n, head_weight, targets.flatten(), None, None, -100, 0.0, 0.0, "none")
+        return (loss[0] if isinstance(loss, tuple) else loss).view(targets.shape)
+
+    def norm_mlp(x, norm_weight, w_fc, w_proj):
+        return x + F.linear(reference.quick_gelu(F.linear(norm(x, norm_weight), w_fc)), w_proj)
+
+    def norm_linear(x, norm_weight, weight):
+        return F.linear(norm(x, norm_weight), weight)
+
+    known = {"norm": norm, "head_loss": head_loss, "norm_mlp": norm_mlp, "norm_linear": norm_linear}
+    return known.get(case.op, Absent(f"Liger has no {case.op}"))
+
+
+def torch_path(case: Case, device: str):
+    """Our own impl="torch", where "auto" would run the kernels."""
+    return case.ours("torch") if device == "cuda" else Absent("it is what ours runs on a CPU")
+
+
+ATTENTION = {
+    "eager": eager,
+    "torch.compile": compiled_reference,
+    "sdpa": sdpa,
+    "sdpa cudnn": functools.partial(sdpa, backend=SDPBackend.CUDNN_ATTENTION),
+    "sdpa flash": functools.partial(sdpa, backend=SDPBackend.FLASH_ATTENTION),
+    "sdpa efficient": functools.partial(sdpa, backend=SDPBackend.EFFICIENT_ATTENTION),
+    "flex": flex,
+    "flash-attn 4": flash4,
+}
+OTHERS = {"eager": eager, "torch.compile": compiled_reference, "torch path": torch_path, "liger": liger}
+
+
+def of(case: Case) -> dict[str, Callable]:
+    """The peers of a case's operation, by name."""
+    return ATTENTION if case.op == "attention" else OTHERS
+
+
+def chosen(names: dict, wanted: str) -> dict:
+    """Those of "all" or "NAME,NAME". Raises ValueError for a name that no peer has."""
+    if wanted == "all":
+        return names
+    asked = [w.strip() for w in wanted.split(",") if w.strip()]
+    known = {*ATTENTION, *OTHERS, "hugging face"}
+    if unknown := sorted(set(asked) - known):
+        raise ValueError(f"peers: got {unknown}, expected 'all' or some of {sorted(known)}")
+    return {name: build for name, build in names.items() if name in asked}

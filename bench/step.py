@@ -1,0 +1,120 @@
+"""What a training step is made of: `python -m bench.step --preset s` counts every launch, byte and FLOP of it.
+
+The step runs on meta tensors: our launches are recorded by bench/compile.py's `capture`, the vendor's operations by a
+dispatch mode. Bytes are compulsory: each tensor of a launch once, however often the kernel comes back to it.
+"""
+
+import argparse
+import math
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from bench import cost
+from bench.compile import Launch, capture
+from bench.rows import StepRow, to_json
+from igpt import ImageGPT
+
+# Neither views nor allocations move a byte.
+FREE = (
+    "_unsafe_view", "detach", "empty", "empty_like", "empty_strided", "lift_fresh", "new_empty", "new_empty_strided",
+)  # fmt: skip
+
+
+def _bytes(tensors) -> float:
+    """Each storage once, and no more of it than the tensors show."""
+    shown, held = defaultdict(int), {}
+    for t in tensors:
+        storage = t.untyped_storage()
+        shown[storage._cdata] += t.numel() * t.element_size()
+        held[storage._cdata] = max(storage.nbytes(), 1)
+    return float(sum(min(n, held[key]) for key, n in shown.items()))
+
+
+class Vendor(TorchDispatchMode):
+    """Counts the operations that are not ours: (name, bytes, FLOPs) each."""
+
+    def __init__(self):
+        super().__init__()
+        self.found: list[tuple[str, float, float]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func._schema.name.removeprefix("aten::")
+        if func.namespace == "aten" and not func.is_view and name.removesuffix("_") not in FREE:
+            leaves = torch.utils._pytree.tree_leaves((args, kwargs, out))
+            count = flop_registry.get(func.overloadpacket)
+            flops = count(*args, **(kwargs or {}), out_val=out) if count else 0
+            self.found.append((name, _bytes(t for t in leaves if torch.is_tensor(t)), float(flops)))
+        return out
+
+
+def launch_bytes(launch: Launch) -> float:
+    tensors = [getattr(v, "base", v) for v in launch.values.values()]
+    return _bytes(t for t in tensors if torch.is_tensor(t))
+
+
+def launch_flops(launch: Launch, N: int, causal: bool) -> float:
+    """FLOPs of the products in one of our launches: attention's from its q, any other's from its three sizes."""
+    v = launch.values
+    if launch.file.startswith("attention"):
+        return attention_flops(launch.name, v, N, causal)
+    return 0.0
+
+
+def attention_flops(name: str, values: dict, N: int, causal: bool) -> float:
+    return 0.0
+
+
+def account(preset: str, B: int, N: int, arch: str = "sm_90") -> list[StepRow]:
+    """Rows of one training step (loss and backward, bf16) of B pictures, most bytes first."""
+    model = ImageGPT.from_preset(preset, impl="triton", device="meta", dtype=torch.bfloat16, n_ctx=N)
+    tokens = torch.empty(B, N, dtype=torch.int64, device="meta")
+    with Vendor() as vendor, capture(arch) as launches:
+        model.loss(tokens).backward()
+    total = defaultdict(lambda: [0, 0.0, 0.0])
+    ours = [(f"{x.file}.{x.name}", launch_bytes(x), launch_flops(x, N, model.config.causal)) for x in launches]
+    for is_vendor, entries in ((False, ours), (True, vendor.found)):
+        for name, n_bytes, flops in entries:
+            sums = total[name, is_vendor]
+            sums[0], sums[1], sums[2] = sums[0] + 1, sums[1] + n_bytes, sums[2] + flops
+    rows = [
+        StepRow("step", preset, B, N, name, vendor, n, b, f, cost.H200.floor_ms(cost.Cost(f, b), "bf16"))
+        for (name, vendor), (n, b, f) in total.items()
+    ]
+    return sorted(rows, key=lambda r: -r.floor_ms)
+
+
+def table(rows: list[StepRow]) -> str:
+    lines = [f"{'kernel':40} {'launches':>8} {'GB':>9} {'TFLOP':>8} {'floor ms':>9}"]
+    total = StepRow("step", "", 0, 0, "total", False, *(math.fsum(getattr(r, f) for r in rows) for f in
+                    ("launches", "bytes", "flops", "floor_ms")))  # fmt: skip
+    for r in [*rows, total]:
+        name = f"aten.{r.kernel}" if r.vendor else r.kernel
+        lines.append(f"{name:40} {r.launches:8.0f} {r.bytes / 1e9:9.3f} {r.flops / 1e12:8.3f} {r.floor_ms:9.3f}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.step", description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", nargs="+", default=["s", "m", "l"])
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--seq", type=int, default=1024)
+    parser.add_argument("--arch", default="sm_90")
+    parser.add_argument("--out", type=Path, help="append rows as JSON lines to this file")
+    args = parser.parse_args(argv)
+    for preset in args.preset:
+        rows = account(preset, args.batch, args.seq, args.arch)
+        print(f"iGPT-{preset.upper()}, {args.batch} x {args.seq} tokens, bf16, loss and backward\n{table(rows)}\n")
+        if args.out:
+            with args.out.open("a") as out:
+                out.writelines(to_json(row) + "\n" for row in rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
