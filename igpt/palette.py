@@ -133,12 +133,27 @@ class Palette:
         try:
             if path.suffix == ".json":
                 return cls(json.loads(path.read_text(encoding="utf-8"))["clusters"])
-            # Memory-mapped: a header that promises more than the file holds is refused before anything is allocated.
-            return cls(np.load(path, mmap_mode="r", allow_pickle=False))
+            return cls(load_npy(path))
         except KeyError as error:
             raise ValueError(f"{path}: got no {error} key, expected Hugging Face's preprocessor_config.json") from error
-        except (ValueError, TypeError, EOFError) as error:
+        except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: not a palette: {error}") from error
+
+
+def load_npy(path: Path) -> np.ndarray:
+    """A .npy, memory-mapped: one whose header promises more than the file holds is refused before any allocation.
+
+    Raises ValueError naming the file if it is missing, truncated, pickled, or no .npy."""
+    if not path.is_file():
+        raise ValueError(f"{path}: missing")
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, OverflowError, TypeError) as error:
+        raise ValueError(f"{path}: truncated or not a .npy file of numbers: {error}") from error
+    if not isinstance(array, np.ndarray):
+        array.close()
+        raise ValueError(f"{path}: got an npz archive, expected a .npy file")
+    return array
 
 
 def _pixels(images) -> np.ndarray | torch.Tensor:

@@ -215,7 +215,7 @@ def test_load_names_the_file(tmp_path):
         path.write_text(broken)
         with pytest.raises(ValueError, match=message):
             Palette.load(path)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ValueError, match=r"absent\.npy: missing"):
         Palette.load(tmp_path / "absent.npy")
 
 
