@@ -11,6 +11,12 @@ T tokens. FLOPs: 2 T d out forward, 4 T d out backward, for either. Bytes in 16 
     linear_residual  forward: 2 in + 2 out and the residual, 2 out, or 6 out where addmm copies it first
                      backward: two products, 4 (out + in); the residual's gradient is dy itself
 
+Two forms (kernels/tiles.py, FORMS). "plain": a norm kernel, the vendor's products, the residual in addmm's beta.
+"folded" (not for the centred norm): our product scales its rows by rstd and adds the residual in its epilogue
+(kernels/gemm.py), so n never exists and the forward bytes are 2 (d + out) and 2 d for the statistics, or nothing for
+them where the product that wrote x gave its `squares`; and 2 in + 4 out. Backward is the same in both: folding it too
+would cost a pass over dy and y, 3 d wide each, to scale dy and to take the row's dot, against 4 d saved.
+
 Saved for backward: x, a, the weights, and 4 bytes a token of statistics (8 centred). n is not saved: the backward pass
 over x that makes dx writes it again (kernels/rows.py). Products accumulate in fp32 in the vendor's library; n is
 rounded to x's dtype before its product, as eager PyTorch does. Deterministic where the library is.
@@ -18,7 +24,7 @@ rounded to x's dtype before its product, as eager PyTorch does. Deterministic wh
 
 import torch
 
-from . import rows
+from . import gemm, rows
 from .primitives import check_device
 
 
@@ -30,16 +36,22 @@ def normed_product_backward(dy, x, gain, weight, stats, dres=None):
 
 @torch.library.custom_op("igpt::norm_linear", mutates_args=())
 def norm_linear_op(
-    x: torch.Tensor, gain: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, centred: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    check_device("norm_linear", x, gain, weight, bias)
-    n, stats = rows.norm_forward(rows.as_rows(x), gain, eps, centred)
-    y = n @ weight.t() if bias is None else torch.addmm(bias, n, weight.t())
+    x: torch.Tensor, gain: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
+    squares: torch.Tensor | None, eps: float, centred: bool, form: str,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    check_device("norm_linear", x, gain, weight, bias, squares)
+    rows_x = rows.as_rows(x)
+    if gemm.is_folded(form, "norm_linear", x, centred):
+        stats = gemm.rstd_of(rows_x, gain, squares, eps)
+        y = gemm.product(rows_x, weight * gain, row=stats, bias=bias)
+    else:
+        n, stats = rows.norm_forward(rows_x, gain, eps, centred)
+        y = n @ weight.t() if bias is None else torch.addmm(bias, n, weight.t())
     return y.view(*x.shape[:-1], -1), stats
 
 
 @norm_linear_op.register_fake
-def _(x, gain, weight, bias, eps, centred):
+def _(x, gain, weight, bias, squares, eps, centred, form):
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
     return y, x.new_empty((1 + centred, x.numel() // x.shape[-1]), dtype=torch.float32)
 
@@ -57,20 +69,19 @@ def norm_linear_backward_op(
 
 @norm_linear_backward_op.register_fake
 def _(dy, x, gain, weight, bias, stats):
-    return x.new_empty(x.shape), gain.new_empty(gain.shape), weight.new_empty(weight.shape), dy.new_empty(
-        0 if bias is None else bias.shape
-    )
+    gradients = [t.new_empty(t.shape) for t in (x, gain, weight)]
+    return *gradients, dy.new_empty(0 if bias is None else bias.shape)
 
 
 def _norm_linear_setup(ctx, inputs, output):
-    x, gain, weight, bias, _, _ = inputs
+    x, gain, weight, bias, *_ = inputs
     ctx.save_for_backward(x, gain, weight, bias, output[1])
     ctx.has_bias = bias is not None
 
 
 def _norm_linear_backward(ctx, dy, _):
     dx, dgain, dweight, dbias = norm_linear_backward_op(dy, *ctx.saved_tensors)
-    return dx, dgain, dweight, dbias if ctx.has_bias else None, None, None
+    return dx, dgain, dweight, dbias if ctx.has_bias else None, None, None, None, None
 
 
 norm_linear_op.register_autograd(_norm_linear_backward, setup_context=_norm_linear_setup)
@@ -78,17 +89,18 @@ norm_linear_op.register_autograd(_norm_linear_backward, setup_context=_norm_line
 
 @torch.library.custom_op("igpt::linear_residual", mutates_args=())
 def linear_residual_op(
-    a: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
+    a: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, bias: torch.Tensor | None, form: str,
+    emit_squares: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     check_device("linear_residual", a, weight, residual, bias)
-    residual = residual.reshape(-1, weight.shape[0])
-    residual = residual if bias is None else residual + bias
-    return torch.addmm(residual, rows.as_rows(a), weight.t()).view(*a.shape[:-1], -1)
+    folded = emit_squares or gemm.is_folded(form, "linear_residual", a)
+    y, squares = gemm.product_residual(rows.as_rows(a), weight, rows.as_rows(residual), bias, folded, emit_squares)
+    return y.view(residual.shape), squares
 
 
 @linear_residual_op.register_fake
-def _(a, weight, residual, bias):
-    return a.new_empty(residual.shape)
+def _(a, weight, residual, bias, form, emit_squares):
+    return a.new_empty(residual.shape), gemm.empty_squares(residual, emit_squares)
 
 
 @torch.library.custom_op("igpt::linear_residual_backward", mutates_args=())
@@ -106,34 +118,43 @@ def _(dy, a, weight, bias):
 
 
 def _linear_residual_setup(ctx, inputs, output):
-    a, weight, _, bias = inputs
+    a, weight, _, bias, *_ = inputs
     ctx.save_for_backward(a, weight, bias)
     ctx.has_bias = bias is not None
 
 
-def _linear_residual_backward(ctx, dy):
+def _linear_residual_backward(ctx, dy, _):
     da, dweight, dbias = linear_residual_backward_op(dy, *ctx.saved_tensors)
-    return da, dweight, dy, dbias if ctx.has_bias else None
+    return da, dweight, dy, dbias if ctx.has_bias else None, None, None
 
 
 linear_residual_op.register_autograd(_linear_residual_backward, setup_context=_linear_residual_setup)
 
 
-def norm_linear(x, norm_weight, weight, bias=None, eps: float = 1e-5, centred: bool = False):
+def norm_linear(
+    x, norm_weight, weight, bias=None, eps: float = 1e-5, centred: bool = False, form: str | None = None, squares=None
+):
     """norm(x) @ weight^T + bias: (..., d) -> (..., out). Differentiable in x, norm_weight, weight and bias.
 
+    form: "plain", "folded" or the table's choice. squares: of x, from the operation that wrote it (emit_squares).
     Raises ValueError naming the argument for a wrong shape or dtype: all are in x's dtype."""
     rows.check_norm("norm_linear", x, norm_weight)
     rows.check_operand("norm_linear", "weight", weight, x.dtype, (None, x.shape[-1]))
     rows.check_operand("norm_linear", "bias", bias, x.dtype, weight.shape[:1])
-    return norm_linear_op(x, norm_weight, weight, bias, eps, centred)[0]
+    gemm.check_squares("norm_linear", squares, x)
+    form = gemm.check_form("norm_linear", form, centred)
+    return norm_linear_op(x, norm_weight, weight, bias, squares, eps, centred, form)[0]
 
 
-def linear_residual(a, weight, residual, bias=None):
+def linear_residual(a, weight, residual, bias=None, form: str | None = None, emit_squares: bool = False):
     """residual + a @ weight^T + bias: (..., in) -> (..., out). Differentiable in all four.
 
+    form: "plain", "folded" or the table's choice. emit_squares: also return the sums of y^2 over each 128 columns, for
+    the `squares` of the norm that reads y; folded whatever the table says.
     Raises ValueError naming the argument for a wrong shape or dtype: all are in a's dtype."""
     rows.check_operand("linear_residual", "weight", weight, a.dtype, (None, a.shape[-1]))
     rows.check_operand("linear_residual", "residual", residual, a.dtype, (*a.shape[:-1], weight.shape[0]))
     rows.check_operand("linear_residual", "bias", bias, a.dtype, weight.shape[:1])
-    return linear_residual_op(a, weight, residual, bias)
+    form = gemm.check_form("linear_residual", form)
+    y, squares = linear_residual_op(a, weight, residual, bias, form, emit_squares)
+    return (y, squares.detach()) if emit_squares else y

@@ -1,5 +1,7 @@
 """norm_linear, linear_residual, norm_mlp: error budgets for output and every gradient, hard values, odd shapes."""
 
+import functools
+
 import pytest
 import torch
 from test_norm import DTYPES, assert_budget, values
@@ -7,10 +9,12 @@ from test_norm import DTYPES, assert_budget, values
 from bench.budget import against_fp64
 from igpt.kernels import norm_linear as products
 from igpt.kernels import norm_mlp as mlp
-from igpt.kernels import reference
+from igpt.kernels import reference, tiles
 
-# Rows, width, output width: aligned, odd in each, one row, as wide as a preset.
-SHAPES = [((2, 16), 64, 128), ((7,), 100, 72), ((2, 3), 513, 40), ((1,), 40, 513), ((1, 5), 1024, 96)]
+# The plain form, and the folded one by pointers and by TMA.
+FORMS = [("plain", "portable"), ("folded", "portable"), ("folded", "sm_90")]
+# Rows, width, output width: aligned, odd in each, one row.
+SHAPES = [((2, 16), 64, 128), ((7,), 100, 72), ((2, 3), 513, 40), ((1,), 40, 513), ((1, 5), 256, 96)]
 
 
 def inputs(kind, shape, d, out, dtype, bias, device):
@@ -33,45 +37,84 @@ def mlp_inputs(kind, shape, d, f, dtype, bias, device):
     return t
 
 
-def check(ours, eager, t, **options):
-    assert_budget(
-        against_fp64(lambda **k: ours(**k, **options), lambda **k: eager(**k, centred=options["centred"]), t, tuple(t))
-    )
+def check(ours, eager, t, arch="portable", centred=False, **options):
+    """`eager` knows only of `centred`."""
+    if centred:
+        ours, eager = functools.partial(ours, centred=True), functools.partial(eager, centred=True)
+    with tiles.target(arch):
+        assert_budget(against_fp64(lambda **k: ours(**k, **options), eager, t, tuple(t)))
 
 
-@pytest.mark.parametrize("centred", [False, True])
+forms = pytest.mark.parametrize(
+    ("form", "arch", "centred"),
+    [(*f, False) for f in FORMS] + [("plain", "portable", True)],
+    ids=lambda v: {True: "centred", False: "rms"}[v] if isinstance(v, bool) else v,
+)
+
+
+@forms
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", SHAPES, ids=str)
-def test_norm_linear(case, dtype, centred, device, poison_empty):
+def test_norm_linear(case, dtype, form, arch, centred, device, poison_empty):
     t = inputs("normal", *case, dtype, case[1] % 8 == 0, device)
-    check(products.norm_linear, reference.norm_linear, t, centred=centred)
+    check(products.norm_linear, reference.norm_linear, t, arch, centred, form=form)
 
 
+@pytest.mark.parametrize(("form", "arch"), FORMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", SHAPES, ids=str)
-def test_linear_residual(case, dtype, device, poison_empty):
+def test_linear_residual(case, dtype, form, arch, device, poison_empty):
     shape, d, out = case
     t = inputs("normal", shape, d, out, dtype, d % 8 == 0, device)
     del t["norm_weight"]
     t["a"], t["residual"] = t.pop("x"), values("normal", (*shape, out), dtype, 6).to(device)
-    assert_budget(against_fp64(products.linear_residual, reference.linear_residual, t, tuple(t)))
+    check(products.linear_residual, reference.linear_residual, t, arch, form=form)
 
 
-@pytest.mark.parametrize("centred", [False, True])
-@pytest.mark.parametrize("recompute", [False, True])
+@forms
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", SHAPES, ids=str)
-def test_norm_mlp(case, dtype, recompute, centred, device, poison_empty):
-    t = mlp_inputs("normal", *case, dtype, case[1] % 8 == 0, device)
-    check(mlp.norm_mlp, reference.norm_mlp, t, centred=centred, recompute=recompute)
+def test_norm_mlp(case, dtype, form, arch, centred, device, poison_empty):
+    t = mlp_inputs("normal", *case, dtype, form == "plain" and case[1] % 8 == 0, device)
+    check(mlp.norm_mlp, reference.norm_mlp, t, arch, centred, form=form)
 
 
-@pytest.mark.parametrize("centred", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("form", "arch"), FORMS)
+@pytest.mark.parametrize("bias", [False, True])
+def test_norm_mlp_recomputing(bias, form, arch, device, poison_empty):
+    """And with biases, whose backward is the plain one in both forms."""
+    t = mlp_inputs("normal", (2, 7), 72, 136, torch.bfloat16, bias, device)
+    check(mlp.norm_mlp, reference.norm_mlp, t, arch, form=form, recompute=True)
+
+
+@forms
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", ["mean", "outliers", "large", "zeros"])
-def test_hard_values(kind, dtype, centred, device, poison_empty):
-    t = mlp_inputs(kind, (12,), 136, 160, dtype, True, device)
-    check(mlp.norm_mlp, reference.norm_mlp, t, centred=centred)
+def test_hard_values(kind, dtype, form, arch, centred, device, poison_empty):
+    t = mlp_inputs(kind, (12,), 136, 160, dtype, False, device)
+    check(mlp.norm_mlp, reference.norm_mlp, t, arch, centred, form=form)
+
+
+@pytest.mark.parametrize("arch", ["portable", "sm_90"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_squares_replace_the_pass_over_x(dtype, arch, device, poison_empty):
+    """A block's two halves and the next norm, each norm's statistics coming from the product before it."""
+    t = mlp_inputs("normal", (2, 5), 136, 72, dtype, False, device)
+    t["a"] = values("normal", (2, 5, 72), dtype, 6).to(device)
+
+    def eager(a, x, norm_weight, w_fc, w_proj):
+        x = reference.norm_mlp(reference.linear_residual(a, w_proj, x), norm_weight, w_fc, w_proj)
+        return reference.norm_linear(x, norm_weight, w_fc)
+
+    def ours(a, x, norm_weight, w_fc, w_proj):
+        x, squares = products.linear_residual(a, w_proj, x, emit_squares=True)
+        options = {"form": "folded", "squares": squares}
+        x, squares = mlp.norm_mlp(x, norm_weight, w_fc, w_proj, **options, emit_squares=True)
+        want = torch.stack([p.float().square().sum(-1) for p in x.detach().flatten(0, 1).split(128, 1)])
+        torch.testing.assert_close(squares, want, rtol=2 * torch.finfo(dtype).eps, atol=0)
+        return products.norm_linear(x, norm_weight, w_fc, form="folded", squares=squares)
+
+    check(ours, eager, t, arch)
 
 
 def test_strides(device):
@@ -80,9 +123,9 @@ def test_strides(device):
     t["x"] = t["x"][..., 32:]
     t["norm_weight"] = t["norm_weight"][::3][:64].repeat(2)[:64]
     t["w_fc"], t["w_proj"] = t["w_fc"][:, :64], t["w_proj"][:64]
-    check(mlp.norm_mlp, reference.norm_mlp, t, centred=False)
+    check(mlp.norm_mlp, reference.norm_mlp, t)
     t = {"x": t["x"], "norm_weight": t["norm_weight"], "weight": t["w_fc"].t().contiguous().t()}
-    check(products.norm_linear, reference.norm_linear, t, centred=False)
+    check(products.norm_linear, reference.norm_linear, t)
 
 
 def test_nothing_is_kept_without_gradients(device):
@@ -90,8 +133,9 @@ def test_nothing_is_kept_without_gradients(device):
     want = mlp.norm_mlp(**{k: v.requires_grad_() for k, v in t.items()})
     with torch.no_grad():
         assert torch.equal(mlp.norm_mlp(**t), want)
-    out = mlp.norm_mlp_op(*t.values(), None, None, 1e-5, False, False, False)
-    assert [o.numel() for o in out[2:]] == [0, 0]
+    for form in ("plain", "folded"):
+        out = mlp.norm_mlp_op(*t.values(), None, None, None, 1e-5, False, form, False, False, False)
+        assert [o.numel() for o in out] == [4 * 32, 0, 4, 0, 0]
 
 
 def test_backward_keeps_nothing_twice(device):
@@ -116,11 +160,12 @@ def test_opcheck_and_compile(bias, device):
     a = {k: v.requires_grad_() for k, v in t.items()}
     b_fc, b_proj = a.get("b_fc"), a.get("b_proj")
     weights = a["x"], a["norm_weight"], a["w_fc"], a["w_proj"]
-    torch.library.opcheck(torch.ops.igpt.norm_mlp, (*weights, b_fc, b_proj, 1e-5, False, True, True))
-    torch.library.opcheck(torch.ops.igpt.norm_mlp, (*weights, b_fc, b_proj, 1e-5, True, True, False))
-    torch.library.opcheck(torch.ops.igpt.norm_linear, (*weights[:3], b_fc, 1e-5, False))
     hidden = torch.randn(2, 5, 48, device=device, requires_grad=True)
-    torch.library.opcheck(torch.ops.igpt.linear_residual, (hidden, a["w_proj"], a["x"], b_proj))
+    ops, biases = torch.ops.igpt, (b_fc, b_proj)
+    torch.library.opcheck(ops.norm_mlp, (*weights, *biases, None, 1e-5, False, "folded", True, True, True))
+    torch.library.opcheck(ops.norm_mlp, (*weights, *biases, None, 1e-5, True, "", False, True, False))
+    torch.library.opcheck(ops.norm_linear, (*weights[:3], b_fc, None, 1e-5, False, ""))
+    torch.library.opcheck(ops.linear_residual, (hidden, a["w_proj"], a["x"], b_proj, "", True))
 
     def block(**t):
         qkv = products.norm_linear(t["x"], t["norm_weight"], t["w_fc"], t.get("b_fc"))
@@ -142,3 +187,9 @@ def test_bad_input(device):
         products.norm_linear(t["x"], t["norm_weight"], t["w_proj"])
     with pytest.raises(ValueError, match="linear_residual: residual: got"):
         products.linear_residual(t["x"], t["w_fc"], t["x"])
+    with pytest.raises(ValueError, match="norm_mlp: form: got 'folded' with centred=True"):
+        mlp.norm_mlp(**t, centred=True, form="folded")
+    with pytest.raises(ValueError, match="norm_mlp: form: got 'quick'"):
+        mlp.norm_mlp(**t, form="quick")
+    with pytest.raises(ValueError, match="norm_mlp: squares: got"):
+        mlp.norm_mlp(**t, squares=torch.zeros(2, 4, device=device))
