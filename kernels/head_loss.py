@@ -5,22 +5,21 @@
 
 The released norm only scales rows, so it folds: logits = rstd * (x @ (g * W)^T), with sum(x^2) taken in the product's
 own loop. The centred one doesn't fold (a large mean would cancel): a row kernel writes n first, and the product runs
-on n and W. The vocabulary is walked in chunks of BLOCK_N with an online log-sum-exp,
-so any V runs and a 128-row tile halves the traffic of W that a 64 x 512 tile in registers would have.
+on n and W. The vocabulary is walked in chunks of BLOCK_N with an online log-sum-exp: any V runs, and 128 rows by 256
+colours move a third fewer bytes from L2 than the 64 by 512 that registers could hold at once.
 
 With gradients to come a chunk leaves as shifted = exp(logit - running max) in x's dtype with its fp32 maximum, since
-lse isn't known before the last chunk. Saved besides the inputs: shifted, maxima, lse, nll and the norm's rstd.
-Backward:
+lse isn't known before the last chunk. Saved besides the inputs: shifted, maxima, lse and the norm's stats. Backward:
 
-    dlogits = dnll * (shifted * exp(maximum - lse) - onehot)      the target's own entry: dnll * (exp(-nll) - 1) in fp32
+    dlogits = dnll * (shifted * exp(maximum - lse) - onehot)
     dn = dlogits @ W,   dW = dlogits^T @ n,   dx and dnorm_weight from dn by the norm's backward (kernels/rows.py)
 
-The two products are the vendor's; n is made again by the row kernel. The target's entry doesn't come from the rounded
-softmax because near certainty rounded(softmax) - 1 would be all rounding. fp32: accumulators, statistics, lse, nll.
-Deterministic: no atomics. Floor: forward 2 T d V FLOPs and T d + V d elements read (+ T V written for backward);
-backward 4 T d V FLOPs, 6 T d + 4 T V elements.
+Near certainty softmax - 1 keeps its digits although shifted is rounded: a target that likely is its chunk's maximum,
+and shifted is exactly 1 there. The two products are the vendor's; the row kernel makes n again on its way. fp32:
+accumulators, statistics, lse, nll. Deterministic: no atomics.
 
-A target outside [0, V) gives NaN.
+Floor: forward 2 T d V FLOPs, T d + V d elements read (and T V written for backward); backward 4 T d V FLOPs,
+6 T d + 4 T V elements. A target outside [0, V) gives NaN.
 """
 
 import torch
@@ -79,7 +78,7 @@ def forward_kernel(
 
 @triton.jit
 def dlogits_kernel(
-    dnll, shifted, maxima, lse, nll, targets, dlogits, T, V,
+    dnll, shifted, maxima, lse, targets, dlogits, T, V,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """dnll (softmax - onehot), softmax = exp(logit - running max) exp(running max - lse)."""
@@ -92,9 +91,8 @@ def dlogits_kernel(
     b_max = tl.load(maxima + o_m.to(tl.int64) * tl.cdiv(V, CHUNK) + i_n // CHUNK, mask=m_m, other=0.0)
     b_scale = tl.exp(b_max - tl.load(lse + o_m, mask=m_m, other=0.0))
     b_p = tl.load(shifted + o_tile, mask=m_tile, other=0.0).to(tl.float32) * b_scale[:, None]  # [BLOCK_M, BLOCK_N]
-    b_wrong = tl.exp(-tl.load(nll + o_m, mask=m_m, other=0.0)) - 1.0
     b_target = tl.load(targets + o_m, mask=m_m, other=0).to(tl.int32)
-    b_p = tl.where(o_n[None, :] == b_target[:, None], b_wrong[:, None], b_p)
+    b_p = tl.where(o_n[None, :] == b_target[:, None], b_p - 1.0, b_p)
     b_p *= tl.load(dnll + o_m, mask=m_m, other=0.0)[:, None]
     tl.store(dlogits + o_tile, b_p.to(dlogits.dtype.element_ty), mask=m_tile)
 
@@ -134,7 +132,7 @@ def launch_forward(x, norm_weight, head_weight, targets, eps: float, centred: bo
     return nll, stats, lse, shifted, maxima
 
 
-def launch_backward(dnll, x, norm_weight, head_weight, targets, nll, stats, lse, shifted, maxima):
+def launch_backward(dnll, x, norm_weight, head_weight, targets, stats, lse, shifted, maxima):
     """dx [T, d], dnorm_weight [d], dhead_weight [V, d]."""
     T, V = shifted.shape
     chunk = tiles.head_loss_tile(tiles.arch(x.device), x.element_size(), x.shape[1], V).BLOCK_N
@@ -142,7 +140,7 @@ def launch_backward(dnll, x, norm_weight, head_weight, targets, nll, stats, lse,
     BLOCK_M, BLOCK_N = 16, min(chunk, 128)
     if T:
         dlogits_kernel[(triton.cdiv(T, BLOCK_M), triton.cdiv(V, BLOCK_N))](
-            dnll=dnll, shifted=shifted, maxima=maxima, lse=lse, nll=nll, targets=targets, dlogits=dlogits, T=T, V=V,
+            dnll=dnll, shifted=shifted, maxima=maxima, lse=lse, targets=targets, dlogits=dlogits, T=T, V=V,
             BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, CHUNK=chunk, num_warps=4,
         )  # fmt: skip
     dx, dnorm_weight, n = rows.norm_backward(dlogits @ head_weight, x, norm_weight, stats, write_n=True)
@@ -173,12 +171,10 @@ def _(x, norm_weight, head_weight, targets, eps, centred, has_grad):
 @torch.library.custom_op("igpt::head_loss_backward", mutates_args=())
 def head_loss_backward_op(
     dnll: torch.Tensor, x: torch.Tensor, norm_weight: torch.Tensor, head_weight: torch.Tensor, targets: torch.Tensor,
-    nll: torch.Tensor, stats: torch.Tensor, lse: torch.Tensor, shifted: torch.Tensor, maxima: torch.Tensor,
+    stats: torch.Tensor, lse: torch.Tensor, shifted: torch.Tensor, maxima: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     check_device("head_loss_backward", dnll, x, norm_weight, head_weight, targets)
-    return launch_backward(
-        dnll.contiguous(), x, norm_weight, head_weight, targets, nll, stats, lse, shifted, maxima
-    )
+    return launch_backward(dnll.contiguous(), x, norm_weight, head_weight, targets, stats, lse, shifted, maxima)
 
 
 @head_loss_backward_op.register_fake
@@ -187,7 +183,7 @@ def _(dnll, x, norm_weight, head_weight, *saved):
 
 
 def _setup(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:4], *output)
+    ctx.save_for_backward(*inputs[:4], *output[1:])
     ctx.mark_non_differentiable(*output[1:])
 
 
