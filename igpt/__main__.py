@@ -1,0 +1,3 @@
+from igpt.cli import main
+
+raise SystemExit(main())

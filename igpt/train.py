@@ -1,0 +1,313 @@
+"""The program `igpt train`: pretraining (paper section 2 and appendix), on one process or many.
+
+    igpt train --preset s --data imagenet32/ --run runs/s
+    torchrun --nproc-per-node 8 -m igpt train --preset l --data imagenet32/ --run runs/l --accumulate 2
+
+A step is a function of (configuration, step, weights and optimiser state): which pictures, which BERT masks, which
+learning rate. So a run that was killed goes on from its last checkpoint as if nothing had happened.
+"""
+
+import math
+import signal
+import threading
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from igpt import data, grid, sample
+from igpt.checkpoint import Checkpoints
+from igpt.config import preset
+from igpt.model import MASK_PROBABILITY, ImageGPT
+from igpt.order import Order
+from igpt.palette import Palette
+from igpt.processes import Processes, build, processes, whole
+from igpt.rundir import Metrics, claim, peak_flops
+
+# The paper's, at 32x32 (XL: 64x64). It prints .01 for L at 48x48, which looks like a slip. tiny's is ours.
+LEARNING_RATES = {
+    ("tiny", "ar"): 0.003, ("s", "ar"): 0.003, ("m", "ar"): 0.003, ("l", "ar"): 0.001, ("xl", "ar"): 0.0003,
+    ("tiny", "bert"): 0.003, ("s", "bert"): 0.01, ("m", "bert"): 0.003, ("l", "bert"): 0.001, ("xl", "bert"): 0.0003,
+}  # fmt: skip
+BATCHES = {"tiny": 16, "xl": 64}  # pictures a step; the others 128
+STEPS = {"tiny": 1000, "xl": 2_000_000}  # the others 1,000,000
+SAMPLES = 16  # pictures in a grid during training
+
+
+@dataclass(frozen=True)
+class Options:
+    """Pretrain a model. A run directory that has a checkpoint is resumed; one of another configuration is refused.
+
+    Under torchrun the batch is shared by the processes; their number may change between a run and its resumption."""
+
+    run: Path  # the run directory: config.json, metrics.jsonl, checkpoints/, samples/, and export/ at the end
+    data: str = "builtin:emoji"  # builtin:emoji, a folder of pictures, a token set, CIFAR, STL-10, IDX, OpenAI's npy
+    preset: Literal["tiny", "s", "m", "l", "xl"] = "s"  # the model's size
+    objective: Literal["ar", "bert"] = "ar"  # next pixel, or 15% of the pixels hidden
+    layers: int | None = None  # default: the preset's
+    width: int | None = None  # default: the preset's
+    heads: int | None = None  # default: the preset's
+    norm: Literal["rms", "layer"] = "rms"  # as OpenAI's code has it (not centred), or as the paper writes it
+    size: int | None = None  # pictures become size x size; default: 32, or the token set's own
+    palette: Path | None = None  # palette.npy or kmeans_centers.npy; default: the set's own
+    steps: int | None = None  # updates; default: the paper's 1,000,000 (xl 2,000,000; tiny 1000)
+    batch: int | None = None  # pictures an update, over all processes; default: the paper's 128 (xl 64; tiny 16)
+    lr: float | None = None  # Adam's, at its peak; default: the paper's for this preset and objective
+    warmup: int | None = None  # updates of linear warm-up; default: one epoch, at most a tenth of the run
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8  # Adam's; the paper doesn't say
+    clip: float | None = 1.0  # largest gradient norm, None for no clipping; the paper doesn't say
+    seed: int = 0  # of the first weights, the order of the pictures and the masks
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"  # of the activations; auto: bf16 on a GPU, fp32 on a CPU
+    accumulate: int = 1  # micro-batches an update, to need less memory
+    recompute: bool = False  # forget each block's activations and compute them again in the backward pass
+    impl: Literal["auto", "triton", "torch"] = "auto"  # Triton kernels or PyTorch; auto: kernels on a GPU
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    log_every: int = 10  # updates between lines of metrics.jsonl
+    save_every: int | None = None  # updates between checkpoints; default: a tenth of the run, at most 1000
+    keep: int = 2  # checkpoints kept
+    valid_every: int | None = None  # updates between validation losses; default: a tenth of the run
+    valid_pictures: int = 1024  # at most so many of the validation split, the first ones
+    sample_every: int | None = None  # updates between sample grids, 0 for none; default: a tenth of the run
+    tensorboard: bool = False  # write TensorBoard's files too
+
+    def resolved(self) -> "Options":
+        """With the defaults that depend on other options filled in. Raises ValueError for values that make no run."""
+        steps = STEPS.get(self.preset, 1_000_000) if self.steps is None else self.steps
+        tenth = max(1, steps // 10)
+        filled = {
+            "steps": steps, "batch": BATCHES.get(self.preset, 128), "save_every": min(tenth, 1000),
+            "lr": LEARNING_RATES[self.preset, self.objective], "valid_every": tenth, "sample_every": tenth,
+        }  # fmt: skip
+        options = replace(self, **{k: v for k, v in filled.items() if getattr(self, k) is None})
+        for name in (
+            "steps", "batch", "accumulate", "log_every", "save_every", "valid_every", "valid_pictures", "keep",
+        ):  # fmt: skip
+            if getattr(options, name) < 1:
+                raise ValueError(f"{name}: got {getattr(options, name)}, expected at least 1")
+        for name in ("lr", "eps"):
+            if not 0 < getattr(options, name) < math.inf:
+                raise ValueError(f"{name}: got {getattr(options, name)}, expected a positive number")
+        if options.clip is not None and not options.clip > 0:
+            raise ValueError(f"clip: got {options.clip}, expected a positive number or None")
+        if not (0 <= options.beta1 < 1 and 0 <= options.beta2 < 1):
+            raise ValueError(f"beta1, beta2: got {options.beta1}, {options.beta2}, expected numbers in [0, 1)")
+        if options.sample_every < 0 or (options.warmup or 0) < 0 or options.seed < 0:
+            raise ValueError(
+                f"sample_every, warmup, seed: got {options.sample_every}, {options.warmup}, {options.seed}, expected 0 "
+                "or more"
+            )
+        return options
+
+
+# What a resumed run may change: none of it moves the loss by more than rounding.
+FREE = {
+    "run", "accumulate", "recompute", "impl", "device", "log_every", "save_every", "keep", "valid_every",
+    "valid_pictures", "sample_every", "tensorboard",
+}  # fmt: skip
+
+
+def run(options: Options) -> dict:
+    options = options.resolved()
+    with processes(options.device) as us, stop_signal() as stopped:
+        micro, rest = divmod(options.batch, us.world * options.accumulate)
+        if rest:
+            raise ValueError(
+                f"batch: got {options.batch}, expected a multiple of {us.world} processes * {options.accumulate} "
+                "micro-batches"
+            )
+        palette = None if options.palette is None else Palette.load(options.palette)
+        train, valid = (data.load(options.data, s, size=options.size).encoded(palette) for s in ("train", "valid"))
+        for pictures in (train, valid):
+            if not len(pictures):
+                raise ValueError(f"data: {pictures.name} has no pictures")
+        return Training(options, us, micro, train, valid.rows(slice(options.valid_pictures))).run(stopped)
+
+
+class Training:
+    """One process's part of a run."""
+
+    def __init__(self, options: Options, us: Processes, micro: int, train: data.Pictures, valid: data.Pictures):
+        self.options, self.us, self.micro, self.train, self.valid = options, us, micro, train, valid
+        overrides = {"n_layer": options.layers, "width": options.width, "heads": options.heads, "vocab": train.vocab}
+        self.config = preset(
+            options.preset, n_ctx=train.n_ctx, objective=options.objective, norm=options.norm,
+            **{k: v for k, v in overrides.items() if v is not None},
+        )  # fmt: skip
+        self.bf16 = options.dtype == "bf16" or (options.dtype == "auto" and us.device.type == "cuda")
+        epoch = math.ceil(len(train) / options.batch)
+        self.warmup = min(epoch, options.steps // 10) if options.warmup is None else options.warmup
+        self.order = Order(len(train), options.batch, options.seed)
+        if us.first:
+            claim(options.run, self.identity())
+        us.wait()
+        self.checkpoints = Checkpoints(options.run / "checkpoints", us, options.keep)
+        self.model = build(self.config, us, impl=options.impl, bf16=self.bf16, seed=options.seed)
+        self.model.recompute = options.recompute
+        self.optimizer = torch.optim.Adam(
+            self.model.parameters(), lr=options.lr, betas=(options.beta1, options.beta2), eps=options.eps,
+            fused=us.device.type == "cuda",
+        )  # fmt: skip
+
+    def identity(self) -> dict:
+        """What config.json says: all that decides the run's losses."""
+        asked = {k: v for k, v in asdict(self.options).items() if k not in FREE}
+        asked["palette"] = None if self.train.palette is None else self.train.palette.fingerprint
+        return {"model": self.config.to_dict(), "train": {**asked, "warmup": self.warmup, "pictures": len(self.train)}}
+
+    def run(self, stopped: threading.Event) -> dict:
+        options = self.options
+        start = self.checkpoints.load(self.model, self.optimizer)
+        flops = ImageGPT(self.config, device="meta").flops_per_token() * self.config.n_ctx
+        peak = peak_flops(self.us.device)
+        self.metrics = Metrics(
+            options.run, start, options.steps, on=self.us.first, flops_a_picture=flops,
+            peak=peak and peak * self.us.world, tensorboard=options.tensorboard,
+        )  # fmt: skip
+        every = [n for n in (options.save_every, options.valid_every, options.sample_every) if n]
+        step, queued, stop = start, None, False
+        try:
+            while step < options.steps and not stop:
+                step += 1
+                statistics = self.update(step, stopped.is_set())
+                # A GPU's figures are read when the next step has been launched, so that it never waits for us.
+                if queued is not None:
+                    stop = self.report(*queued)
+                queued = step, statistics
+                due = stop or step == options.steps or any(step % n == 0 for n in every)
+                if due or self.us.device.type == "cpu":
+                    stop, queued = self.report(*queued) or stop, None
+                if due or stop:
+                    self.look(step, stop)
+                self.checkpoints.poll()
+            self.checkpoints.poll(wait=True)
+        finally:
+            self.metrics.close()
+        result = {"run": str(options.run), "step": step, **{k: v for k, v in self.metrics.last.items() if "loss" in k}}
+        if step < options.steps:
+            return {**result, "stopped": "by a signal; the same command goes on"}
+        return {**result, "export": self.export()}
+
+    def update(self, step: int, stop: bool) -> torch.Tensor:
+        """One optimiser step. Gives [loss, gradient norm, processes asked to stop], on the device, over all."""
+        options, us = self.options, self.us
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr(step)
+        rows = self.order.rows(step - 1)
+        masked = None if self.config.causal else self.masks(len(rows), options.seed, step)
+        mine = range(us.rank * options.accumulate, (us.rank + 1) * options.accumulate)
+        total = torch.zeros((), device=us.device)
+        for i in mine:
+            if us.world > 1:
+                self.model.set_requires_gradient_sync(i == mine[-1])
+            part = slice(i * self.micro, (i + 1) * self.micro)
+            loss = self.loss(self.train.tokens[rows[part]], None if masked is None else masked[part])
+            (loss / options.accumulate).backward()
+            total += loss.detach() / options.accumulate
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), options.clip or math.inf)
+        norm = norm.full_tensor() if us.world > 1 else norm
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return us.sum(torch.stack([total / us.world, norm / us.world, torch.tensor(float(stop), device=us.device)]))
+
+    def loss(self, tokens: np.ndarray, masked: torch.Tensor | None) -> torch.Tensor:
+        device = self.us.device
+        x = torch.from_numpy(tokens.astype(np.int64)).to(device, non_blocking=True)
+        masked = None if masked is None else masked.to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+            return self.model.loss(x, masked)
+
+    def masks(self, pictures: int, *seed: int) -> torch.Tensor:
+        """BERT's masks of a whole batch, the same however many processes share it."""
+        generator = torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+        return torch.rand(pictures, self.config.n_ctx, generator=generator) < MASK_PROBABILITY
+
+    def lr(self, step: int) -> float:
+        """Of update `step` = 1, 2, ...: linear warm-up, then a cosine that would reach 0 after the last."""
+        peak, steps, done = self.options.lr, self.options.steps, step - 1
+        if done < self.warmup:
+            return peak * step / self.warmup
+        return peak * 0.5 * (1 + math.cos(math.pi * (done - self.warmup) / (steps - self.warmup)))
+
+    def report(self, step: int, statistics: torch.Tensor) -> bool:
+        """Log a finished step; whether to stop. Raises FloatingPointError for figures that are not finite."""
+        loss, norm, stop = statistics.tolist()
+        self.metrics.count(self.options.batch)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self.checkpoints.poll(wait=True)
+            raise FloatingPointError(
+                f"step {step}: loss {loss}, gradient norm {norm}; the last good checkpoint is "
+                f"{self.checkpoints.latest() or 'none'}"
+            )
+        if step % self.options.log_every == 0 or step in (1, self.options.steps):
+            self.metrics.trained(step, {"loss": loss, "lr": self.lr(step), "grad_norm": norm})
+        return stop > 0
+
+    def look(self, step: int, stop: bool) -> None:
+        """What is due between two steps: validation, samples, a checkpoint."""
+        options, last = self.options, step == self.options.steps
+        with self.metrics.apart():
+            if step % options.valid_every == 0 or last:
+                self.metrics.validated(step, self.valid_loss())
+            if options.sample_every and self.config.causal and (step % options.sample_every == 0 or last):
+                self.sample(step)
+        if step % options.save_every == 0 or last or stop:
+            self.metrics.sync()
+            self.checkpoints.start(step, self.model, self.optimizer)
+
+    @torch.no_grad()
+    def valid_loss(self) -> float:
+        """Over the validation pictures, the same however many processes share them."""
+        n, us, weighted = len(self.valid), self.us, torch.zeros((), device=self.us.device, dtype=torch.float64)
+        masked = None if self.config.causal else self.masks(n, self.options.seed)
+        # Processes take micro-batches in turn; one that has none left computes along, as FSDP needs all, and adds 0.
+        for first in range(0, n, self.micro * us.world):
+            start = first + us.rank * self.micro
+            part = slice(start, start + self.micro) if start < n else slice(0, self.micro)
+            loss = self.loss(self.valid.tokens[part], None if masked is None else masked[part])
+            weighted += loss * max(0, min(self.micro, n - start))
+        return float(us.sum(weighted)) / n
+
+    def sample(self, step: int) -> None:
+        """A grid of samples, the same noise each time."""
+        model = whole(self.model, self.us)
+        if model is not None and self.train.palette is not None:
+            tokens = sample.generate(model, SAMPLES, seed=self.options.seed).cpu()
+            pictures = self.train.palette.decode(tokens, self.train.size)
+            path = self.options.run / "samples" / f"step-{step:07d}.png"
+            grid.save(path, pictures, columns=math.isqrt(SAMPLES), scale=4)
+        self.us.wait()
+
+    def export(self) -> str:
+        """The trained model and its palette, for every other program."""
+        path = self.options.run / "export"
+        model = whole(self.model, self.us)
+        if model is not None:
+            path.mkdir(exist_ok=True)
+            model.save_pretrained(path)
+            if self.train.palette is not None:
+                self.train.palette.save(path / "palette.npy")
+        self.us.wait()
+        return str(path)
+
+
+@contextmanager
+def stop_signal():
+    """An event that the first SIGTERM or SIGINT sets; the second one acts as ever."""
+    event, before = threading.Event(), {}
+
+    def stop(number, frame):
+        event.set()
+        signal.signal(number, before[number])
+
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield event
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
