@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from igpt.source import Source, batches, classes_of
+from igpt import data
+from igpt.source import Source, batches
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def run(options: Options) -> dict:
     train, valid, test = options.load_labelled(plain, "train", "valid", "test")
     if options.augment and train.images is None:
         raise ValueError(f"augment: {options.data} has tokens only, expected pictures")
-    model = options.load_model(classes=classes_of(train))
+    model = options.load_model(classes=len(train.classes))
     torch.manual_seed(options.seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=options.lr, betas=(0.9, 0.95))
     best, best_state, since, history, began = -1.0, None, 0, [], time.perf_counter()
@@ -93,11 +94,7 @@ def one_epoch(model, optimizer, train, options: Options, epoch: int) -> dict:
 def epoch_tokens(train, rows, options: Options, seed) -> torch.Tensor:
     if not options.augment:
         return torch.from_numpy(train.tokens[rows].astype(np.int64))
-    from igpt import crops
-    from igpt.palette import Palette
-
-    images = crops.cifar_augment(train.images[rows], np.random.default_rng(seed))
-    return Palette.load(options.palette or options.model).encode(images)
+    return train.palette.encode(data.cifar_augment(train.images[rows], np.random.default_rng(seed)))
 
 
 @torch.no_grad()

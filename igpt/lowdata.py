@@ -7,7 +7,7 @@ import torch
 from tqdm import tqdm
 
 from igpt import features, logistic
-from igpt.source import Source, classes_of
+from igpt.source import Source
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def run(options: Options) -> dict:
     needed = np.unique(np.concatenate([rows for subsets in draws.values() for rows in subsets]))
     x_train = features.layers(features.extract(model, train.tokens[needed], options.batch, seed=options.seed), layer)
     x_test = features.layers(features.extract(model, test.tokens, options.batch, seed=options.seed), layer)
-    y_test, classes, device = torch.from_numpy(test.labels), classes_of(train), model.wte.device
+    y_test, classes, device = torch.from_numpy(test.labels), len(train.classes), model.wte.device
     report = {"layer": layer, "C": options.C, "subsets": options.subsets, "k": {}}
     for k, subsets in tqdm(draws.items(), desc="labels a class"):
         errors = []

@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from igpt import features, logistic
-from igpt.source import Source, classes_of
+from igpt.source import Source
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def run(options: Options) -> dict:
         options.out.mkdir(parents=True, exist_ok=True)
     x_train, x_valid, x_test = (features.extract(model, s.tokens, options.batch, seed=options.seed) for s in sets)
     y_train, y_valid, y_test = (torch.from_numpy(s.labels) for s in sets)
-    device, classes = model.wte.device, classes_of(train)
+    device, classes = model.wte.device, len(train.classes)
 
     def fit(x, y, strength):
         x = x.to(device)

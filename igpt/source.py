@@ -8,6 +8,10 @@ from typing import Literal
 import numpy as np
 import torch
 
+from igpt import data
+from igpt.model import ImageGPT
+from igpt.palette import Palette
+
 
 @dataclass(frozen=True)
 class Source:
@@ -23,49 +27,36 @@ class Source:
 
     def load_model(self, **overrides):
         """The model on its device; `overrides` replace Config fields that add parameters (classes)."""
-        from igpt.model import ImageGPT
-
         cuda = self.device == "cuda" or (self.device == "auto" and torch.cuda.is_available())
         model = ImageGPT.from_pretrained(self.model, device="cuda" if cuda else "cpu")
         return with_config(model, **overrides) if overrides else model
 
-    def load_split(self, model, split: str):
-        """The Pictures of `split`, `tokens` filled in. Raises ValueError if they don't fit the model."""
-        from igpt import data
-        from igpt.palette import Palette
-
+    def load_split(self, model, split: str) -> data.Pictures:
+        """The Pictures of `split` with their tokens. Raises ValueError if they don't fit the model."""
         pictures = data.load(self.data, split, labels=self.labels)
-        if len(pictures) == 0:
-            raise ValueError(f"data: {self.data} has no pictures in split {split!r}")
+        if not len(pictures):
+            raise ValueError(f"data: {pictures.name} has no pictures")
         if pictures.n_ctx != model.config.n_ctx:
             raise ValueError(f"data: got {pictures.n_ctx} pixels a picture, expected the model's {model.config.n_ctx}")
-        if pictures.tokens is None:
-            palette = Palette.load(self.palette or self.model).require(model.config.vocab)
-            tokens = palette.encode(pictures.images, pictures.size).numpy().astype(np.uint16)
-            pictures = replace(pictures, tokens=tokens)
-        elif (top := int(pictures.tokens.max())) >= model.config.vocab:
-            raise ValueError(f"data: got token {top}, expected tokens below the model's {model.config.vocab}")
+        # Tokens are of the palette that made them; pictures are encoded with the model's.
+        pictures = pictures.encoded(self.load_palette() if pictures.images is not None else None)
+        if pictures.vocab != model.config.vocab:
+            raise ValueError(f"data: got tokens of {pictures.vocab} colours, expected the model's {model.config.vocab}")
         return pictures
 
-    def load_labelled(self, model, *splits: str):
+    def load_palette(self) -> Palette:
+        return Palette.load(self.palette or self.model)
+
+    def load_labelled(self, model, *splits: str) -> list[data.Pictures]:
         """load_split of each split; raises ValueError where labels are missing or the classes differ."""
-        sets = [self.load_split(model, split) for split in splits]
-        for split, pictures in zip(splits, sets):
-            if pictures.labels is None:
-                raise ValueError(f"data: {self.data} has no labels in split {split!r}, and this needs them")
-        known = set(np.unique(sets[0].labels))
-        for split, pictures in zip(splits[1:], sets[1:]):
-            if strange := sorted(set(np.unique(pictures.labels)) - known):
-                raise ValueError(f"data: split {split!r} has classes {strange} that split {splits[0]!r} lacks")
+        sets = [self.load_split(model, split).labelled() for split in splits]
+        for pictures in sets[1:]:
+            data.same_classes(sets[0], pictures)
         return sets
 
 
-def classes_of(pictures) -> int:
-    return len(pictures.classes) or int(pictures.labels.max()) + 1
-
-
-def batches(tokens: np.ndarray, size: int):
-    """(slice, int64 tensor) of at most `size` rows each."""
+def batches(tokens, size: int):
+    """(slice, int64 tensor) of at most `size` rows each; tokens may be a memory map."""
     for start in range(0, len(tokens), size):
         rows = slice(start, min(start + size, len(tokens)))
         yield rows, torch.from_numpy(tokens[rows].astype(np.int64))
@@ -73,8 +64,6 @@ def batches(tokens: np.ndarray, size: int):
 
 def with_config(model, **overrides):
     """The same weights in a model whose Config differs by `overrides`; parameters it adds are freshly initialised."""
-    from igpt.model import ImageGPT
-
     config = replace(model.config, **overrides)
     other = ImageGPT(config, impl=model.impl, device=model.wte.device, dtype=model.wte.dtype)
     wanted = other.state_dict()
