@@ -6,8 +6,8 @@
 
 All pictures are in lock-step and of one length, so the cache is one contiguous tensor, allocated once. Weights are
 prepared once: gains and quick_gelu's constants folded in (norm(x) W = rstd (x (g W))), packed by oneDNN on a CPU,
-bf16 or int8 (one fp32 scale an output channel) when asked for; the residual stream, the norms, the head and the logits
-stay fp32 then.
+bf16 or int8 (one scale an output channel) when asked for. The residual stream, the norms and the logits are at least
+fp32; so are, on a CPU, the cache and attention, where half-precision attention of one query is several times slower.
 """
 
 import os
@@ -20,7 +20,7 @@ from igpt import cpu, ops
 from igpt.kernels.reference import QUICK_GELU
 
 WEIGHTS = (None, "bf16", "int8")
-CACHES = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+CACHES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 
 
 def quantise(weight: torch.Tensor):
@@ -73,8 +73,9 @@ class Layer:
 class Decoder:
     """Decodes `batch` pictures of `model` in lock-step with plain PyTorch operations.
 
-    weights: None (the parameters' dtype), "bf16" or "int8"; cache_dtype: None (the activations'), "fp32", "bf16" or
-    "fp8". Raises ValueError for a BERT model, an unknown option, or a cache that doesn't fit, before allocating it."""
+    weights: None (the parameters' dtype), "bf16" or "int8"; cache_dtype: None (fp32 or wider on a CPU, the products'
+    dtype on a GPU), "fp32", "bf16" or "fp8". Raises ValueError for a BERT model, an unknown option, or a cache that
+    doesn't fit, before allocating it."""
 
     @torch.no_grad()
     def __init__(self, model, batch: int, *, weights: str | None = None, cache_dtype: str | None = None):
@@ -83,13 +84,14 @@ class Decoder:
         self.model, self.batch, self.config = model, batch, c
         self.device = model.wte.device
         self.dtype = torch.bfloat16 if weights else model.wte.dtype
-        self.wide = torch.float32 if weights else model.wte.dtype
-        stored = CACHES[cache_dtype] or self.dtype
+        self.wide = torch.promote_types(self.dtype, torch.float32)
+        stored = CACHES.get(cache_dtype, self.dtype if self.device.type == "cuda" else self.wide)
+        self.attended = self.wide if stored == torch.float8_e4m3fn else stored
         check_memory(model, batch, stored.itemsize)
         self.cache = torch.empty(c.n_layer, 2, batch, c.heads, c.n_ctx, c.head_dim, dtype=stored, device=self.device)
         self.layers = [Layer(block, batch, weights) for block in model.blocks]
-        self.wte, self.wpe, self.sos = (t.detach().to(self.wide) for t in (model.wte, model.wpe, model.sos))
-        self.head = Product(model.head.detach().to(self.wide) * model.norm_f.to(self.wide), None, batch, None)
+        self.wte, self.wpe, self.sos = (t.to(self.wide) for t in (model.wte, model.wpe, model.sos))
+        self.head = Product(model.head.to(self.wide) * model.norm_f.to(self.wide), None, batch, None)
 
     @torch.inference_mode()
     def prefill(self, tokens_BN):
@@ -106,7 +108,7 @@ class Decoder:
 
     @torch.inference_mode()
     def step(self, position: int, previous_B):
-        """Logits (B, V) of the pixel at `position`, given its predecessor (unread at position 0) and the cache."""
+        """Logits (B, V), at least fp32, of the pixel at `position`, given the one before it (unread at position 0)."""
         c, B = self.config, self.batch
         h = self.wpe[position] + (self.wte[previous_B] if position else self.sos.expand(B, -1))
         keys, values = (t.unbind(0) for t in self.cache[..., : position + 1, :].unbind(1))
@@ -114,10 +116,10 @@ class Decoder:
         for layer, slot, k, v in zip(self.layers, slots, keys, values):
             qkv = layer.qkv(self.normed(h)).view(B, 3, c.heads, c.head_dim).transpose(0, 1)
             slot.copy_(self.stored(qkv[1:]))
-            q, k, v = qkv[0, :, :, None], k.to(self.dtype), v.to(self.dtype)
+            q, k, v = (t.to(self.attended) for t in (qkv[0, :, :, None], k, v))
             a = F.scaled_dot_product_attention(q, k, v, scale=layer.scale)
-            h = h + layer.proj(a.view(B, -1))
-            h = h + layer.out(layer.fc(self.normed(h), "swish"))
+            h += layer.proj(a.view(B, -1))
+            h += layer.out(layer.fc(self.normed(h), "swish"))
         return self.head(self.normed(h))
 
     @torch.inference_mode()
@@ -146,8 +148,8 @@ def check_options(model, batch, weights, cache_dtype):
         raise ValueError(f"batch: got {batch!r}, expected a positive integer")
     if weights not in WEIGHTS:
         raise ValueError(f"weights: got {weights!r}, expected one of {WEIGHTS}")
-    if cache_dtype not in CACHES:
-        raise ValueError(f"cache_dtype: got {cache_dtype!r}, expected one of {tuple(CACHES)}")
+    if cache_dtype is not None and cache_dtype not in CACHES:
+        raise ValueError(f"cache_dtype: got {cache_dtype!r}, expected None or one of {tuple(CACHES)}")
 
 
 def available_bytes(device: torch.device) -> int:

@@ -28,7 +28,7 @@ def complete(model, tokens_BN, keep: int, **options) -> torch.Tensor:
     top_k, top_p  only the k likeliest tokens; only the likeliest that together reach the mass p. Default: all.
     seed, first   picture i draws from the counters of (seed, first + i): the same pictures whatever the batch split.
     weights       None (the parameters' dtype), "bf16", or "int8" with one scale an output channel.
-    cache_dtype   None (the activations'), "fp32", "bf16" or "fp8".
+    cache_dtype   None (fp32 on a CPU, the weights' dtype on a GPU), "fp32", "bf16" or "fp8".
     progress      called after each position with the number of pixels just drawn, B.
 
     Raises ValueError for a bad option, a keep of 0 or all, tokens of another size or range, a BERT model, and a batch
@@ -86,7 +86,7 @@ class Sampling:
     seed: int = 0  # the same seed gives the same pictures, whatever --batch
     batch: int = 16  # pictures decoded at once
     weights: Literal["bf16", "int8"] | None = None  # default: bf16 on a GPU, the parameters' own dtype on a CPU
-    cache_dtype: Literal["fp32", "bf16", "fp8"] | None = None  # of keys and values; default: the activations'
+    cache_dtype: Literal["fp32", "bf16", "fp8"] | None = None  # of the cache; default: fp32 on a CPU, bf16 on a GPU
     device: Literal["auto", "cpu", "cuda"] = "auto"
     scale: int = 4  # each pixel of a picture is scale x scale pixels of the PNG
 
