@@ -357,7 +357,8 @@ def main(argv: list[str] | None = None, progress: Callable[[str], None] = lambda
             progress(f"[{len(rows)}/{total}] {row.kernel} {row.function} {row.case} {row.arch} {row.tile}: {verdict}")
             if out:
                 print(to_json(row), file=out)
-    print(table(sorted(rows, key=lambda r: r.key)))
+    if not args.out:
+        print(table(sorted(rows, key=lambda r: r.key)))
     return 0 if rows and all(r.ok for r in rows) else 1
 
 

@@ -51,9 +51,11 @@ def cases() -> Iterator[CompileCase]:
             for causal in (True, False):
                 name = f"D{D} {dtype}{'' if causal else ' full'}"
                 yield of(Case("attention", 2, 1024, H, D, dtype, causal), name, quick and causal)
-                yield of(Case("attention", 1, 77, H, D, dtype, causal), f"{name} N77")
+                if dtype != "fp16":  # fp16 compiles as bf16 does: once is enough
+                    yield of(Case("attention", 1, 77, H, D, dtype, causal), f"{name} N77")
             for op in ROW_OPS:
                 yield of(Case(op, 2, 1024, H, D, dtype), f"d{H * D} {dtype}", quick and preset == "s")
-                yield of(Case(op, 1, 77, H, D, dtype), f"d{H * D} {dtype} T77")
+                if dtype != "fp16":
+                    yield of(Case(op, 1, 77, H, D, dtype), f"d{H * D} {dtype} T77")
     for op in PIXEL_OPS:
         yield of(Case(op, 2, 1024, 1, 64, "fp32"), "V512", True)

@@ -61,11 +61,12 @@ def call(fn: Callable, inputs: dict, diff: tuple[str, ...], direction: str) -> C
 
 
 def warmed(build: Callable[[], object]) -> Callable | Absent:
-    """The variant after two calls, or why it cannot run here. On a GPU a fault shows at the synchronisation."""
+    """The variant after a call (three on a GPU, to settle its clock), or why it cannot run here. A GPU's fault shows
+    at the synchronisation."""
     try:
         variant = build()
         if not isinstance(variant, Absent):
-            for _ in range(2):
+            for _ in range(3 if torch.cuda.is_available() else 1):
                 variant()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
@@ -97,7 +98,7 @@ def rows_of(case: Case, variants: dict, run: Run, extra: Callable) -> Iterator[R
             continue
         row = filled(blank[name], timed[name], case, run.device)
         if name == "ours":
-            others = {other: s.median / timed["ours"].median for other, s in timed.items() if other != "ours"}
+            others = {other: s.median / timed["ours"].median for other, s in timed.items() if "ours" not in other}
             row = dataclasses.replace(row, ratios=others)
         yield extra(row, name)
 

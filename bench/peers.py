@@ -156,6 +156,9 @@ ATTENTION = {
 OTHERS = {"eager": eager, "torch.compile": compiled_reference, "torch path": torch_path, "liger": liger}
 
 
+NAMES = tuple({**ATTENTION, **OTHERS, "hugging face": None})
+
+
 def of(case: Case) -> dict[str, Callable]:
     """The peers of a case's operation, by name."""
     return ATTENTION if case.op == "attention" else OTHERS
@@ -166,7 +169,6 @@ def chosen(names: dict, wanted: str) -> dict:
     if wanted == "all":
         return names
     asked = [w.strip() for w in wanted.split(",") if w.strip()]
-    known = {*ATTENTION, *OTHERS, "hugging face"}
-    if unknown := sorted(set(asked) - known):
-        raise ValueError(f"peers: got {unknown}, expected 'all' or some of {sorted(known)}")
+    if unknown := sorted(set(asked) - set(NAMES)):
+        raise ValueError(f"peers: got {unknown}, expected 'all' or some of {NAMES}")
     return {name: build for name, build in names.items() if name in asked}

@@ -109,10 +109,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     for preset in args.preset:
         rows = account(preset, args.batch, args.seq, args.arch)
-        print(f"iGPT-{preset.upper()}, {args.batch} x {args.seq} tokens, bf16, loss and backward\n{table(rows)}\n")
         if args.out:
             with args.out.open("a") as out:
                 out.writelines(to_json(row) + "\n" for row in rows)
+        else:
+            print(f"iGPT-{preset.upper()}, {args.batch} x {args.seq} tokens, bf16, loss and backward\n{table(rows)}\n")
     return 0
 
 

@@ -1,0 +1,281 @@
+"""What a token costs when pictures are sampled: `python -m bench.sampling --device cpu`.
+
+Ours against Hugging Face's generate (dynamic cache) and a compiled static-cache loop, on the same weights' shapes, over
+the same window of positions; each variant draws every token. N is where the window ends: 64 is the start of a picture,
+544 its middle, whose cost is the average token's; 1024 with as many steps is whole pictures. Before anything is timed,
+decoding is checked against the full forward.
+"""
+
+import argparse
+import dataclasses
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from bench import models, peers
+from bench.budget import compare
+from bench.cases import DTYPES, tokens
+from bench.cost import Cost
+from bench.machine import FAULTS, ceilings, stamp
+from bench.measure import timers, warmed
+from bench.models import ModelCase
+from bench.peers import Absent
+from bench.rows import Row, to_json
+from bench.timing import interleaved
+from igpt import ImageGPT, sample
+from igpt.config import PRESETS, preset
+from igpt.decode import Decoder
+from igpt.draw import Sampler
+from igpt.kernels import reference
+
+STORED = {"fp32": 4, "bf16": 2, "int8": 1}  # bytes of a weight
+STEPS = 64
+
+
+@dataclass(frozen=True)
+class DecodeCase:
+    """B pictures of a preset, positions N - steps .. N - 1. dtype: of the weights."""
+
+    preset: str
+    B: int
+    N: int
+    dtype: str
+    steps: int = STEPS
+
+    @property
+    def start(self) -> int:
+        return self.N - self.steps
+
+    @property
+    def whole(self) -> bool:
+        return self.steps == PRESETS[self.preset].n_ctx
+
+    @property
+    def labels(self) -> dict:
+        c = PRESETS[self.preset]
+        return {
+            "op": "decode", "preset": self.preset, "B": self.B, "N": self.N, "H": c.heads, "D": c.head_dim,
+            "d": c.width, "dtype": self.dtype, "direction": "token",
+        }  # fmt: skip
+
+    @property
+    def activations(self) -> str:
+        return "bf16" if self.dtype == "int8" else self.dtype
+
+    def cost(self, cached: int) -> Cost:
+        """One step's compulsory bytes and FLOPs: every weight of a product once, the keys and values so far once
+        (`cached` bytes an element), on average over the window."""
+        c, keys = PRESETS[self.preset], (self.start + self.N + 1) / 2
+        weights = c.n_layer * (4 * c.width**2 + 2 * c.width * c.inner)
+        head = c.vocab * c.width
+        kv = 2 * c.n_layer * self.B * keys * c.width
+        flops = 2 * self.B * (weights + head) + 2 * kv
+        return Cost(flops, weights * STORED[self.dtype] + head * STORED[self.activations] + kv * cached)
+
+
+def ours(case: DecodeCase, device: str) -> Callable[[], object]:
+    model = models.ours(ModelCase(case.preset, case.B, PRESETS[case.preset].n_ctx, case.activations, "fwd"), device)
+    decoder = Decoder(model, case.B, weights=None if case.dtype == case.activations else case.dtype)
+    drawn = tokens(case.B, model.config.n_ctx, device).clone()
+    if case.start:
+        decoder.prefill(drawn[:, : case.start])
+    return lambda: decoder.sample(drawn, case.start, case.N, Sampler())
+
+
+def hugging_face(case: DecodeCase, device: str):
+    """generate() of transformers' ImageGPT, sampling; the cache up to the window is there already."""
+    n_ctx = PRESETS[case.preset].n_ctx
+    model = models.hugging_face(ModelCase(case.preset, case.B, n_ctx, case.activations, "fwd"), device)
+    if isinstance(model, Absent):
+        return model
+    model.eval()
+    sos = torch.full((case.B, 1), model.config.vocab_size - 1, device=device)
+    prompt = torch.cat([sos, tokens(case.B, case.start, device)], 1) if case.start else sos
+    cache = None
+    if case.start:
+        with torch.no_grad():
+            cache = model(prompt[:, :-1], use_cache=True).past_key_values
+
+    def run():
+        if cache is not None:
+            cache.crop(case.start)
+        return model.generate(prompt, past_key_values=cache, max_new_tokens=case.steps, do_sample=True, top_k=0)
+
+    return run
+
+
+def _block(h, position, visible, keys, values, norm_a, qkv, proj, norm_m, fc, out, scale: float):
+    B, H, _, D = keys.shape
+    q, k, v = reference.norm_linear(h, norm_a, qkv).view(B, 3, H, 1, D).unbind(1)
+    keys.index_copy_(2, position, k)
+    values.index_copy_(2, position, v)
+    a = F.scaled_dot_product_attention(q, keys, values, attn_mask=visible, scale=scale)
+    return reference.norm_mlp(reference.linear_residual(a.reshape(B, -1), proj, h), norm_m, fc, out)
+
+
+def compiled(case: DecodeCase, device: str):
+    """A static cache and torch.compile of each block, as gpt-fast decodes; on a GPU the step is one CUDA graph."""
+    block = peers.compiled(_block, device)
+    if isinstance(block, Absent):
+        return block
+    c = PRESETS[case.preset]
+    model = models.ours(ModelCase(case.preset, case.B, c.n_ctx, case.activations, "fwd"), device)
+    shape = c.n_layer, case.B, c.heads, c.n_ctx, c.head_dim
+    keys, values = (torch.zeros(shape, dtype=model.wte.dtype, device=device) for _ in range(2))
+    drawn = torch.zeros(case.B, 1, dtype=torch.int64, device=device)
+    position, everywhere = torch.zeros(1, dtype=torch.int64, device=device), torch.arange(c.n_ctx, device=device)
+
+    def step():
+        h = (model.wte[drawn[:, 0]] + model.wpe[position]).contiguous()
+        visible = (everywhere <= position)[None, None, None]
+        for i, b in enumerate(model.blocks):
+            weights = b.attn.norm, b.attn.qkv, b.attn.proj, b.mlp.norm, b.mlp.fc, b.mlp.proj
+            h = block(h, position, visible, keys[i], values[i], *weights, scale=b.attn.scale)
+        p = reference.norm_linear(h, model.norm_f, model.head).float().softmax(-1)
+        drawn.copy_((p / torch.empty_like(p).exponential_()).argmax(-1, keepdim=True))
+        position.add_(1)
+
+    step = graphed(torch.no_grad()(step)) if device == "cuda" else torch.no_grad()(step)
+
+    def run():
+        position.fill_(case.start)
+        for _ in range(case.steps):
+            step()
+
+    return run
+
+
+def graphed(step: Callable[[], object]) -> Callable[[], object]:
+    """The step as a CUDA graph, after three runs of it beside the main stream."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+BUILD = {"ours": ours, "hugging face": hugging_face, "torch.compile": compiled}
+NOTES = {
+    "ours": "",
+    "hugging face": "generate(), dynamic cache; " + models.NOTES["hugging face"],
+    "torch.compile": "static cache, each block compiled; on a GPU one CUDA graph a token",
+}
+
+
+def check(name: str, device: str, dtype: str) -> Row:
+    """Correctness of decoding at a preset's width: two layers, 40 positions, the log-likelihood of real pictures by
+    decode and by the full forward of the same dtype, both against fp64; in fp32 greedy decoding must be the argmax."""
+    config = {"n_layer": 2, "n_ctx": 40, "vocab": 512}
+    case = DecodeCase(name, 3, 40, dtype)
+    row = Row("correctness", impl="decode", **case.labels, **stamp(device))
+    try:
+        torch.manual_seed(0)
+        model = ImageGPT(preset(name, **config), device=device)
+        torch.nn.init.normal_(model.head, std=0.1)
+        exact = ImageGPT(model.config, impl="torch", device=device, dtype=torch.float64)
+        exact.load_state_dict(model.to(DTYPES[dtype]).state_dict())
+        ids = tokens(3, 40, device)
+        with torch.no_grad():
+            answers = [m(ids).to(torch.promote_types(m.wte.dtype, torch.float32)) for m in (model, exact)]
+        eager, truth = (x.log_softmax(-1).gather(-1, ids[..., None])[..., 0] for x in answers)
+        errors = compare("log-likelihood", sample.log_likelihood(model, ids), eager, truth)
+        note = "" if errors.ok else str(errors)
+        if dtype == "fp32":
+            greedy = model.generate(3, temperature=0.0)
+            differ = int((model(greedy).argmax(-1) != greedy).sum())
+            note += f" greedy decoding differs from the full forward's argmax at {differ} positions" if differ else ""
+    except FAULTS as fault:
+        return dataclasses.replace(row, ok=False, note=f"raised {type(fault).__name__}: {str(fault)[:300]}")
+    return dataclasses.replace(
+        row, err_vs_fp64=errors.ours_max / errors.peak, eager_err_vs_fp64=errors.eager_max / errors.peak, ok=not note,
+        note=note.strip(),
+    )  # fmt: skip
+
+
+def measured(case: DecodeCase, chosen: dict, device: str, budget_s: float) -> Iterator[Row]:
+    """Rows of one case, milliseconds a token of all B pictures."""
+    blank = {name: Row("sampling", impl=name, **case.labels, **stamp(device), note=NOTES[name]) for name in chosen}
+    variants = {name: warmed(functools.partial(build, case, device)) for name, build in chosen.items()}
+    present = {name: fn for name, fn in variants.items() if not isinstance(fn, Absent)}
+    _, timer = timers(device)
+    timed = interleaved(present, timer, budget_s, least=3, warm=0) if present else {}
+    cost, roof = case.cost(cached=4 if device == "cpu" else STORED[case.activations]), ceilings(device)
+    floor = roof.floor_ms(cost, case.activations)
+    for name, row in blank.items():
+        if name not in present:
+            yield dataclasses.replace(row, note=f"absent: {variants[name].why}", ok=name != "ours")
+            continue
+        t, n = timed[name], case.steps
+        ms, n_ctx = t.median / n, PRESETS[case.preset].n_ctx
+        others = {o: s.median / t.median for o, s in timed.items() if o != name} if name == "ours" else {}
+        # The start of a picture says nothing about a whole one.
+        per_s = 1e3 * case.B / (ms * n_ctx) if case.start or case.whole else None
+        yield dataclasses.replace(
+            row, median_ms=ms, p20_ms=t.p20 / n, p80_ms=t.p80 / n, runs=t.runs, flops=cost.flops, bytes=cost.bytes,
+            tflops=cost.flops / ms / 1e9, tb_s=cost.bytes / ms / 1e9, floor_ms=floor, pct_floor=100 * floor / ms,
+            per_s=per_s, unit="pictures", ratios=others,
+        )  # fmt: skip
+
+
+def cases(device: str, presets: list[str]) -> Iterator[tuple[DecodeCase, tuple[str, ...]]]:
+    """Each case with who runs it."""
+    everyone, us = tuple(BUILD), ("ours",)
+    for name in presets:
+        if device == "cuda":
+            for B in (1, 16, 64, 128):
+                yield DecodeCase(name, B, 544, "bf16"), everyone
+                yield DecodeCase(name, B, 1024, "bf16", steps=1024), us
+            yield DecodeCase(name, 1, 544, "int8"), us
+            yield DecodeCase(name, 128, 544, "int8"), us
+        else:
+            for B in (1, 4):
+                for N in (64, 544):
+                    yield DecodeCase(name, B, N, "fp32"), everyone
+                    yield DecodeCase(name, B, N, "bf16"), ("ours", "hugging face")
+                    yield DecodeCase(name, B, N, "int8"), us
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.sampling", description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--preset", nargs="+", help="default: s on a CPU, s m l on a GPU")
+    parser.add_argument("--peers", default="all")
+    parser.add_argument("--seconds", type=float, default=4.0, help="a case, after its warm-up")
+    parser.add_argument("--out", type=Path, help="append rows as JSON lines to this file as they come")
+    args = parser.parse_args(argv)
+    presets = args.preset or (["s", "m", "l"] if args.device == "cuda" else ["s"])
+    green = True
+
+    def take(row: Row) -> None:
+        nonlocal green
+        green &= row.ok
+        against = "".join(f", {ratio:.2f}x {peer}" for peer, ratio in row.ratios.items())
+        shown = f"{row.median_ms:.3f} ms a token{against}" if row.median_ms else row.note or f"{row.err_vs_fp64:.2e}"
+        print(f"{row.suite} {row.op} {row.case} {row.impl}: {shown}", file=sys.stderr, flush=True)
+        if args.out:
+            with args.out.open("a") as out:
+                print(to_json(row), file=out)
+
+    for name in dict.fromkeys(["s", "m", "l", *presets]):  # one of each head dim
+        for dtype in ("fp32", "bf16"):
+            take(check(name, args.device, dtype))
+    for case, names in cases(args.device, presets) if green else ():
+        asked = {"ours"} | set(peers.chosen(BUILD, args.peers))
+        for row in measured(case, {n: BUILD[n] for n in names if n in asked}, args.device, args.seconds):
+            take(row)
+        torch.compiler.reset()
+    return 0 if green else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
