@@ -27,7 +27,10 @@ def brute(pixels: np.ndarray, palette: Palette) -> torch.Tensor:
 def palettes() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     grid = np.stack(np.meshgrid(*[np.linspace(-1, 1, 8)] * 3, indexing="ij"), -1).reshape(-1, 3)
+    # Pixel 8 is exactly half-way, and the corner of a block that is the near one's far end and the far one's near end.
+    eight = np.float32(8) / np.float32(127.5) - np.float32(1)
     return {
+        "block corner": np.array([[eight - 7 / 128] * 3, [eight + 7 / 128] * 3]),
         "uniform": rng.uniform(-1, 1, (512, 3)),
         "tight": np.clip(rng.normal(0, 0.02, (512, 3)), -1, 1),  # many candidates a block
         "grid": grid,  # ties everywhere: pixels half-way between centres
@@ -170,7 +173,7 @@ def test_fit_rediscovers_the_colours_there_are():
 
 def test_fit_refills_empty_clusters(monkeypatch):
     """A start with the same centre many times leaves empty clusters; they must not stay empty or become NaN."""
-    pixels = np.random.default_rng(0).integers(0, 256, (4000, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(200, 256, (4000, 3), dtype=np.uint8)
     monkeypatch.setattr("igpt.kmeans.plus_plus", lambda x, w, k, rng: np.zeros((k, 3), np.float32))
     palette = Palette.fit(pixels, k=20)
     assert len(torch.unique(palette.encode(pixels.reshape(1, 1, -1, 3)))) == 20
