@@ -217,3 +217,22 @@ def attention_tile(table: dict, q: torch.Tensor, describable: bool) -> Tile:
     row = "fp32" if q.dtype == torch.float32 else arch(q.device)
     tile = table.get((row, width), table["portable", width])
     return tile if describable or not tile.tma else table["portable", width]
+
+
+# The embedding table's gradient (kernels/embedding.py): (architecture, bytes of an element) -> BLOCK_M colours,
+# BLOCK_N columns, BLOCK_K positions a step. "ragged": widths that 16 doesn't divide. fp32 has 32 rows because from 64 on
+# Triton 3.7 for sm_100 rounds the operands to tf32 when a byte (the mask) was loaded on the way to the one-hot matrix.
+EMBEDDING_BACKWARD = {
+    ("ragged", 2): Tile(128, 64, 32, num_warps=4, num_stages=3),
+    ("portable", 2): Tile(128, 64, 32, num_warps=4, num_stages=3),
+    ("portable", 4): Tile(32, 64, 32, num_warps=4, num_stages=2),
+    ("sm_80", 2): Tile(128, 128, 32, num_warps=8, num_stages=3),
+    ("sm_90", 2): Tile(128, 128, 64, num_warps=8, num_stages=3),
+    ("sm_100", 2): Tile(128, 128, 64, num_warps=8, num_stages=3),
+    ("gfx942", 2): Tile(128, 128, 32, num_warps=4, num_stages=2),
+}
+
+
+def embedding_backward_tile(arch: str, element_bytes: int, d: int) -> Tile:
+    arch = "ragged" if d % 16 else arch
+    return EMBEDDING_BACKWARD.get((arch, element_bytes), EMBEDDING_BACKWARD["portable", element_bytes])
