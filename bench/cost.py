@@ -128,3 +128,25 @@ def logits(config, B, N, e) -> Cost:
     """The model's forward to its logits (B, N, V), written once."""
     T = B * N
     return model(config, B, N, e, "fwd") + Cost(0, T * config.vocab * e)
+
+
+def _attention_launch(products: int, v: dict) -> float:
+    heads, D = v.get("HEADS", v.get("BATCH_HEADS")), v["D"] if "D" in v else v["D1"] + v["D2"]
+    return 2 * products * D * heads * (v["N"] * (v["N"] + 1) / 2 if v["IS_CAUSAL"] else v["N"] ** 2)
+
+
+# Products of one launch, by kernel function, from its arguments' names.
+LAUNCHES = {
+    "attention_forward_kernel": lambda v: _attention_launch(2, v),
+    "attention_hopper_kernel": lambda v: _attention_launch(2, v),
+    "attention_dq_kernel": lambda v: _attention_launch(3, v),
+    "attention_dkdv_kernel": lambda v: _attention_launch(4, v),
+    "product_kernel": lambda v: 2 * v["M"] * v["N"] * v["K"],
+    "head_loss.forward_kernel": lambda v: 2 * v["T"] * v["d"] * v["V"],
+}
+
+
+def launch(name: str, values: dict) -> float:
+    """FLOPs of the products in one launch of ours, "file.function"; 0 for kernels that have none."""
+    count = LAUNCHES.get(name) or LAUNCHES.get(name.rsplit(".", 1)[-1])
+    return float(count(values)) if count else 0.0

@@ -202,47 +202,53 @@ def check(name: str, device: str, dtype: str) -> Row:
     )  # fmt: skip
 
 
-def measured(case: DecodeCase, chosen: dict, device: str, budget_s: float) -> Iterator[Row]:
-    """Rows of one case, milliseconds a token of all B pictures."""
-    blank = {name: Row("sampling", impl=name, **case.labels, **stamp(device), note=NOTES[name]) for name in chosen}
-    variants = {name: warmed(functools.partial(build, case, device)) for name, build in chosen.items()}
-    present = {name: fn for name, fn in variants.items() if not isinstance(fn, Absent)}
+def measured(group: list[tuple[str, DecodeCase]], device: str, budget_s: float) -> Iterator[Row]:
+    """Rows of the variants of one window, timed in turns: milliseconds a token of all B pictures. Ours is compared with
+    the same dtype, and with Hugging Face in fp32, its default."""
+    variants = {(n, c.dtype): warmed(functools.partial(BUILD[n], c, device)) for n, c in group}
+    present = {key: fn for key, fn in variants.items() if not isinstance(fn, Absent)}
     _, timer = timers(device)
     timed = interleaved(present, timer, budget_s, least=3, warm=0) if present else {}
-    cost, roof = case.cost(cached=4 if device == "cpu" else STORED[case.activations]), ceilings(device)
-    floor = roof.floor_ms(cost, case.activations)
-    for name, row in blank.items():
-        if name not in present:
-            yield dataclasses.replace(row, note=f"absent: {variants[name].why}", ok=name != "ours")
+    roof = ceilings(device)
+    for name, case in group:
+        key = name, case.dtype
+        row = Row("sampling", impl=name, **case.labels, **stamp(device), note=NOTES[name])
+        if key not in present:
+            yield dataclasses.replace(row, note=f"absent: {variants[key].why}", ok=name != "ours")
             continue
-        t, n = timed[name], case.steps
+        cost = case.cost(cached=4 if device == "cpu" else STORED[case.activations])
+        floor, t, n = roof.floor_ms(cost, case.activations), timed[key], case.steps
         ms, n_ctx = t.median / n, PRESETS[case.preset].n_ctx
-        others = {o: s.median / t.median for o, s in timed.items() if o != name} if name == "ours" else {}
+        ratios = {}
+        if name == "ours":
+            ratios = {o: s.median / t.median for (o, d), s in timed.items() if o != "ours" and d == case.dtype}
+            if case.dtype != "fp32" and (default := timed.get(("hugging face", "fp32"))):
+                ratios["hugging face fp32"] = default.median / t.median
         # The start of a picture says nothing about a whole one.
         per_s = 1e3 * case.B / (ms * n_ctx) if case.start or case.whole else None
         yield dataclasses.replace(
             row, median_ms=ms, p20_ms=t.p20 / n, p80_ms=t.p80 / n, runs=t.runs, flops=cost.flops, bytes=cost.bytes,
             tflops=cost.flops / ms / 1e9, tb_s=cost.bytes / ms / 1e9, floor_ms=floor, pct_floor=100 * floor / ms,
-            per_s=per_s, unit="pictures", ratios=others,
+            per_s=per_s, unit="pictures", ratios=ratios,
         )  # fmt: skip
 
 
-def cases(device: str, presets: list[str]) -> Iterator[tuple[DecodeCase, tuple[str, ...]]]:
-    """Each case with who runs it."""
-    everyone, us = tuple(BUILD), ("ours",)
-    for name in presets:
+def groups(device: str, presets: list[str]) -> Iterator[list[tuple[str, DecodeCase]]]:
+    """What is timed together: each variant and its case."""
+    for preset_name in presets:
         if device == "cuda":
             for B in (1, 16, 64, 128):
-                yield DecodeCase(name, B, 544, "bf16"), everyone
-                yield DecodeCase(name, B, 1024, "bf16", steps=1024), us
-            yield DecodeCase(name, 1, 544, "int8"), us
-            yield DecodeCase(name, 128, 544, "int8"), us
+                middle = [(name, DecodeCase(preset_name, B, 544, "bf16")) for name in BUILD]
+                yield [*middle, ("ours", DecodeCase(preset_name, B, 544, "int8"))]
+                yield [("ours", DecodeCase(preset_name, B, 1024, "bf16", steps=1024))]
         else:
             for B in (1, 4):
                 for N in (64, 544):
-                    yield DecodeCase(name, B, N, "fp32"), everyone
-                    yield DecodeCase(name, B, N, "bf16"), ("ours", "hugging face")
-                    yield DecodeCase(name, B, N, "int8"), us
+                    yield [
+                        *((name, DecodeCase(preset_name, B, N, "fp32")) for name in BUILD),
+                        *((name, DecodeCase(preset_name, B, N, "bf16")) for name in ("ours", "hugging face")),
+                        ("ours", DecodeCase(preset_name, B, N, "int8")),
+                    ]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -269,9 +275,9 @@ def main(argv: list[str] | None = None) -> int:
     for name in dict.fromkeys(["s", "m", "l", *presets]):  # one of each head dim
         for dtype in ("fp32", "bf16"):
             take(check(name, args.device, dtype))
-    for case, names in cases(args.device, presets) if green else ():
-        asked = {"ours"} | set(peers.chosen(BUILD, args.peers))
-        for row in measured(case, {n: BUILD[n] for n in names if n in asked}, args.device, args.seconds):
+    asked = {"ours", *peers.chosen(BUILD, args.peers)}
+    for group in groups(args.device, presets) if green else ():
+        for row in measured([(n, c) for n, c in group if n in asked], args.device, args.seconds):
             take(row)
         torch.compiler.reset()
     return 0 if green else 1
