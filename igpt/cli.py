@@ -12,7 +12,7 @@ import sys
 COMMANDS = {  # name: (module, what it does)
     "info": ("info", "parameters, FLOPs a token and the memory plan of a preset"),
     "palette": ("fit_palette", "fit the colours of a picture set"),
-    "encode": ("encode_folder", "a folder of pictures to a token set"),
+    "encode": ("encode_pictures", "a folder of pictures to a token set"),
     "train": ("train", "pretrain; resumes a run directory by itself; runs under torchrun too"),
     "eval": ("evaluate", "nats and bits a pixel of a model on a picture set"),
     "probe": ("probe", "linear probe of every layer"),

@@ -57,7 +57,7 @@ class Metrics:
     def __init__(self, run: Path, start: int, steps: int, *, on: bool, flops_a_picture: float, peak: float | None,
                  tensorboard: bool):  # fmt: skip
         self.on, self.flops, self.peak = on, flops_a_picture, peak
-        self.bar = tqdm(total=steps, initial=start, unit="step", disable=not on, dynamic_ncols=True)
+        self.bar = tqdm(total=steps, initial=start, unit="step", disable=not on, mininterval=0.5)
         self.board, self.pictures, self.since, self.last = None, 0, time.perf_counter(), {}
         if not on:
             return
@@ -104,7 +104,7 @@ class Metrics:
                                "images_per_s": "{:.1f} pictures/s", "mfu": "MFU {:.1%}"}.items()
             if name in self.last
         ]  # fmt: skip
-        self.bar.set_postfix_str(", ".join(shown))
+        self.bar.set_postfix_str(", ".join(shown), refresh=False)
         if self.board is not None:
             for name, value in values.items():
                 self.board.add_scalar(name, value, step)

@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from igpt import data, grid, sample
+from igpt import convert, data, grid, sample
 from igpt.checkpoint import Checkpoints
 from igpt.config import preset
 from igpt.model import MASK_PROBABILITY, ImageGPT
@@ -287,10 +287,7 @@ class Training:
         path = self.options.run / "export"
         model = whole(self.model, self.us)
         if model is not None:
-            path.mkdir(exist_ok=True)
-            model.save_pretrained(path)
-            if self.train.palette is not None:
-                self.train.palette.save(path / "palette.npy")
+            convert.save(model, path, palette=self.train.palette)
         self.us.wait()
         return str(path)
 
