@@ -102,8 +102,8 @@ def hugging_face(case: DecodeCase, device: str):
             cache = model(prompt[:, :-1], use_cache=True).past_key_values
 
     def run():
-        if cache is not None:
-            cache.crop(case.start)
+        if cache is not None and (drawn := cache.get_seq_length() - case.start):
+            cache.crop(-drawn)
         return model.generate(prompt, past_key_values=cache, max_new_tokens=case.steps, do_sample=True, top_k=0)
 
     return run
