@@ -7,16 +7,23 @@ the number of threads (no BLAS).
 
 import numpy as np
 
-from .lookup import BLOCKS, SIDE, Candidates
+from .lookup import BLOCKS, SIDE, Candidates, colour_codes
 
 MAX_STEPS = 100
+MANY = 1 << 22  # pixels: fewer are counted by sorting, more by a histogram of 2^24 colours
 TOLERANCE = 1e-4  # stop when a step lowers the inertia by less than this part of it
 
 
 def distinct_colours(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """uint8 (..., 3) -> distinct colours uint8 (n, 3), and how often each occurs, fp64 (n,)."""
-    flat = pixels.reshape(-1, 3).astype(np.int32)
-    codes, counts = np.unique(flat[:, 0] << 16 | flat[:, 1] << 8 | flat[:, 2], return_counts=True)
+    flat = pixels.reshape(-1, 3)
+    if len(flat) <= MANY:
+        codes, counts = np.unique(colour_codes(flat), return_counts=True)
+    else:
+        chunks = np.array_split(flat, -(-len(flat) // MANY))
+        histogram = sum(np.bincount(colour_codes(chunk), minlength=1 << 24) for chunk in chunks)
+        codes = np.flatnonzero(histogram)
+        counts = histogram[codes]
     return np.stack([codes >> 16, codes >> 8 & 255, codes & 255], axis=1).astype(np.uint8), counts.astype(np.float64)
 
 
@@ -30,9 +37,7 @@ def weighted_means(x: np.ndarray, weight: np.ndarray, index: np.ndarray, k: int)
 def thin(colours: np.ndarray, weight: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Means of the colours in cells of 4x4x4, for a quick start; the colours themselves if the cells are too few."""
     x = colours / 127.5 - 1
-    cell = colours >> 2
-    _, index = np.unique(cell[:, 0].astype(np.intp) << 16 | cell[:, 1].astype(np.intp) << 8 | cell[:, 2],
-                         return_inverse=True)
+    _, index = np.unique(colour_codes(colours >> 2), return_inverse=True)
     cells = index.max() + 1
     return weighted_means(x, weight, index, cells) if cells >= 8 * k else (x, weight)
 
@@ -47,7 +52,7 @@ def plus_plus(x: np.ndarray, weight: np.ndarray, k: int, rng: np.random.RandomSt
         cumulative = np.cumsum(mass, dtype=np.float64)
         drawn = np.searchsorted(cumulative, rng.random_sample(2 + int(np.log(k))) * cumulative[-1], side="right")
         trials = []
-        for i in np.unique(drawn):
+        for i in np.unique(drawn.clip(max=len(weight) - 1)):
             distance = np.square(x[0] - x[0, i]) + np.square(x[1] - x[1, i]) + np.square(x[2] - x[2, i])
             np.minimum(distance, nearest, out=distance)
             trials.append(((distance * weight).sum(dtype=np.float64), i, distance))

@@ -17,6 +17,15 @@ FILL = 256  # blocks handled at once: 512 KB of bounds or distances, which stay 
 CHUNK = 1 << 16  # pixels looked up at once
 
 
+def colour_codes(pixels: np.ndarray) -> np.ndarray:
+    """uint8 (n, 3) -> r * 65536 + g * 256 + b, (n,)."""
+    code = pixels[:, 0].astype(np.intp)
+    for channel in (1, 2):
+        code <<= 8
+        code |= pixels[:, channel]
+    return code
+
+
 class Candidates:
     """The centres fp32 (k, 3) that can be nearest in each block of colours.
 
@@ -57,11 +66,7 @@ class ColourTable:
         flat, table = pixels.reshape(-1, 3), self.table.reshape(-1)
         out = np.empty(len(flat), np.uint16)
         for start in range(0, len(flat), CHUNK):
-            chunk = flat[start : start + CHUNK]
-            code = chunk[:, 0].astype(np.intp)
-            for channel in (1, 2):
-                code <<= 8
-                code |= chunk[:, channel]
+            code = colour_codes(flat[start : start + CHUNK])
             found = table[code]
             if not found.all():
                 self._fill(code[found == 0])

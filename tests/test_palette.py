@@ -179,6 +179,16 @@ def test_fit_refills_empty_clusters(monkeypatch):
     assert len(torch.unique(palette.encode(pixels.reshape(1, 1, -1, 3)))) == 20
 
 
+def test_distinct_colours_by_sorting_and_by_histogram(monkeypatch):
+    images = igpt.data.load("builtin:emoji").images[:20]
+    sorted_ones = distinct_colours(images)
+    monkeypatch.setattr("igpt.kmeans.MANY", 5000)
+    for a, b in zip(sorted_ones, distinct_colours(images)):
+        assert a.dtype == b.dtype and np.array_equal(a, b)
+    expected = np.unique(images.reshape(-1, 3), axis=0, return_counts=True)
+    assert all(np.array_equal(a, b) for a, b in zip(sorted_ones, expected))
+
+
 def test_kmeans_assignment_is_exact():
     colours, weight = distinct_colours(igpt.data.load("builtin:emoji").images[:30])
     assert weight.sum() == 30 * 1024
