@@ -80,6 +80,7 @@ class ImageGPT(nn.Module):
         if impl not in ops.IMPLS:
             raise ValueError(f"impl: got {impl!r}, expected one of {ops.IMPLS}")
         self.config, self.impl, self.recompute = config, impl, False
+        self.palette = None  # the Palette that came with the weights, if one did; save_pretrained passes it on
         d = config.width
         with torch.device(device if device is not None else torch.get_default_device()):
             self.wte = nn.Parameter(torch.empty(config.vocab, d))

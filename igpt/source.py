@@ -39,13 +39,16 @@ class Source:
         if pictures.n_ctx != model.config.n_ctx:
             raise ValueError(f"data: got {pictures.n_ctx} pixels a picture, expected the model's {model.config.n_ctx}")
         # Tokens are of the palette that made them; pictures are encoded with the model's.
-        pictures = pictures.encoded(self.load_palette() if pictures.images is not None else None)
+        pictures = pictures.encoded(self.load_palette(model) if pictures.images is not None else None)
         if pictures.vocab != model.config.vocab:
             raise ValueError(f"data: got tokens of {pictures.vocab} colours, expected the model's {model.config.vocab}")
         return pictures
 
-    def load_palette(self) -> Palette:
-        return Palette.load(self.palette or self.model)
+    def load_palette(self, model) -> Palette:
+        palette = Palette.load(self.palette) if self.palette else model.palette
+        if palette is None:
+            raise ValueError(f"palette: {self.model} came without one, expected --palette")
+        return palette
 
     def load_labelled(self, model, *splits: str) -> list[data.Pictures]:
         """load_split of each split; raises ValueError where labels are missing or the classes differ."""
@@ -69,6 +72,7 @@ def with_config(model, **overrides):
     wanted = other.state_dict()
     fitting = {k: v for k, v in model.state_dict().items() if k in wanted and v.shape == wanted[k].shape}
     other.load_state_dict(fitting, strict=False)
+    other.palette = model.palette
     return other
 
 

@@ -1,0 +1,140 @@
+"""probe, lowdata, eval and finetune from end to end, on pictures whose class is their colour."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import igpt
+from igpt import data, evaluate, features, finetune, lowdata, probe
+from igpt.palette import Palette
+from igpt.source import with_config
+
+SIDE, CLASSES, COLOURS = 6, 3, 16
+
+
+def coloured(n, seed, labelled=True):
+    """n pictures of noise; each class prefers its own third of the colours."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, CLASSES, n)
+    own = rng.random((n, SIDE * SIDE)) < 0.5
+    thirds = labels[:, None] * 5 + rng.integers(0, 5, (n, SIDE * SIDE))
+    tokens = np.where(own, thirds, rng.integers(0, COLOURS, (n, SIDE * SIDE))).astype(np.uint16)
+    return data.Pictures(
+        name="coloured", size=(SIDE, SIDE), tokens=tokens, labels=labels if labelled else None,
+        classes=("a", "b", "c") if labelled else (), palette=palette(), vocab=COLOURS,
+    )  # fmt: skip
+
+
+def palette():
+    return Palette(np.random.default_rng(0).uniform(-1, 1, (COLOURS, 3)).astype(np.float32))
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    """A folder with a token set and a random AR and BERT model."""
+    folder = tmp_path_factory.mktemp("programs")
+    for split, n in (("train", 300), ("valid", 60), ("test", 60)):
+        data.save_tokens(coloured(n, n), folder / "set" / split)
+    for objective in ("ar", "bert"):
+        torch.manual_seed(0)
+        config = igpt.Config(2, 32, 2, n_ctx=SIDE * SIDE, vocab=COLOURS, objective=objective)
+        model = igpt.ImageGPT(config)
+        torch.nn.init.normal_(model.head, 0, 0.2)
+        model.palette = palette()
+        model.save_pretrained(folder / objective)
+    return folder
+
+
+def where(here, objective="ar"):
+    return {"model": str(here / objective), "data": str(here / "set"), "device": "cpu", "batch": 50}
+
+
+@pytest.mark.parametrize("objective, votes", [("ar", 1), ("bert", 3)])
+def test_probe(here, tmp_path, objective, votes):
+    report = probe.run(probe.Options(**where(here, objective), C=(0.01, 1.0), votes=votes, out=tmp_path))
+    assert set(report["layers"]) == {"0", "1", "2"}
+    # Even a random network's pooled features count colours; a third would be chance.
+    assert report["test_accuracy"] > 0.7
+    assert json.loads((tmp_path / "probe.json").read_text()) == report
+    assert (tmp_path / "probe.png").stat().st_size > 1000
+    again = probe.run(probe.Options(**where(here, objective), C=(0.01, 1.0), votes=votes))
+    assert again == report
+
+
+def test_probe_of_joined_layers_and_sgd(here):
+    report = probe.run(probe.Options(**where(here), join=2, solver="sgd", steps=300, lr=(10.0, 3.0)))
+    assert len(report["joined"]) == 2 and report["test_accuracy"] > 0.7
+
+
+def test_features_are_the_models(here):
+    model = igpt.ImageGPT.from_pretrained(here / "ar")
+    tokens = coloured(7, 1).tokens
+    found = features.extract(model, tokens, batch=3)
+    want = model.features(torch.from_numpy(tokens.astype(np.int64)))
+    torch.testing.assert_close(torch.from_numpy(np.array(found)), want.detach())
+
+
+def test_lowdata(here):
+    report = lowdata.run(lowdata.Options(**where(here), k=(4, 40), subsets=3))
+    few, many = report["k"]["4"], report["k"]["40"]
+    assert few["labels"] == 12 and many["labels"] == 120
+    assert many["error"] < few["error"] < 67
+
+
+def test_eval_is_the_models_loss(here):
+    report = evaluate.run(evaluate.Options(**where(here)))
+    model = igpt.ImageGPT.from_pretrained(here / "ar")
+    tokens = torch.from_numpy(coloured(60, 60).tokens.astype(np.int64))
+    # `test` was drawn with seed 60 as `valid` was; batches of 50 and 10 must weigh as pictures.
+    assert report["nats_per_pixel"] == pytest.approx(model.loss(tokens).item(), rel=1e-5)
+    assert report["bits_per_pixel"] == pytest.approx(report["nats_per_pixel"] / np.log(2))
+    assert evaluate.run(evaluate.Options(**where(here), limit=5))["pictures"] == 5
+
+
+@pytest.mark.parametrize("objective", ["ar", "bert"])
+def test_finetune_learns_and_exports(here, tmp_path, objective):
+    options = finetune.Options(**where(here, objective), epochs=4, lr=3e-3, out=tmp_path / "tuned")
+    report = finetune.run(options)
+    assert report["test_accuracy"] > 0.8
+    assert report["epochs"][-1]["classifying"] < report["epochs"][0]["classifying"]
+    tuned = igpt.ImageGPT.from_pretrained(tmp_path / "tuned")
+    assert tuned.config.classes == CLASSES and tuned.classifier.abs().max() > 0
+    assert tuned.palette == palette()
+    with pytest.raises(ValueError, match=r"out: .* not empty"):
+        finetune.run(options)
+
+
+def test_with_config_keeps_the_weights(here):
+    model = igpt.ImageGPT.from_pretrained(here / "ar")
+    other = with_config(model, classes=5)
+    assert other.classifier.shape == (5, 32) and not other.classifier.any()
+    assert all(torch.equal(p, dict(other.named_parameters())[name]) for name, p in model.named_parameters())
+
+
+def test_bad_input(here, tmp_path):
+    for change, words in [
+        ({"only": (7,)}, "only: got layers"), ({"votes": 2}, "votes: got 2"), ({"join": 9}, "join: got 9"),
+        ({"model": str(here / "none")}, "none"),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            probe.run(probe.Options(**(where(here) | change)))
+    with pytest.raises(ValueError, match="layer: got 9"):
+        lowdata.run(lowdata.Options(**where(here), layer=9))
+    with pytest.raises(ValueError, match="limit: got 0"):
+        evaluate.run(evaluate.Options(**where(here), limit=0))
+    with pytest.raises(ValueError, match="lr"):
+        finetune.run(finetune.Options(**where(here), lr=0.0))
+
+    for split in ("train", "valid", "test"):
+        data.save_tokens(coloured(20, 1, labelled=False), tmp_path / "bare" / split)
+    with pytest.raises(ValueError, match="labels are missing"):
+        probe.run(probe.Options(**(where(here) | {"data": str(tmp_path / "bare")})))
+
+    narrow = coloured(20, 1)
+    narrow = dataclasses.replace(narrow, vocab=8, tokens=narrow.tokens % 8, palette=Palette(np.eye(8, 3)))
+    data.save_tokens(narrow, tmp_path / "wide")
+    with pytest.raises(ValueError, match="tokens of 8 colours"):
+        evaluate.run(evaluate.Options(**(where(here) | {"data": str(tmp_path / "wide"), "split": "train"})))
