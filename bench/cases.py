@@ -4,9 +4,11 @@ An operation here is how to make its inputs, how to run it (ours and the referen
 real pictures: emoji as tokens of a colour cube, embedded and projected by random tables.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from unittest import mock
 
 import numpy as np
 import torch
@@ -15,7 +17,7 @@ import torch.nn.functional as F
 from bench import cost
 from igpt import data, ops
 from igpt.config import PRESETS
-from igpt.kernels import reference
+from igpt.kernels import reference, tiles
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 VOCAB = 512
@@ -49,7 +51,8 @@ def tokens(B: int, N: int, device="cpu") -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Case:
-    """One operation at one size. d = H D; `inner` is 4 d. V = 512."""
+    """One operation at one size. d = H D; the MLP's inner width is 4 d; V = 512. `form`: "plain" or "folded" forces how
+    norms and residuals are computed (kernels/gemm.py), whatever the table says."""
 
     op: str
     B: int
@@ -60,6 +63,7 @@ class Case:
     causal: bool = True
     direction: str = "fwd"
     preset: str = ""
+    form: str = ""
 
     @property
     def d(self) -> int:
@@ -68,8 +72,14 @@ class Case:
     @property
     def labels(self) -> dict:
         """The fields that a Row takes from its case."""
-        names = ("op", "B", "N", "H", "D", "dtype", "causal", "direction", "preset")
+        names = ("op", "B", "N", "H", "D", "dtype", "causal", "direction", "preset", "form")
         return {n: getattr(self, n) for n in names} | {"d": self.d}
+
+    def forced(self):
+        """The context in which this case is run, backward included."""
+        if not self.form:
+            return contextlib.nullcontext()
+        return mock.patch.object(tiles, "form", lambda *_: self.form)
 
     def inputs(self, device="cpu") -> dict[str, torch.Tensor]:
         """Tensors by name; on "meta", their shapes alone."""
@@ -152,6 +162,13 @@ def _qkv(c: Case, draw: Draw) -> dict:
     return {"qkv": qkv.view(c.B, c.N, 3, c.H, c.D)}
 
 
+def _hopper(c: Case, qkv):
+    """The warp-specialised forward: Gluon, sm_90 alone."""
+    from igpt.kernels.attention_hopper import attention_forward_hopper
+
+    return attention_forward_hopper(*qkv.unbind(2), c.causal, c.D**-0.5)[0]
+
+
 OPS = {
     "attention": Op(
         inputs=_qkv,
@@ -159,6 +176,12 @@ OPS = {
         reference=lambda c: lambda qkv: reference.attention(*qkv.unbind(2), c.causal),
         cost=lambda c, e: cost.attention(c.B, c.N, c.H, c.D, e, c.causal, c.direction),
         diff=("qkv",),
+    ),
+    "attention_hopper": Op(
+        inputs=_qkv,
+        ours=lambda c, impl: functools.partial(_hopper, c),
+        reference=lambda c: lambda qkv: reference.attention(*qkv.unbind(2), c.causal),
+        cost=lambda c, e: cost.attention(c.B, c.N, c.H, c.D, e, c.causal, c.direction),
     ),
     "norm": Op(
         inputs=lambda c, draw: {"x": draw.stream(), "weight": draw.gain()},
@@ -226,6 +249,7 @@ OPS = {
 
 WIDTH_OPS = ("norm_mlp", "norm_linear", "linear_residual", "head_loss", "norm")
 ROW_OPS = (*WIDTH_OPS, "embed")
+FOLDED_OPS = ("norm_mlp", "norm_linear", "linear_residual")
 PIXEL_OPS = ("palette_encode", "palette_decode")
 
 
@@ -243,7 +267,10 @@ def correctness(quick: bool, gpu: bool) -> list[Case]:
         B, N = (4, 1024) if gpu else (2, 50)
         for H, D in ((8, 64), (8, 128), (16, 96)) if gpu else ((1, 64), (1, 96)):
             found += [Case(op, B, N, H, D, dtype, direction="fwd+bwd") for op in ROW_OPS]
+        found += [replace(c, form="folded") for c in found if c.op in FOLDED_OPS and c.dtype == dtype]
     found += [Case(op, 2, 1024, 1, 64, "fp32") for op in PIXEL_OPS]
+    if gpu and torch.cuda.get_device_capability() == (9, 0):
+        found += [Case("attention_hopper", 2, 1024, 4, D, "bf16", x) for D in (64, 96, 128) for x in (True, False)]
     return found
 
 

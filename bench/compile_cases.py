@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.cases import PIXEL_OPS, ROW_OPS, Case, shapes
+from bench.cases import FOLDED_OPS, PIXEL_OPS, ROW_OPS, Case, shapes
 from igpt.kernels.tiles import ARCHS
 
 
@@ -34,13 +34,14 @@ def forward_and_backward(case: Case) -> None:
     inputs = case.inputs("meta")
     for name in case.diff:
         inputs[name].requires_grad_()
-    out = case.ours("triton")(**inputs)
-    if case.diff:
-        out.backward(torch.empty_like(out))
+    with case.forced():
+        out = case.ours("triton")(**inputs)
+        if case.diff:
+            out.backward(torch.empty_like(out))
 
 
-def of(case: Case, name: str, quick: bool = False) -> CompileCase:
-    return CompileCase(f"{case.op} {name}", functools.partial(forward_and_backward, case), quick)
+def of(case: Case, name: str, quick: bool = False, archs: tuple[str, ...] = ARCHS) -> CompileCase:
+    return CompileCase(f"{case.op} {name}", functools.partial(forward_and_backward, case), quick, archs)
 
 
 def cases() -> Iterator[CompileCase]:
@@ -57,5 +58,11 @@ def cases() -> Iterator[CompileCase]:
                 yield of(Case(op, 2, 1024, H, D, dtype), f"d{H * D} {dtype}", quick and preset == "s")
                 if dtype != "fp16":
                     yield of(Case(op, 1, 77, H, D, dtype), f"d{H * D} {dtype} T77")
+            for op in FOLDED_OPS:
+                folded = Case(op, 2, 1024, H, D, dtype, form="folded")
+                yield of(folded, f"d{H * D} {dtype} folded", quick and preset == "s")
+        for causal in (True, False):
+            case = Case("attention_hopper", 2, 1024, H, D, "bf16", causal)
+            yield of(case, f"D{D} bf16{'' if causal else ' full'}", causal, ("sm_90",))
     for op in PIXEL_OPS:
         yield of(Case(op, 2, 1024, 1, 64, "fp32"), "V512", True)

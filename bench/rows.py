@@ -26,6 +26,7 @@ class Row:
     d: int = 0
     causal: bool = True
     preset: str = ""
+    form: str = ""
     device: str = ""
     gpu: str = ""
     driver: str = ""
@@ -59,7 +60,8 @@ class Row:
         size = f"{self.preset} " if self.preset else ""
         shape = " ".join(f"{k}{v}" for k in ("B", "N", "H", "D", "d") if (v := getattr(self, k)))
         full = "" if self.causal else " full"
-        return f"{size}{shape} {self.dtype}{full} {self.direction}"
+        form = f" {self.form}" if self.form else ""
+        return f"{size}{shape} {self.dtype}{full}{form} {self.direction}"
 
     @property
     def key(self) -> tuple[str, ...]:
