@@ -33,7 +33,8 @@ class Source:
 
     def load_split(self, model, split: str) -> data.Pictures:
         """The Pictures of `split` with their tokens. Raises ValueError if they don't fit the model."""
-        pictures = data.load(self.data, split, labels=self.labels)
+        side = math.isqrt(model.config.n_ctx)
+        pictures = data.load(self.data, split, size=side, labels=self.labels)
         if not len(pictures):
             raise ValueError(f"data: {pictures.name} has no pictures")
         if pictures.n_ctx != model.config.n_ctx:
