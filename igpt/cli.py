@@ -30,6 +30,8 @@ USAGE += "\nigpt COMMAND --help shows a command's options and their defaults.\n"
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["--"]:  # torchrun -m igpt -- train ...: without it, torchrun takes --run for its own --run-path
+        argv = argv[1:]
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE, end="", file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2

@@ -65,7 +65,7 @@ class Metrics:
         write_durably(run / "metrics.jsonl", "".join(lines))
         for line in lines:
             self.last.update(json.loads(line))
-        self.file = open(run / "metrics.jsonl", "a")  # noqa: SIM115  # open as long as the run is
+        self.file = open(run / "metrics.jsonl", "ab", buffering=0)  # noqa: SIM115  # open as long as the run is
         if tensorboard:
             self.board = summary_writer(run / "tensorboard", start)
 
@@ -96,8 +96,12 @@ class Metrics:
         self.last.update(row)
         if not self.on:
             return
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        line = json.dumps(row).encode() + b"\n"
+        try:
+            while line:  # a disk that fills up takes a part first
+                line = line[self.file.write(line) :]
+        except OSError as error:
+            raise OSError(f"{self.file.name} could not be written: {error}") from error
         shown = [
             form.format(self.last[name])
             for name, form in {"loss": "loss {:.4f}", "valid_loss": "valid {:.4f}",

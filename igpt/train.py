@@ -1,7 +1,7 @@
 """The program `igpt train`: pretraining (paper section 2 and appendix), on one process or many.
 
     igpt train --preset s --data imagenet32/ --run runs/s
-    torchrun --nproc-per-node 8 -m igpt train --preset l --data imagenet32/ --run runs/l --accumulate 2
+    torchrun --nproc-per-node 8 -m igpt -- train --preset l --data imagenet32/ --run runs/l --accumulate 2
 
 A step is a function of (configuration, step, weights and optimiser state): which pictures, which BERT masks, which
 learning rate. So a run that was killed goes on from its last checkpoint as if nothing had happened.
@@ -41,7 +41,8 @@ SAMPLES = 16  # pictures in a grid during training
 class Options:
     """Pretrain a model. A run directory that has a checkpoint is resumed; one of another configuration is refused.
 
-    Under torchrun the batch is shared by the processes; their number may change between a run and its resumption."""
+    torchrun --nproc-per-node 8 -m igpt -- train ... shares the batch between 8 processes; their number may change between
+    a run and its resumption. SIGTERM and Ctrl-C save a checkpoint and end the run."""
 
     run: Path  # the run directory: config.json, metrics.jsonl, checkpoints/, samples/, and export/ at the end
     data: str = "builtin:emoji"  # builtin:emoji, a folder of pictures, a token set, CIFAR, STL-10, IDX, OpenAI's npy

@@ -1,0 +1,219 @@
+"""Pretraining: what a run writes, what resumes bit for bit, what many processes compute, what is refused."""
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import igpt
+from igpt import rundir, train
+from igpt.order import Order
+from igpt.processes import processes
+from tests import children
+from tests.children import options
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+CURVE = ("step", "loss", "lr", "grad_norm", "valid_loss")
+
+
+def curve(run: Path) -> list[dict]:
+    """metrics.jsonl without speed and time."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: row[k] for k in CURVE if k in row} for row in rows]
+
+
+def agree(one: list[dict], other: list[dict], tolerance: float = 5e-6) -> bool:
+    """The same lines, losses equal to 5 decimals. Gradient norms are as large as 2 and are compared alike."""
+    return [row.keys() for row in one] == [row.keys() for row in other] and all(
+        abs(a[k] - b[k]) <= tolerance * max(1, abs(a[k])) for a, b in zip(one, other) for k in a
+    )
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """One run from end to end in this process: (directory, result)."""
+    run = tmp_path_factory.mktemp("train") / "unbroken"
+    return run, train.run(options(run, sample_every=12))
+
+
+def test_a_run_writes_what_the_design_names(unbroken):
+    run, result = unbroken
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    trained = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in trained] == list(range(1, 13))
+    assert all({"loss", "lr", "grad_norm", "images_per_s", "time"} <= row.keys() for row in trained)
+    assert trained[0]["loss"] == pytest.approx(math.log(512), abs=1e-6)  # the head starts at zero
+    assert [row["step"] for row in rows if "valid_loss" in row] == [4, 8, 12]
+    assert rows[-1]["valid_loss"] < math.log(512) - 0.1
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["latest", "step-12", "step-8"]
+    assert Image.open(run / "samples" / "step-0000012.png").size == (4 * (4 * 10 + 2),) * 2
+    assert result["step"] == 12 and result["valid_loss"] == rows[-1]["valid_loss"]
+
+
+def test_the_export_is_the_trained_model(unbroken):
+    run, result = unbroken
+    model = igpt.ImageGPT.from_pretrained(result["export"])
+    assert model.config == igpt.Config.from_dict(json.loads((run / "config.json").read_text())["model"])
+    palette = igpt.Palette.load(result["export"])
+    valid = igpt.data.load("builtin:emoji", "valid", size=8).encoded(palette)
+    tokens = torch.from_numpy(valid.tokens[:20].astype(np.int64))
+    assert model.loss(tokens).item() == pytest.approx(result["valid_loss"], abs=1e-5)
+
+
+def test_killed_at_random_points_it_resumes_bit_for_bit(unbroken, tmp_path):
+    run, seed = tmp_path / "run", time.time_ns()
+    dice = random.Random(seed)
+    metrics, kills = run / "metrics.jsonl", 0
+    while kills < 5:
+        child = children.start(children.train_here, options(run))
+        lines = dice.randint(0, 10)
+        children.wait_for(lambda n=lines: metrics.is_file() and metrics.read_bytes().count(b"\n") > n, child)
+        child.join(dice.random() * 0.1)
+        if not child.is_alive():
+            break
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+        kills += 1
+    train.run(options(run))
+    assert curve(run) == curve(unbroken[0]), f"dice of seed {seed}"
+
+
+def test_killed_before_every_rename_it_resumes_bit_for_bit(unbroken, tmp_path):
+    run, nth = tmp_path / "run", 0
+    code = None
+    while code != 0:
+        nth += 2
+        child = children.start(children.train_killed_at, options(run), nth)
+        child.join(120)
+        code = child.exitcode
+        assert code in (0, -signal.SIGKILL) and nth < 40
+    assert nth > 6
+    assert curve(run) == curve(unbroken[0])
+
+
+def test_sigterm_saves_and_exits_0(unbroken, tmp_path):
+    run = tmp_path / "run"
+    child = children.start(children.train_until, options(run), 6)
+    child.join(120)
+    assert child.exitcode == 0
+    assert (run / "checkpoints" / "latest").read_text() == "step-7" and not (run / "export").exists()
+    train.run(options(run))
+    assert curve(run) == curve(unbroken[0])
+
+
+def test_accumulated_and_recomputed_steps_are_the_same_steps(unbroken, tmp_path):
+    train.run(options(tmp_path / "accumulated", accumulate=4, steps=12))
+    assert agree(curve(tmp_path / "accumulated"), curve(unbroken[0]))
+    train.run(options(tmp_path / "recomputed", recompute=True, steps=12))
+    assert curve(tmp_path / "recomputed") == curve(unbroken[0])
+
+
+def test_one_two_and_four_processes_share_a_run(unbroken, tmp_path):
+    run = tmp_path / "run"
+    children.train_together(2, options(run), 2)
+    children.train_together(4, options(run), 5)
+    train_one = children.start(children.train_until, options(run), 7)
+    train_one.join(120)
+    children.train_together(2, options(run))
+    assert agree(curve(run), curve(unbroken[0]))
+    assert igpt.ImageGPT.from_pretrained(run / "export").num_parameters()
+
+
+def test_torchrun_masks_and_bf16(tmp_path):
+    asked = options(tmp_path / "one", objective="bert", steps=4, save_every=4)
+    train.run(asked)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "igpt", "--", "train"]
+    for name in ("preset", "objective", "layers", "width", "heads", "size", "batch", "steps", "save_every",
+                 "valid_every", "valid_pictures", "sample_every", "log_every", "device"):  # fmt: skip
+        command += [f"--{name.replace('_', '-')}", str(getattr(asked, name))]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, "--run", str(tmp_path / "two")], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["step"] == 4
+    assert agree(curve(tmp_path / "two"), curve(tmp_path / "one"))
+    children.train_together(2, replace(asked, run=tmp_path / "bf16", dtype="bf16"))
+    assert agree(curve(tmp_path / "bf16"), curve(tmp_path / "one"), tolerance=2**-8)
+
+
+def test_a_loss_that_is_not_finite_names_the_step_and_the_checkpoint(tmp_path):
+    asked = options(tmp_path / "run", save_every=1, lr=1e30, warmup=0, clip=None)
+    with pytest.raises(FloatingPointError, match=r"step 2: .* checkpoint is .*/checkpoints/step-1"):
+        train.run(asked)
+
+
+def test_another_configuration_is_refused_with_the_difference(unbroken, tmp_path):
+    run, _ = unbroken
+    with pytest.raises(ValueError, match=r"another configuration \(train\.lr: 0\.003 there, 0\.001 asked; train.seed"):
+        train.run(options(run, lr=0.001, seed=3))
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"not empty and has no config\.json"):
+        train.run(options(tmp_path))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        train.run(options(tmp_path / "file" / "run"))
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"batch": 9, "accumulate": 2}, "batch: got 9, expected a multiple of 1 processes"),
+        ({"steps": 0}, "steps: got 0"),
+        ({"lr": math.nan}, "lr: got nan"),
+        ({"clip": 0.0}, "clip: got 0.0"),
+        ({"beta2": 1.0}, "beta1, beta2"),
+        ({"warmup": -1}, "warmup"),
+        ({"data": "nowhere"}, "nowhere"),
+        ({"heads": 5}, "heads: got 5"),
+    ],
+)
+def test_bad_options(tmp_path, changes, said):
+    with pytest.raises(ValueError, match=said):
+        train.run(options(tmp_path / "run", **changes))
+
+
+def test_defaults_are_the_paper_s():
+    for name, lr in {"s": 0.003, "m": 0.003, "l": 0.001, "xl": 0.0003}.items():
+        filled = train.Options(Path("x"), preset=name).resolved()
+        assert filled.lr == lr
+        assert (filled.batch, filled.steps) == ((64, 2_000_000) if name == "xl" else (128, 1_000_000))
+    assert train.Options(Path("x"), preset="s", objective="bert").resolved().lr == 0.01
+
+
+def test_learning_rate_warms_up_and_falls_to_zero(tmp_path):
+    pictures = igpt.data.load("builtin:emoji", "valid", size=8).encoded()
+    asked = options(tmp_path / "run", steps=100, lr=1.0, warmup=10).resolved()
+    with processes("cpu") as us:
+        training = train.Training(asked, us, 8, pictures, pictures)
+    rates = [training.lr(step) for step in range(1, 101)]
+    assert rates[:10] == pytest.approx([step / 10 for step in range(1, 11)])
+    assert rates[10] == 1.0 and rates[55] == pytest.approx(0.5) and 0 < rates[99] < 1e-3
+    assert all(a > b for a, b in zip(rates[10:], rates[11:]))
+
+
+def test_order_sees_every_picture_once_an_epoch():
+    order = Order(10, 4, seed=3)
+    seen = np.concatenate([order.rows(step) for step in range(5)])
+    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10)) and list(seen[:10]) != list(seen[10:])
+    assert np.array_equal(Order(10, 4, seed=3).rows(4), order.rows(4))
+    assert not np.array_equal(np.concatenate([Order(10, 4, seed=4).rows(s) for s in range(5)]), seen)
+    assert Order(3, 8, seed=0).rows(7).shape == (8,)  # a batch of several epochs
+
+
+def test_peak_flops_are_known_by_name(monkeypatch):
+    names = {"NVIDIA H200": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA A100-SXM4-80GB": 312e12, "Something": None}
+    for name, peak in names.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert rundir.peak_flops(torch.device("cuda")) == peak
+    assert rundir.peak_flops(torch.device("cpu")) is None
