@@ -137,8 +137,10 @@ def head_loss_tile(arch: str, element_bytes: int, d: int, vocab: int) -> Tile:
 
 
 # Products with epilogues (kernels/gemm.py): (architecture, bytes of an element), or of 16-bit elements, where a
-# measurement asks for it, (architecture, epilogue, K).
+# measurement asks for it, (architecture, epilogue, K). "ragged": rows that aren't a multiple of 16 bytes, whose loads
+# take more registers. BLOCK_N is 128 or 256.
 PRODUCT = {
+    ("ragged", 2): Tile(64, 128, 32, num_warps=8, num_stages=2),
     ("portable", 2): Tile(128, 128, 32, num_warps=8, num_stages=3),
     ("portable", 4): Tile(64, 128, 16, num_warps=8, num_stages=2),
     ("sm_80", 2): Tile(128, 128, 32, num_warps=8, num_stages=4),
@@ -220,7 +222,7 @@ def attention_tile(table: dict, q: torch.Tensor, describable: bool) -> Tile:
 
 
 # The embedding table's gradient (kernels/embedding.py): (architecture, bytes of an element) -> BLOCK_M colours,
-# BLOCK_N columns, BLOCK_K positions a step. "ragged": widths that 16 doesn't divide. fp32 has 32 rows because from 64 on
+# BLOCK_N columns, BLOCK_K positions a step. "ragged": widths that 16 doesn't divide. fp32 has 32 rows: from 64 on
 # Triton 3.7 for sm_100 rounds the operands to tf32 when a byte (the mask) was loaded on the way to the one-hot matrix.
 EMBEDDING_BACKWARD = {
     ("ragged", 2): Tile(128, 64, 32, num_warps=4, num_stages=3),
