@@ -24,6 +24,8 @@ class Options:
 def run(options: Options) -> dict:
     if options.limit < 1:
         raise ValueError(f"limit: got {options.limit}, expected at least 1")
+    if not options.out.parent.is_dir():
+        raise ValueError(f"out: {options.out} is in no folder that exists")
     sets = [data.load(options.data, split, size=options.size) for split in ("train", "valid")]
     for pictures in sets:
         if pictures.images is None:

@@ -41,8 +41,8 @@ SAMPLES = 16  # pictures in a grid during training
 class Options:
     """Pretrain a model. A run directory that has a checkpoint is resumed; one of another configuration is refused.
 
-    torchrun --nproc-per-node 8 -m igpt -- train ... shares the batch between 8 processes; their number may change between
-    a run and its resumption. SIGTERM and Ctrl-C save a checkpoint and end the run."""
+    `torchrun --nproc-per-node 8 -m igpt -- train ...` shares the batch between 8 processes; their number may change
+    between a run and its resumption. SIGTERM and Ctrl-C save a checkpoint and end the run."""
 
     run: Path  # the run directory: config.json, metrics.jsonl, checkpoints/, samples/, and export/ at the end
     data: str = "builtin:emoji"  # builtin:emoji, a folder of pictures, a token set, CIFAR, STL-10, IDX, OpenAI's npy
@@ -238,22 +238,27 @@ class Training:
         """Log a finished step; whether to stop. Raises FloatingPointError for figures that are not finite."""
         loss, norm, stop = statistics.tolist()
         self.metrics.count(self.options.batch)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            self.checkpoints.poll(wait=True)
-            raise FloatingPointError(
-                f"step {step}: loss {loss}, gradient norm {norm}; the last good checkpoint is "
-                f"{self.checkpoints.latest() or 'none'}"
-            )
+        self.require_finite(step, {"loss": loss, "gradient norm": norm})
         if step % self.options.log_every == 0 or step in (1, self.options.steps):
             self.metrics.trained(step, {"loss": loss, "lr": self.lr(step), "grad_norm": norm})
         return stop > 0
+
+    def require_finite(self, step: int, figures: dict) -> None:
+        if not all(map(math.isfinite, figures.values())):
+            self.checkpoints.poll(wait=True)
+            said = ", ".join(f"{name} {value}" for name, value in figures.items())
+            raise FloatingPointError(
+                f"step {step}: {said}; the last good checkpoint is {self.checkpoints.latest() or 'none'}"
+            )
 
     def look(self, step: int, stop: bool) -> None:
         """What is due between two steps: validation, samples, a checkpoint."""
         options, last = self.options, step == self.options.steps
         with self.metrics.apart():
             if step % options.valid_every == 0 or last:
-                self.metrics.validated(step, self.valid_loss())
+                loss = self.valid_loss()
+                self.require_finite(step, {"validation loss": loss})
+                self.metrics.validated(step, loss)
             if options.sample_every and self.config.causal and (step % options.sample_every == 0 or last):
                 self.sample(step)
         if step % options.save_every == 0 or last or stop:
@@ -277,7 +282,7 @@ class Training:
         """A grid of samples, the same noise each time."""
         model = whole(self.model, self.us)
         if model is not None and self.train.palette is not None:
-            tokens = sample.generate(model, SAMPLES, seed=self.options.seed).cpu()
+            tokens = sample.generate(model, SAMPLES, seed=self.options.seed, weights="bf16" if self.bf16 else None).cpu()
             pictures = self.train.palette.decode(tokens, self.train.size)
             path = self.options.run / "samples" / f"step-{step:07d}.png"
             grid.save(path, pictures, columns=math.isqrt(SAMPLES), scale=4)
