@@ -22,11 +22,13 @@ from igpt.kernels import reference
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # Linux only; elsewhere the torch path is all there is
 if HAS_TRITON:
-    import contextlib  # TEMPORARY until every kernel file has landed
-
-    for _m in ("attention", "embedding", "head_loss", "norm", "norm_linear", "norm_mlp", "palette"):
-        with contextlib.suppress(ImportError):
-            globals()[f"{_m}_kernel"] = importlib.import_module(f"igpt.kernels.{_m}")
+    from igpt.kernels import attention as attention_kernel
+    from igpt.kernels import embedding as embedding_kernel
+    from igpt.kernels import head_loss as head_loss_kernel
+    from igpt.kernels import norm as norm_kernel
+    from igpt.kernels import norm_linear as norm_linear_kernel
+    from igpt.kernels import norm_mlp as norm_mlp_kernel
+    from igpt.kernels import palette as palette_kernel
     from igpt.kernels.primitives import check_device
 
 IMPLS = ("auto", "triton", "torch")
