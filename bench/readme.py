@@ -46,7 +46,7 @@ def filled(text: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.readme", description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a table is not what its rows say")
+    parser.add_argument("--check", action="store_true", help="exit 1 if a table is not what its rows say")
     args = parser.parse_args(argv)
     path = ROOT / "README.md"
     old = path.read_text()
