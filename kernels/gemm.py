@@ -169,17 +169,26 @@ def unfold_gain_kernel(
     tl.store(partials + tl.program_id(0) * d + o_d, tl.sum(b_dgain, 0), mask=o_d < d)
 
 
-def check_form(name: str, form: str | None, centred: bool = False) -> str:
+def is_aligned(x, *weights) -> bool:
+    """Whether every matrix of a product has rows of a multiple of 16 bytes: for TMA, and for wide loads elsewhere."""
+    return all(size * x.element_size() % 16 == 0 for w in weights for size in w.shape)
+
+
+def check_form(name: str, form: str | None, x, *weights, centred: bool = False) -> str:
     """`form` as custom ops take it, "" for the table's choice. Raises ValueError for an unknown or impossible one."""
     if form not in (None, *FORMS):
         raise ValueError(f"{name}: form: got {form!r}, expected None or one of {FORMS}")
     if form == "folded" and centred:
         raise ValueError(f"{name}: form: got 'folded' with centred=True: a large mean would cancel; expected 'plain'")
+    if form == "folded" and not is_aligned(x, *weights):
+        shapes = ", ".join(str(tuple(w.shape)) for w in weights)
+        raise ValueError(f"{name}: form: got 'folded' for weights {shapes}, expected rows of a multiple of 16 bytes")
     return form or ""
 
 
-def is_folded(form: str, name: str, x: torch.Tensor, centred: bool = False) -> bool:
-    return not centred and (form or tiles.form(name, tiles.arch(x.device), x.shape[-1])) == "folded"
+def is_folded(form: str, name: str, x, *weights, centred: bool = False) -> bool:
+    possible = is_aligned(x, *weights) and not centred
+    return possible and (form or tiles.form(name, tiles.arch(x.device), x.shape[-1])) == "folded"
 
 
 def empty_partials(M: int, N: int, device) -> torch.Tensor:
@@ -197,18 +206,21 @@ def check_squares(name: str, squares, x) -> None:
     rows.check_operand(name, "squares", squares, torch.float32, expected)
 
 
+def dense(t: torch.Tensor) -> torch.Tensor:
+    """t, or a copy of it, contiguous from an address that 16 divides."""
+    t = t.contiguous()
+    return t if t.data_ptr() % 16 == 0 else t.clone()
+
+
 def product(a, b, *, is_kn=False, epilogue="linear", row=None, bias=None, u=None, r=None, z=None, partials=None):
-    """epilogue(a @ b^T), or of a @ b with `is_kn`: a new y [M, N]."""
-    a, b, u, r = (t if t is None else t.contiguous() for t in (a, b, u, r))
+    """epilogue(a @ b^T), or of a @ b with `is_kn`: a new y [M, N]. K and N as `is_aligned` asks."""
+    a, b, u, r = (t if t is None else dense(t) for t in (a, b, u, r))
     (M, K), N = a.shape, b.shape[is_kn]
     y = torch.empty((M, N), dtype=a.dtype, device=a.device)
     tile = tiles.product_tile(tiles.arch(a.device), a.element_size(), epilogue, K)
-    matrices = [t for t in (a, b, u, r, y, z) if t is not None]
-    # TMA wants rows of a multiple of 16 bytes; other widths go by pointers, in the same tiles.
-    use_tma = tile.tma and all(t.shape[1] * t.element_size() % 16 == t.data_ptr() % 16 == 0 for t in matrices)
 
     def argument(t, *block):
-        return TensorDescriptor(t, list(t.shape), [t.shape[1], 1], list(block)) if use_tma and t is not None else t
+        return TensorDescriptor(t, list(t.shape), [t.shape[1], 1], list(block)) if tile.tma and t is not None else t
 
     b_block = (tile.BLOCK_K, tile.BLOCK_N) if is_kn else (tile.BLOCK_N, tile.BLOCK_K)
     if M:
@@ -219,7 +231,7 @@ def product(a, b, *, is_kn=False, epilogue="linear", row=None, bias=None, u=None
             M=M, N=N, K=K, IS_KN=is_kn, EPILOGUE=epilogue, HAS_ROW=row is not None, HAS_BIAS=bias is not None,
             HAS_R=r is not None, HAS_Z=z is not None, HAS_PARTIALS=partials is not None,
             BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_K=tile.BLOCK_K, BLOCK_C=PIECE, GROUP_M=GROUP_M,
-            USE_TMA=use_tma, PRECISION="ieee" if a.dtype == torch.float32 else "tf32",
+            USE_TMA=tile.tma, PRECISION="ieee" if a.dtype == torch.float32 else "tf32",
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
     return y

@@ -28,12 +28,6 @@ from . import gemm, rows
 from .primitives import check_device
 
 
-def normed_product_backward(dy, x, gain, weight, stats, dres=None):
-    """dy [M, out], x, dres [M, d] -> dx (dres added), dgain, dweight of y = norm(x) @ weight^T."""
-    dx, dgain, n = rows.norm_backward(dy @ weight, x, gain, stats, dres, write_n=True)
-    return dx, dgain, dy.t() @ n
-
-
 @torch.library.custom_op("igpt::norm_linear", mutates_args=())
 def norm_linear_op(
     x: torch.Tensor, gain: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
@@ -41,7 +35,7 @@ def norm_linear_op(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     check_device("norm_linear", x, gain, weight, bias, squares)
     rows_x = rows.as_rows(x)
-    if gemm.is_folded(form, "norm_linear", x, centred):
+    if gemm.is_folded(form, "norm_linear", x, weight, centred=centred):
         stats = gemm.rstd_of(rows_x, gain, squares, eps)
         y = gemm.product(rows_x, weight * gain, row=stats, bias=bias)
     else:
@@ -58,17 +52,17 @@ def _(x, gain, weight, bias, squares, eps, centred, form):
 
 @torch.library.custom_op("igpt::norm_linear_backward", mutates_args=())
 def norm_linear_backward_op(
-    dy: torch.Tensor, x: torch.Tensor, gain: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
-    stats: torch.Tensor,
+    dy: torch.Tensor, dres: torch.Tensor | None, x: torch.Tensor, gain: torch.Tensor, weight: torch.Tensor,
+    bias: torch.Tensor | None, stats: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    check_device("norm_linear_backward", dy, x, gain, weight)
-    dy = rows.as_rows(dy)
-    dx, dgain, dweight = normed_product_backward(dy, rows.as_rows(x), gain, weight, stats)
-    return dx.view(x.shape), dgain, dweight, rows.column_sums(dy, bias)
+    check_device("norm_linear_backward", dy, dres, x, gain, weight)
+    dy, dres = rows.as_rows(dy), None if dres is None else rows.as_rows(dres)
+    dx, dgain, n = rows.norm_backward(dy @ weight, rows.as_rows(x), gain, stats, dres, write_n=True)
+    return dx.view(x.shape), dgain, dy.t() @ n, rows.column_sums(dy, bias)
 
 
 @norm_linear_backward_op.register_fake
-def _(dy, x, gain, weight, bias, stats):
+def _(dy, dres, x, gain, weight, bias, stats):
     gradients = [t.new_empty(t.shape) for t in (x, gain, weight)]
     return *gradients, dy.new_empty(0 if bias is None else bias.shape)
 
@@ -80,11 +74,31 @@ def _norm_linear_setup(ctx, inputs, output):
 
 
 def _norm_linear_backward(ctx, dy, _):
-    dx, dgain, dweight, dbias = norm_linear_backward_op(dy, *ctx.saved_tensors)
+    dx, dgain, dweight, dbias = norm_linear_backward_op(dy, None, *ctx.saved_tensors)
     return dx, dgain, dweight, dbias if ctx.has_bias else None, None, None, None, None
 
 
 norm_linear_op.register_autograd(_norm_linear_backward, setup_context=_norm_linear_setup)
+
+
+class NormLinearThrough(torch.autograd.Function):
+    """(y, x): x goes on to the residual connection from here, so that its gradient comes back here and is added in the
+    pass that makes dx. Autograd would add the two in a pass of its own: 6 d bytes a token. An operator's outputs may
+    not alias its inputs, hence a Function around the operators."""
+
+    @staticmethod
+    def forward(ctx, x, gain, weight, bias, *options):
+        y, stats = norm_linear_op(x, gain, weight, bias, *options)
+        ctx.save_for_backward(x, gain, weight, bias, stats)
+        ctx.set_materialize_grads(False)
+        return y, x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, dy, dres):
+        if dy is None:
+            return dres, *[None] * 7
+        dx, dgain, dweight, dbias = norm_linear_backward_op(dy, dres, *ctx.saved_tensors)
+        return dx, dgain, dweight, None if ctx.saved_tensors[3] is None else dbias, *[None] * 4
 
 
 @torch.library.custom_op("igpt::linear_residual", mutates_args=())
@@ -93,7 +107,7 @@ def linear_residual_op(
     emit_squares: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     check_device("linear_residual", a, weight, residual, bias)
-    folded = emit_squares or gemm.is_folded(form, "linear_residual", a)
+    folded = emit_squares or gemm.is_folded(form, "linear_residual", a, weight)
     y, squares = gemm.product_residual(rows.as_rows(a), weight, rows.as_rows(residual), bias, folded, emit_squares)
     return y.view(residual.shape), squares
 
@@ -132,18 +146,21 @@ linear_residual_op.register_autograd(_linear_residual_backward, setup_context=_l
 
 
 def norm_linear(
-    x, norm_weight, weight, bias=None, eps: float = 1e-5, centred: bool = False, form: str | None = None, squares=None
-):
+    x, norm_weight, weight, bias=None, eps: float = 1e-5, centred: bool = False, form: str | None = None,
+    squares=None, through: bool = False,
+):  # fmt: skip
     """norm(x) @ weight^T + bias: (..., d) -> (..., out). Differentiable in x, norm_weight, weight and bias.
 
     form: "plain", "folded" or the table's choice. squares: of x, from the operation that wrote it (emit_squares).
+    through: return (y, x), for a residual connection to read x from, whose gradient then costs no pass of its own.
     Raises ValueError naming the argument for a wrong shape or dtype: all are in x's dtype."""
     rows.check_norm("norm_linear", x, norm_weight)
     rows.check_operand("norm_linear", "weight", weight, x.dtype, (None, x.shape[-1]))
     rows.check_operand("norm_linear", "bias", bias, x.dtype, weight.shape[:1])
     gemm.check_squares("norm_linear", squares, x)
-    form = gemm.check_form("norm_linear", form, centred)
-    return norm_linear_op(x, norm_weight, weight, bias, squares, eps, centred, form)[0]
+    form = gemm.check_form("norm_linear", form, x, weight, centred=centred)
+    arguments = x, norm_weight, weight, bias, squares, eps, centred, form
+    return NormLinearThrough.apply(*arguments) if through else norm_linear_op(*arguments)[0]
 
 
 def linear_residual(a, weight, residual, bias=None, form: str | None = None, emit_squares: bool = False):
@@ -155,6 +172,6 @@ def linear_residual(a, weight, residual, bias=None, form: str | None = None, emi
     rows.check_operand("linear_residual", "weight", weight, a.dtype, (None, a.shape[-1]))
     rows.check_operand("linear_residual", "residual", residual, a.dtype, (*a.shape[:-1], weight.shape[0]))
     rows.check_operand("linear_residual", "bias", bias, a.dtype, weight.shape[:1])
-    form = gemm.check_form("linear_residual", form)
+    form = gemm.check_form("linear_residual", "folded" if emit_squares else form, a, weight)
     y, squares = linear_residual_op(a, weight, residual, bias, form, emit_squares)
     return (y, squares.detach()) if emit_squares else y

@@ -87,7 +87,7 @@ def norm_mlp_op(
     """y, its squares, stats, and u and h where they are kept for backward (else empty)."""
     check_device("norm_mlp", x, gain, w_fc, w_proj, b_fc, b_proj, squares)
     rows_x = rows.as_rows(x)
-    folded = gemm.is_folded(form, "norm_mlp", x, centred)
+    folded = gemm.is_folded(form, "norm_mlp", x, w_fc, centred=centred)
     if folded:
         stats = gemm.rstd_of(rows_x, gain, squares, eps)
         u = torch.empty((rows_x.shape[0], w_fc.shape[0]), dtype=x.dtype, device=x.device) if keep_u else None
@@ -120,7 +120,7 @@ def norm_mlp_backward_op(
     recompute = h.shape != u.shape
     h = torch.empty_like(u) if recompute else h
     # With a bias the row's dot would be that of du with u - b_fc, one operand too many for the epilogue's registers.
-    if b_fc is None and gemm.is_folded(form, "norm_mlp", x, centred=stats.shape[0] == 2):
+    if b_fc is None and gemm.is_folded(form, "norm_mlp", x, w_fc, centred=stats.shape[0] == 2):
         if recompute:
             quick_gelu_forward(u, h)
         dx, dgain, dw_fc = folded_backward(dy, rows_x, gain, w_fc, w_proj, stats, u)
@@ -169,7 +169,9 @@ def norm_mlp(
     ):  # fmt: skip
         rows.check_operand("norm_mlp", name, t, x.dtype, shape)
     gemm.check_squares("norm_mlp", squares, x)
-    form = gemm.check_form("norm_mlp", form, centred)
+    form = gemm.check_form("norm_mlp", form, x, w_fc, centred=centred)
+    if emit_squares:
+        gemm.check_form("norm_mlp", "folded", x, w_fc)  # of the last product alone
     tensors = (x, norm_weight, w_fc, w_proj, b_fc, b_proj)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     y, squares_y, *_ = norm_mlp_op(*tensors, squares, eps, centred, form, emit_squares, keep, keep and not recompute)

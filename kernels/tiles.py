@@ -137,10 +137,8 @@ def head_loss_tile(arch: str, element_bytes: int, d: int, vocab: int) -> Tile:
 
 
 # Products with epilogues (kernels/gemm.py): (architecture, bytes of an element), or of 16-bit elements, where a
-# measurement asks for it, (architecture, epilogue, K). "ragged": rows that aren't a multiple of 16 bytes, whose loads
-# take more registers. BLOCK_N is 128 or 256.
+# measurement asks for it, (architecture, epilogue, K). BLOCK_N is 128 or 256.
 PRODUCT = {
-    ("ragged", 2): Tile(64, 128, 32, num_warps=8, num_stages=2),
     ("portable", 2): Tile(128, 128, 32, num_warps=8, num_stages=3),
     ("portable", 4): Tile(64, 128, 16, num_warps=8, num_stages=2),
     ("sm_80", 2): Tile(128, 128, 32, num_warps=8, num_stages=4),
@@ -165,60 +163,76 @@ def form(operation: str, arch: str, d: int) -> str:
 
 
 # Attention (kernels/attention.py, attention_backward.py): (architecture, head dim up to) -> BLOCK_M queries, BLOCK_N
-# keys. fp32 inputs, whose products run outside of the matrix units, have tiles of their own on every architecture.
+# keys. Two rows stand for every architecture: "fp32", whose products run outside of the matrix units, and "unaligned",
+# views whose rows don't start at 16 bytes, loaded one element at a time.
 ATTENTION_FORWARD = {
     ("portable", 64): Tile(64, 64, num_warps=4, num_stages=2),
     ("portable", 96): Tile(64, 64, num_warps=4, num_stages=2),
     ("portable", 128): Tile(64, 64, num_warps=4, num_stages=2),
     ("sm_80", 64): Tile(128, 64, num_warps=8, num_stages=3),
     ("sm_80", 96): Tile(128, 64, num_warps=8, num_stages=3),
-    ("sm_80", 128): Tile(128, 64, num_warps=8, num_stages=3),
+    ("sm_80", 128): Tile(128, 64, num_warps=8, num_stages=4),
     ("sm_90", 64): Tile(128, 128, num_warps=8, num_stages=2, tma=True),
     ("sm_90", 96): Tile(128, 128, num_warps=8, num_stages=2, tma=True),
     ("sm_90", 128): Tile(128, 128, num_warps=8, num_stages=2, tma=True),
     ("sm_100", 64): Tile(128, 128, num_warps=8, num_stages=2, tma=True),
     ("sm_100", 96): Tile(128, 128, num_warps=8, num_stages=2, tma=True),
     ("sm_100", 128): Tile(128, 128, num_warps=8, num_stages=2, tma=True),
-    ("fp32", 64): Tile(64, 32, num_warps=8),
-    ("fp32", 96): Tile(64, 32, num_warps=8),
-    ("fp32", 128): Tile(32, 16),
+    ("gfx942", 64): Tile(128, 64, num_warps=8, num_stages=2),
+    ("gfx942", 96): Tile(128, 64, num_warps=8, num_stages=2),
+    ("gfx942", 128): Tile(128, 64, num_warps=8, num_stages=2),
+    ("fp32", 64): Tile(64, 32, num_warps=8, num_stages=2),
+    ("fp32", 96): Tile(64, 32, num_warps=8, num_stages=2),
+    ("fp32", 128): Tile(32, 16, num_warps=4, num_stages=2),
+    ("unaligned", 128): Tile(64, 64, num_warps=8, num_stages=1),
 }
 ATTENTION_DQ = {
     ("portable", 64): Tile(64, 64, num_warps=4, num_stages=2),
     ("portable", 96): Tile(64, 32, num_warps=4, num_stages=2),
     ("portable", 128): Tile(64, 32, num_warps=4, num_stages=2),
+    ("sm_80", 64): Tile(128, 64, num_warps=8, num_stages=2),
+    ("sm_80", 96): Tile(128, 32, num_warps=8, num_stages=3),
+    ("sm_80", 128): Tile(64, 64, num_warps=8, num_stages=2),
     ("sm_90", 64): Tile(128, 64, num_warps=8, num_stages=3, tma=True),
     ("sm_90", 96): Tile(128, 64, num_warps=8, num_stages=3, tma=True),
     ("sm_90", 128): Tile(128, 64, num_warps=8, num_stages=3, tma=True),
     ("sm_100", 64): Tile(128, 64, num_warps=8, num_stages=2, tma=True),
     ("sm_100", 96): Tile(128, 64, num_warps=8, num_stages=2, tma=True),
     ("sm_100", 128): Tile(128, 64, num_warps=8, num_stages=2, tma=True),
-    ("fp32", 64): Tile(32, 32, num_warps=8),
-    ("fp32", 96): Tile(32, 32, num_warps=8),
-    ("fp32", 128): Tile(32, 16),
+    ("gfx942", 64): Tile(128, 32, num_warps=8, num_stages=2),
+    ("gfx942", 96): Tile(128, 32, num_warps=8, num_stages=2),
+    ("gfx942", 128): Tile(128, 32, num_warps=4, num_stages=2),
+    ("fp32", 64): Tile(32, 32, num_warps=8, num_stages=2),
+    ("fp32", 96): Tile(32, 32, num_warps=8, num_stages=2),
+    ("fp32", 128): Tile(32, 16, num_warps=4, num_stages=2),
+    ("unaligned", 128): Tile(64, 16, num_warps=8, num_stages=1),
 }
 ATTENTION_DKDV = {
     ("portable", 64): Tile(64, 64, num_warps=4, num_stages=2),
     ("portable", 96): Tile(32, 64, num_warps=4, num_stages=2),
     ("portable", 128): Tile(32, 64, num_warps=4, num_stages=2),
+    ("sm_80", 64): Tile(64, 64, num_warps=8, num_stages=3),
+    ("sm_80", 96): Tile(32, 128, num_warps=8, num_stages=2),
+    ("sm_80", 128): Tile(64, 64, num_warps=8, num_stages=3),
     ("sm_90", 64): Tile(64, 128, num_warps=8, num_stages=2, tma=True),
     ("sm_90", 96): Tile(64, 128, num_warps=8, num_stages=2, tma=True),
-    ("sm_90", 128): Tile(64, 128, num_warps=8, num_stages=2, tma=True),
-    ("sm_100", 64): Tile(64, 128, num_warps=8, num_stages=2, tma=True),
-    ("sm_100", 96): Tile(64, 128, num_warps=8, num_stages=2, tma=True),
+    ("sm_90", 128): Tile(64, 128, num_warps=8, num_stages=3, tma=True),
+    ("sm_100", 64): Tile(64, 128, num_warps=8, num_stages=3, tma=True),
+    ("sm_100", 96): Tile(64, 128, num_warps=8, num_stages=3, tma=True),
     ("sm_100", 128): Tile(64, 128, num_warps=8, num_stages=2, tma=True),
-    ("fp32", 64): Tile(16, 32, num_warps=8),
-    ("fp32", 96): Tile(16, 32, num_warps=8),
-    ("fp32", 128): Tile(16, 32, num_warps=8),
+    ("gfx942", 64): Tile(32, 128, num_warps=4, num_stages=2),
+    ("gfx942", 96): Tile(32, 128, num_warps=4, num_stages=2),
+    ("gfx942", 128): Tile(32, 128, num_warps=4, num_stages=2),
+    ("fp32", 128): Tile(16, 32, num_warps=8, num_stages=2),
+    ("unaligned", 128): Tile(16, 64, num_warps=8, num_stages=1),
 }
 
 
-def attention_tile(table: dict, q: torch.Tensor, describable: bool) -> Tile:
-    """The tile for q (B, N, H, D); the portable one where TMA is asked for and a view's strides don't allow it."""
-    width = 64 if q.shape[3] <= 64 else 96 if q.shape[3] <= 96 else 128
-    row = "fp32" if q.dtype == torch.float32 else arch(q.device)
-    tile = table.get((row, width), table["portable", width])
-    return tile if describable or not tile.tma else table["portable", width]
+def attention_tile(table: dict, q: torch.Tensor, aligned: bool) -> Tile:
+    """The tile of the narrowest row that holds the head dim of q (B, N, H, D)."""
+    row = "fp32" if q.dtype == torch.float32 else arch(q.device) if aligned else "unaligned"
+    row = row if any(name == row for name, _ in table) else "portable"
+    return table[row, min(width for name, width in table if name == row and width >= q.shape[3])]
 
 
 # The embedding table's gradient (kernels/embedding.py): (architecture, bytes of an element) -> BLOCK_M colours,
@@ -238,3 +252,20 @@ EMBEDDING_BACKWARD = {
 def embedding_backward_tile(arch: str, element_bytes: int, d: int) -> Tile:
     arch = "ragged" if d % 16 else arch
     return EMBEDDING_BACKWARD.get((arch, element_bytes), EMBEDDING_BACKWARD["portable", element_bytes])
+
+
+# One decoding step's products (kernels/decode_linear.py): (architecture, bytes of an operand, rows up to) -> BLOCK_M
+# rows, BLOCK_N output features, BLOCK_K columns a step. Few features a program, so that every multiprocessor has one.
+DECODE_LINEAR = {
+    ("portable", 2, 16): Tile(16, 16, 256, num_warps=4, num_stages=3),
+    ("portable", 2, 32): Tile(32, 32, 128, num_warps=4, num_stages=3),
+    ("portable", 2, 64): Tile(64, 32, 128, num_warps=4, num_stages=3),
+    ("portable", 4, 64): Tile(16, 16, 64, num_warps=4, num_stages=2),
+    ("gfx942", 2, 64): Tile(64, 32, 64, num_warps=4, num_stages=2),
+}
+
+
+def decode_linear_tile(arch: str, element_bytes: int, batch: int) -> Tile:
+    """The tile of the narrowest class that holds the batch; 64 rows a program beyond."""
+    rows = min(r for a, b, r in DECODE_LINEAR if a == "portable" and b == element_bytes and r >= min(batch, 64))
+    return DECODE_LINEAR.get((arch, element_bytes, rows), DECODE_LINEAR["portable", element_bytes, rows])

@@ -11,10 +11,15 @@ from igpt.kernels import norm_linear as products
 from igpt.kernels import norm_mlp as mlp
 from igpt.kernels import reference, tiles
 
-# The plain form, and the folded one by pointers and by TMA.
-FORMS = [("plain", "portable"), ("folded", "portable"), ("folded", "sm_90")]
-# Rows, width, output width: aligned, odd in each, one row.
+# Rows, width, output width: aligned, odd in each, one row. The folded form asks for rows of a multiple of 16 bytes.
 SHAPES = [((2, 16), 64, 128), ((7,), 100, 72), ((2, 3), 513, 40), ((1,), 40, 513), ((1, 5), 256, 96)]
+ALIGNED = [((2, 16), 64, 128), ((7,), 104, 72), ((2, 3), 264, 40), ((1,), 40, 520), ((139,), 72, 24)]
+# The plain form, and the folded one by pointers and by TMA; which shapes each takes, and whether the norm may centre.
+FORMS = [("plain", "portable"), ("folded", "portable"), ("folded", "sm_90")]
+WAYS = [("plain", "portable", False), ("plain", "portable", True), *((*f, False) for f in FORMS[1:])]
+CASES = [(case, *way) for way in WAYS for case in (SHAPES if way[0] == "plain" else ALIGNED)]
+cases = pytest.mark.parametrize(("case", "form", "arch", "centred"), CASES, ids=str)
+ways = pytest.mark.parametrize(("form", "arch", "centred"), WAYS, ids=str)
 
 
 def inputs(kind, shape, d, out, dtype, bias, device):
@@ -45,24 +50,15 @@ def check(ours, eager, t, arch="portable", centred=False, **options):
         assert_budget(against_fp64(lambda **k: ours(**k, **options), eager, t, tuple(t)))
 
 
-forms = pytest.mark.parametrize(
-    ("form", "arch", "centred"),
-    [(*f, False) for f in FORMS] + [("plain", "portable", True)],
-    ids=lambda v: {True: "centred", False: "rms"}[v] if isinstance(v, bool) else v,
-)
-
-
-@forms
+@cases
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", SHAPES, ids=str)
 def test_norm_linear(case, dtype, form, arch, centred, device, poison_empty):
     t = inputs("normal", *case, dtype, case[1] % 8 == 0, device)
     check(products.norm_linear, reference.norm_linear, t, arch, centred, form=form)
 
 
-@pytest.mark.parametrize(("form", "arch"), FORMS)
+@pytest.mark.parametrize(("case", "form", "arch"), [c[:3] for c in CASES if not c[3]], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", SHAPES, ids=str)
 def test_linear_residual(case, dtype, form, arch, device, poison_empty):
     shape, d, out = case
     t = inputs("normal", shape, d, out, dtype, d % 8 == 0, device)
@@ -71,12 +67,31 @@ def test_linear_residual(case, dtype, form, arch, device, poison_empty):
     check(products.linear_residual, reference.linear_residual, t, arch, form=form)
 
 
-@forms
+@cases
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", SHAPES, ids=str)
 def test_norm_mlp(case, dtype, form, arch, centred, device, poison_empty):
     t = mlp_inputs("normal", *case, dtype, form == "plain" and case[1] % 8 == 0, device)
     check(mlp.norm_mlp, reference.norm_mlp, t, arch, centred, form=form)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_residual_through_the_norm(dtype, device, poison_empty):
+    """Both gradients of x in one pass; either alone; and one backward node in all."""
+    t = inputs("normal", (2, 7), 72, 72, dtype, False, device)
+
+    def ours(x, norm_weight, weight, only=slice(None)):
+        return torch.cat(products.norm_linear(x, norm_weight, weight, through=True)[only])
+
+    def eager(x, norm_weight, weight, only=slice(None)):
+        return torch.cat((reference.norm_linear(x, norm_weight, weight), x)[only])
+
+    check(ours, eager, t)
+    check(functools.partial(ours, only=slice(1)), functools.partial(eager, only=slice(1)), t)
+    y, x = products.norm_linear(**{k: v.requires_grad_() for k, v in t.items()}, through=True)
+    assert y.grad_fn is x.grad_fn and x.data_ptr() == t["x"].data_ptr()
+    loss = torch.compile(lambda **t: ours(**t).square().sum(), backend="aot_eager", fullgraph=True)(**t)
+    got, want = (torch.autograd.grad(l, tuple(t.values())) for l in (loss, ours(**t).square().sum()))
+    assert all(torch.equal(g, w) for g, w in zip(got, want))
 
 
 @pytest.mark.parametrize(("form", "arch"), FORMS)
@@ -87,7 +102,7 @@ def test_norm_mlp_recomputing(bias, form, arch, device, poison_empty):
     check(mlp.norm_mlp, reference.norm_mlp, t, arch, form=form, recompute=True)
 
 
-@forms
+@ways
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", ["mean", "outliers", "large", "zeros"])
 def test_hard_values(kind, dtype, form, arch, centred, device, poison_empty):
@@ -189,6 +204,8 @@ def test_bad_input(device):
         products.linear_residual(t["x"], t["w_fc"], t["x"])
     with pytest.raises(ValueError, match="norm_mlp: form: got 'folded' with centred=True"):
         mlp.norm_mlp(**t, centred=True, form="folded")
+    with pytest.raises(ValueError, match=r"linear_residual: form: got 'folded' for weights .* multiple of 16 bytes"):
+        products.linear_residual(t["x"], t["w_fc"][:63], torch.zeros(4, 63, device=device), emit_squares=True)
     with pytest.raises(ValueError, match="norm_mlp: form: got 'quick'"):
         mlp.norm_mlp(**t, form="quick")
     with pytest.raises(ValueError, match="norm_mlp: squares: got"):
