@@ -7,7 +7,7 @@ import functools
 import importlib.util
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -138,6 +138,15 @@ def liger(case: Case, device: str):
     return known.get(case.op, Absent(f"Liger has no {case.op}"))
 
 
+def gluon(case: Case, device: str):
+    """Our warp-specialised forward, whatever the tile table chose."""
+    if device != "cuda" or torch.cuda.get_device_capability() != (9, 0):
+        return Absent("it runs on sm_90 alone")
+    if case.direction != "fwd":
+        return Absent("a forward")
+    return replace(case, op="attention_hopper").ours()
+
+
 def torch_path(case: Case, device: str):
     """Our own impl="torch", where "auto" would run the kernels."""
     return case.ours("torch") if device == "cuda" else Absent("it is what ours runs on a CPU")
@@ -152,6 +161,7 @@ ATTENTION = {
     "sdpa efficient": functools.partial(sdpa, backend=SDPBackend.EFFICIENT_ATTENTION),
     "flex": flex,
     "flash-attn 4": flash4,
+    "ours gluon": gluon,
 }
 OTHERS = {"eager": eager, "torch.compile": compiled_reference, "torch path": torch_path, "liger": liger}
 

@@ -3,6 +3,7 @@
 import importlib.util
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from bench import compile as compiling
@@ -38,7 +39,10 @@ def speed(rows: list[Row], markdown: bool) -> str:
     cases: dict[tuple, dict[str, Row]] = defaultdict(dict)
     for r in rows:
         batch = r.B if r.suite == "sampling" else 0  # elsewhere a peer may have needed a smaller one
-        cases[r.op, r.preset, batch, r.N, r.dtype, r.causal, r.direction][r.impl] = r
+        by_impl = cases[r.op, r.preset, batch, r.N, r.dtype, r.causal, r.form, r.direction]
+        # Timed again beside other peers: each ratio is to the time of its own run.
+        earlier = by_impl[r.impl].ratios if r.impl in by_impl else {}
+        by_impl[r.impl] = replace(r, ratios=earlier | r.ratios)
     lines = []
     for by_impl in cases.values():
         ours = by_impl.get("ours") or next(iter(by_impl.values()))

@@ -30,10 +30,10 @@ FATAL_ARCHS = ("sm_90",)
 class Log:
     """The run's rows: appended to rows.jsonl as they come, and progress on stderr."""
 
-    def __init__(self, out: Path):
+    def __init__(self, out: Path, fresh: bool = True):
         out.mkdir(parents=True, exist_ok=True)
         self.path, self.start = out / "rows.jsonl", time.monotonic()
-        self.path.write_text("")
+        self.path.open("w" if fresh else "a").close()
         self.broken: list[str] = []
 
     def say(self, text: str) -> None:
@@ -82,30 +82,28 @@ def evidence(log: Log, device: str, quick: bool, correct: bool, compiled: bool) 
         finish(log, module, process)
 
 
-def prepared(args, device: str, log: Log) -> measure.Run:
-    """A Run that knows which operations are red, and how far each is from fp64."""
+def prepared(log: Log, device: str, seconds: float, peers: str, quick: bool = False) -> measure.Run:
+    """A Run of so many seconds that knows which operations are red, and how far each is from fp64."""
     red, errors = set(), {}
     for row in log.rows():
         if isinstance(row, rows.Row) and row.suite == "correctness":
             if not row.ok:
                 red.add(row.op)
-            else:
+            elif row.err_vs_fp64 is not None:
                 known = errors.get((row.op, row.dtype), (0.0, 0.0))
                 errors[row.op, row.dtype] = max(known, (row.err_vs_fp64, row.eager_err_vs_fp64))
     if any(name.startswith("bench.correctness") for name in log.broken):
         red |= set(cases.OPS)
-    deadline = time.monotonic() + args.budget - (time.monotonic() - log.start)
-    quick = args.suite == "quick"
     return measure.Run(
-        device, *measure.timers(device), peers=args.peers, case_s=2.0 if quick or device == "cuda" else 5.0,
-        deadline=deadline, red=frozenset(red), errors=errors, least=2 if quick else 3,
+        device, *measure.timers(device), peers=peers, case_s=2.0 if quick or device == "cuda" else 5.0,
+        deadline=time.monotonic() + seconds, red=frozenset(red), errors=errors, least=2 if quick else 3,
     )  # fmt: skip
 
 
 def speeds(args, device: str, log: Log) -> None:
     """Operations and whole models, as the suite wants them."""
-    run = prepared(args, device, log)
     gpu, quick = device == "cuda", args.suite == "quick"
+    run = prepared(log, device, args.budget - (time.monotonic() - log.start), args.peers, quick)
     presets, lengths, dtypes = args.preset, args.seq, args.dtype
     if args.suite in ("quick", "model", "full"):
         if not gpu:
