@@ -23,8 +23,9 @@ from . import tiles
 from .attention_backward import attention_backward
 from .heads import (
     add_product,
-    describable,
+    head_of,
     heads_in_group,
+    is_aligned,
     load_tile,
     outer_dots,
     scale_tile,
@@ -49,14 +50,17 @@ def attention_forward_kernel(
     i_b, i_h = i_bh // H, i_bh % H
     start_m = (TILES - 1 - i_m) * BLOCK_M  # the last queries see the most keys: first
     o_m = start_m + tl.arange(0, BLOCK_M)
-    b_q = load_tile(q, q_tail, q_strides, i_b, i_h, start_m, N, BLOCK_M, D)
+    q = head_of(q, q_tail, q_strides, i_b, i_h)
+    k = head_of(k, k_tail, k_strides, i_b, i_h)
+    v = head_of(v, v_tail, v_strides, i_b, i_h)
+    b_q = load_tile(q, start_m, N, BLOCK_M, D)
     b_out = zero_tile(BLOCK_M, D)
     b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
     start_n, stop_n = 0, (start_m if IS_CAUSAL else N) // BLOCK_N * BLOCK_N
     for IS_MASKED in tl.static_range(2):
         for i_n in range(start_n, stop_n, BLOCK_N):
-            b_k = load_tile(k, k_tail, k_strides, i_b, i_h, i_n, N, BLOCK_N, D)
+            b_k = load_tile(k, i_n, N, BLOCK_N, D)
             b_s = outer_dots(b_q, b_k)  # [BLOCK_M, BLOCK_N]
             if IS_MASKED:
                 o_n = i_n + tl.arange(0, BLOCK_N)
@@ -67,11 +71,12 @@ def attention_forward_kernel(
             b_alpha = tl.exp2(b_max - b_new)
             b_sum = b_sum * b_alpha + tl.sum(b_p, 1)
             b_out = scale_tile(b_out, b_alpha[:, None])
-            b_v = load_tile(v, v_tail, v_strides, i_b, i_h, i_n, N, BLOCK_N, D)
+            b_v = load_tile(v, i_n, N, BLOCK_N, D)
             b_out = add_product(b_out, b_p.to(b_v[0].dtype), b_v)
             b_max = b_new
-        start_n, stop_n = stop_n, tl.minimum(start_m + BLOCK_M, N) if IS_CAUSAL else N
-    store_tile(out, out_strides, scale_tile(b_out, 1.0 / b_sum[:, None]), i_b, i_h, start_m, N, BLOCK_M, D)
+        start_n, stop_n = stop_n, start_m + BLOCK_M if IS_CAUSAL else N
+    out = head_of(out, None, out_strides, i_b, i_h)
+    store_tile(out, start_m, scale_tile(b_out, 1.0 / b_sum[:, None]), N, BLOCK_M, D)
     tl.store(lse + i_bh.to(tl.int64) * N + o_m, b_max + tl.log2(b_sum), mask=o_m < N)
 
 
@@ -81,7 +86,7 @@ def attention_forward(q, k, v, causal: bool, scale: float) -> tuple[torch.Tensor
     out = torch.empty((B, N, H, D), dtype=q.dtype, device=q.device)
     lse = torch.empty((B, H, N), dtype=torch.float32, device=q.device)
     if out.numel():
-        tile = tiles.attention_tile(tiles.ATTENTION_FORWARD, q, all(map(describable, (q, k, v))))
+        tile = tiles.attention_tile(tiles.ATTENTION_FORWARD, q, all(map(is_aligned, (q, k, v))))
         attention_forward_kernel[(triton.cdiv(N, tile.BLOCK_M) * B * H,)](
             **view_args("q", q, tile.BLOCK_M, tile.tma),
             **view_args("k", k, tile.BLOCK_N, tile.tma),

@@ -19,8 +19,9 @@ import triton.language as tl
 from . import tiles
 from .heads import (
     add_product,
-    describable,
+    head_of,
     heads_in_group,
+    is_aligned,
     load_tile,
     outer_dots,
     row_dots,
@@ -46,26 +47,32 @@ def attention_dq_kernel(
     start_m = (TILES - 1 - i_m) * BLOCK_M  # the last queries see the most keys: first
     o_m = start_m + tl.arange(0, BLOCK_M)
     o_row = i_bh.to(tl.int64) * N + o_m
-    b_dout = load_tile(dout, dout_tail, dout_strides, i_b, i_h, start_m, N, BLOCK_M, D)
-    b_out = load_tile(out, out_tail, out_strides, i_b, i_h, start_m, N, BLOCK_M, D)
+    q = head_of(q, q_tail, q_strides, i_b, i_h)
+    k = head_of(k, k_tail, k_strides, i_b, i_h)
+    v = head_of(v, v_tail, v_strides, i_b, i_h)
+    out = head_of(out, out_tail, out_strides, i_b, i_h)
+    dout = head_of(dout, dout_tail, dout_strides, i_b, i_h)
+    b_dout = load_tile(dout, start_m, N, BLOCK_M, D)
+    b_out = load_tile(out, start_m, N, BLOCK_M, D)
     b_delta = row_dots(b_dout, b_out)  # [BLOCK_M]
     tl.store(delta + o_row, b_delta, mask=o_m < N)
     b_lse = tl.load(lse + o_row, mask=o_m < N, other=0.0)
-    b_q = load_tile(q, q_tail, q_strides, i_b, i_h, start_m, N, BLOCK_M, D)
+    b_q = load_tile(q, start_m, N, BLOCK_M, D)
     b_dq = zero_tile(BLOCK_M, D)
     start_n, stop_n = 0, (start_m if IS_CAUSAL else N) // BLOCK_N * BLOCK_N
     for IS_MASKED in tl.static_range(2):
         for i_n in range(start_n, stop_n, BLOCK_N):
-            b_k = load_tile(k, k_tail, k_strides, i_b, i_h, i_n, N, BLOCK_N, D)
-            b_v = load_tile(v, v_tail, v_strides, i_b, i_h, i_n, N, BLOCK_N, D)
+            b_k = load_tile(k, i_n, N, BLOCK_N, D)
+            b_v = load_tile(v, i_n, N, BLOCK_N, D)
             b_p = tl.exp2(outer_dots(b_q, b_k) * scale_log2 - b_lse[:, None])  # [BLOCK_M, BLOCK_N]
             if IS_MASKED:
                 o_n = i_n + tl.arange(0, BLOCK_N)
                 b_p = tl.where(o_n[None, :] <= o_m[:, None] if IS_CAUSAL else o_n[None, :] < N, b_p, 0.0)
             b_ds = b_p * (outer_dots(b_dout, b_v) - b_delta[:, None])
             b_dq = add_product(b_dq, b_ds.to(b_k[0].dtype), b_k)
-        start_n, stop_n = stop_n, tl.minimum(start_m + BLOCK_M, N) if IS_CAUSAL else N
-    store_tile(dq, dq_strides, scale_tile(b_dq, scale), i_b, i_h, start_m, N, BLOCK_M, D)
+        start_n, stop_n = stop_n, start_m + BLOCK_M if IS_CAUSAL else N
+    dq = head_of(dq, None, dq_strides, i_b, i_h)
+    store_tile(dq, start_m, scale_tile(b_dq, scale), N, BLOCK_M, D)
 
 
 @triton.jit
@@ -81,17 +88,21 @@ def attention_dkdv_kernel(
     o_n = start_n + tl.arange(0, BLOCK_N)
     lse += i_bh.to(tl.int64) * N
     delta += i_bh.to(tl.int64) * N
-    b_k = load_tile(k, k_tail, k_strides, i_b, i_h, start_n, N, BLOCK_N, D)
-    b_v = load_tile(v, v_tail, v_strides, i_b, i_h, start_n, N, BLOCK_N, D)
+    q = head_of(q, q_tail, q_strides, i_b, i_h)
+    k = head_of(k, k_tail, k_strides, i_b, i_h)
+    v = head_of(v, v_tail, v_strides, i_b, i_h)
+    dout = head_of(dout, dout_tail, dout_strides, i_b, i_h)
+    b_k = load_tile(k, start_n, N, BLOCK_N, D)
+    b_v = load_tile(v, start_n, N, BLOCK_N, D)
     b_dk, b_dv = zero_tile(BLOCK_N, D), zero_tile(BLOCK_N, D)
     start_m, stop_m = 0, 0
     if IS_CAUSAL:
-        start_m, stop_m = start_n, tl.minimum(start_n + max(BLOCK_M, BLOCK_N), N)
+        start_m, stop_m = start_n, start_n + max(BLOCK_M, BLOCK_N)
     for IS_WHOLE in tl.static_range(2):
         for i_m in range(start_m, stop_m, BLOCK_M):
             o_m = i_m + tl.arange(0, BLOCK_M)
-            b_q = load_tile(q, q_tail, q_strides, i_b, i_h, i_m, N, BLOCK_M, D)
-            b_dout = load_tile(dout, dout_tail, dout_strides, i_b, i_h, i_m, N, BLOCK_M, D)
+            b_q = load_tile(q, i_m, N, BLOCK_M, D)
+            b_dout = load_tile(dout, i_m, N, BLOCK_M, D)
             b_lse = tl.load(lse + o_m, mask=o_m < N, other=0.0)
             b_delta = tl.load(delta + o_m, mask=o_m < N, other=0.0)
             b_p = tl.exp2(outer_dots(b_k, b_q) * scale_log2 - b_lse[None, :])  # [BLOCK_N, BLOCK_M]
@@ -101,8 +112,10 @@ def attention_dkdv_kernel(
             b_ds = b_p * (outer_dots(b_v, b_dout) - b_delta[None, :])
             b_dk = add_product(b_dk, b_ds.to(b_q[0].dtype), b_q)
         start_m, stop_m = stop_m, N
-    store_tile(dk, dk_strides, scale_tile(b_dk, scale), i_b, i_h, start_n, N, BLOCK_N, D)
-    store_tile(dv, dv_strides, b_dv, i_b, i_h, start_n, N, BLOCK_N, D)
+    dk = head_of(dk, None, dk_strides, i_b, i_h)
+    store_tile(dk, start_n, scale_tile(b_dk, scale), N, BLOCK_N, D)
+    dv = head_of(dv, None, dv_strides, i_b, i_h)
+    store_tile(dv, start_n, b_dv, N, BLOCK_N, D)
 
 
 def attention_backward(dout, q, k, v, out, lse, dq, dk, dv, causal: bool, scale: float) -> None:
@@ -111,7 +124,7 @@ def attention_backward(dout, q, k, v, out, lse, dq, dk, dv, causal: bool, scale:
         return
     B, N, H, D = q.shape
     delta = torch.empty_like(lse)
-    aligned = all(map(describable, (dout, q, k, v)))
+    aligned = all(map(is_aligned, (dout, q, k, v)))
     common = {
         "lse": lse, "delta": delta, "scale": scale, "scale_log2": scale * LOG2E.value,
         "N": N, "H": H, "HEADS": B * H, "GROUP": heads_in_group(q), "D": D, "IS_CAUSAL": causal,

@@ -42,44 +42,54 @@ def tile_and_head(TILES, HEADS, GROUP):
 
 
 @triton.jit
-def chunk_pointers(x, strides, i_b, i_h, o_n, o_d):
-    """[ROWS, WIDTH] pointers to rows o_n and columns o_d of one head."""
-    x += i_b.to(tl.int64) * strides[0] + i_h.to(tl.int64) * strides[2]
-    return x + o_n[:, None].to(tl.int64) * strides[1] + o_d[None, :]
+def head_of(x, x_tail, x_strides, i_b, i_h):
+    """One head of a view: (pointer, row stride), or with TMA (batch, head, descriptor of each chunk ...)."""
+    if x_strides is not None:
+        head = (x + i_b.to(tl.int64) * x_strides[0] + i_h.to(tl.int64) * x_strides[2], x_strides[1])
+    elif x_tail is not None:
+        head = (i_b, i_h, x, x_tail)
+    else:
+        head = (i_b, i_h, x)
+    return head
 
 
 @triton.jit
-def load_tile(x, x_tail, x_strides, i_b, i_h, o_n, N, ROWS: tl.constexpr, D: tl.constexpr):
-    """Rows o_n to o_n + ROWS of one head: ([ROWS, head_width(D)],) or with a second chunk [ROWS, tail_width(D)]."""
+def pointers(head, start, N, ROWS: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
+    """Of rows from `start` on and columns from FIRST on, and their mask: [ROWS, WIDTH]."""
+    o_n, o_d = start + tl.arange(0, ROWS), FIRST + tl.arange(0, WIDTH)
+    m = (o_n < N)[:, None]
+    if FIRST + WIDTH > D:
+        m = m & (o_d < D)[None, :]
+    return head[0] + o_n[:, None].to(tl.int64) * head[1] + o_d[None, :], m
+
+
+@triton.jit
+def load_tile(head, start, N, ROWS: tl.constexpr, D: tl.constexpr):
+    """Rows from `start` on of a head: ([ROWS, head_width(D)],) or with a second chunk [ROWS, tail_width(D)]."""
     HEAD: tl.constexpr = head_width(D)
     TAIL: tl.constexpr = tail_width(D)
-    if x_strides is None:
-        tile = (x.load([i_b, i_h, o_n, 0]).reshape(ROWS, HEAD),)
+    if len(head) == 2:
+        p, m = pointers(head, start, N, ROWS, 0, HEAD, D)
+        tile = (tl.load(p, mask=m, other=0.0),)
         if TAIL > 0:
-            tile = (tile[0], x_tail.load([i_b, i_h, o_n, HEAD]).reshape(ROWS, TAIL))
+            p, m = pointers(head, start, N, ROWS, HEAD, TAIL, D)
+            tile = (tile[0], tl.load(p, mask=m, other=0.0))
     else:
-        o_n = o_n + tl.arange(0, ROWS)
-        m_n = (o_n < N)[:, None]
-        tile = (tl.load(chunk_pointers(x, x_strides, i_b, i_h, o_n, tl.arange(0, HEAD)), mask=m_n, other=0.0),)
+        tile = (head[2].load([head[0], head[1], start, 0]).reshape(ROWS, HEAD),)
         if TAIL > 0:
-            o_d = HEAD + tl.arange(0, TAIL)
-            m = m_n & (o_d < D)[None, :]
-            tile = (tile[0], tl.load(chunk_pointers(x, x_strides, i_b, i_h, o_n, o_d), mask=m, other=0.0))
+            tile = (tile[0], head[3].load([head[0], head[1], start, HEAD]).reshape(ROWS, TAIL))
     return tile
 
 
 @triton.jit
-def store_tile(x, strides, tile, i_b, i_h, o_n, N, ROWS: tl.constexpr, D: tl.constexpr):
+def store_tile(head, start, tile, N, ROWS: tl.constexpr, D: tl.constexpr):
     """Write the rows of a tile that lie before N, through pointers."""
-    HEAD: tl.constexpr = head_width(D)
-    dtype: tl.constexpr = x.dtype.element_ty
-    o_n = o_n + tl.arange(0, ROWS)
-    m_n = (o_n < N)[:, None]
-    tl.store(chunk_pointers(x, strides, i_b, i_h, o_n, tl.arange(0, HEAD)), tile[0].to(dtype), mask=m_n)
+    dtype: tl.constexpr = head[0].dtype.element_ty
+    p, m = pointers(head, start, N, ROWS, 0, head_width(D), D)
+    tl.store(p, tile[0].to(dtype), mask=m)
     if len(tile) == 2:
-        o_d = HEAD + tl.arange(0, tail_width(D))
-        m = m_n & (o_d < D)[None, :]
-        tl.store(chunk_pointers(x, strides, i_b, i_h, o_n, o_d), tile[1].to(dtype), mask=m)
+        p, m = pointers(head, start, N, ROWS, head_width(D), tail_width(D), D)
+        tl.store(p, tile[1].to(dtype), mask=m)
 
 
 @triton.jit
@@ -132,7 +142,7 @@ def heads_in_group(x: torch.Tensor) -> int:
     return max(1, L2_BYTES // (2 * x.shape[1] * x.shape[3] * x.element_size()))
 
 
-def describable(x: torch.Tensor) -> bool:
+def is_aligned(x: torch.Tensor) -> bool:
     """Whether TMA can address x: 16-byte aligned start and strides, none of them zero."""
     steps = [stride * x.element_size() for stride in x.stride()[:-1]]
     return x.data_ptr() % 16 == 0 and all(step > 0 and step % 16 == 0 for step in steps)
