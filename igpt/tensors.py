@@ -8,7 +8,7 @@ and a slab; neither maps the file.
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,14 +69,16 @@ class Lazy:
     def reshape(self, *shape: int) -> "Lazy":
         return self.view(shape, lambda x: x.reshape(shape))
 
-    def slabs(self, dtype: torch.dtype | None = None) -> Iterator[torch.Tensor]:
-        """The tensor's elements in order as contiguous blocks of at most SLAB bytes (or one row)."""
+    def write(self, file, dtype: torch.dtype) -> None:
+        """Append the elements in order as `dtype`, at most SLAB bytes (or one row) at a time."""
         rows = max(1, SLAB // max(1, math.prod(self.shape[1:]) * self.dtype.itemsize))
         for part in self.parts:
-            tensor = part()
-            for block in tensor.split(rows) if tensor.dim() else (tensor,):
-                yield block.to(dtype or self.dtype).contiguous()
-            del tensor  # before the next part is read
+            _write_rows(file, part(), rows, dtype)  # nothing here still holds the last part while the next is read
+
+
+def _write_rows(file, tensor: torch.Tensor, rows: int, dtype: torch.dtype) -> None:
+    for block in tensor.split(rows) if tensor.dim() else (tensor,):
+        file.write(block.to(dtype).contiguous().view(-1).view(torch.uint8).numpy())
 
 
 def read_bytes(path: Path, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
@@ -179,8 +181,7 @@ def write_safetensors(path: Path, tensors: dict[str, Lazy], dtype: torch.dtype |
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
-            for block in tensors[name].slabs(kinds[name]):
-                file.write(block.reshape(-1).view(torch.uint8).numpy())
+            tensors[name].write(file, kinds[name])
         if file.tell() != 8 + len(text) + end:
             raise ValueError(f"{path}: wrote {file.tell()} bytes, expected {8 + len(text) + end}")
         file.flush()
