@@ -1,4 +1,4 @@
-"""Attention forward on Hopper, warp-specialised, in Gluon: out = softmax(scale q k^T) v, lse = log sum exp.
+"""Attention forward on Hopper, warp-specialised, in Gluon: out and lse as in attention.py.
 
 One persistent program a multiprocessor holds three warpgroups. A producer copies tiles into rings of shared memory by
 TMA; two consumers own 64 query rows each and run, for every key block j, in this order:
@@ -14,7 +14,7 @@ of products and 512 of exp2, so without this overlap the kernel could not pass h
 
 D = 96 is a chunk of 64 and a chunk of 32 columns, for widths are powers of two and padding would add a third.
 Deterministic. Needs N % 128 == 0, fp16 or bf16 and 16-byte aligned rows (`fits`); `attention.py` does all else.
-Compiled only: no GPU has run this yet, so no row of the tile table selects it.
+Compiled only: no GPU has run this yet, so the rows of tiles.ATTENTION_HOPPER are off.
 """
 
 import torch
@@ -29,7 +29,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .tiles import multiprocessors
+from .primitives import LOG2E
+from .tiles import ATTENTION_HOPPER, multiprocessors
 
 BLOCK = 128  # query rows of a tile (two consumers of 64), and keys of a block
 L2_BYTES = 32 << 20  # of the 50 MB: what keys and values of a group of heads may take
@@ -192,7 +193,7 @@ def consumer(
         tma.async_copy_shared_to_global(out_desc, [i_b * N + o_m, i_h * (D1 + D2)], q)
         if D2 > 0:
             tma.async_copy_shared_to_global(out_tail, [i_b * N + o_m, i_h * (D1 + D2) + D1], q2)
-        gl.store(p_lse + (i_b.to(gl.int64) * H + i_h) * N + o_m + o_row, (m + gl.log2(l)) * 0.6931471805599453)
+        gl.store(p_lse + (i_b.to(gl.int64) * H + i_h) * N + o_m + o_row, m + gl.log2(l))
         tma.store_wait(0)
         mbarrier.arrive(q_empty.index(c), count=1)
         tile += 1
@@ -272,8 +273,8 @@ def fits(q, k, v, scale: float) -> bool:
     )
 
 
-def attention_forward_hopper(q, k, v, causal: bool, scale: float, stages: int | None = None):
-    """(out (B, N, H, D), lse fp32 (B, H, N) in nats). Raises ValueError if the tensors do not fit this kernel."""
+def attention_forward_hopper(q, k, v, causal: bool, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """out (B, N, H, D) contiguous, lse fp32 (B, H, N) in base 2. Raises ValueError if the tensors do not fit."""
     if not fits(q, k, v, scale):
         raise ValueError(
             f"q, k, v: got {q.dtype} {tuple(q.shape)} with strides {q.stride()}, {k.stride()}, {v.stride()} and scale "
@@ -283,7 +284,7 @@ def attention_forward_hopper(q, k, v, causal: bool, scale: float, stages: int | 
     out = torch.empty((B, N, H, D), dtype=q.dtype, device=q.device)
     lse = torch.empty((B, H, N), dtype=torch.float32, device=q.device)
     D1, D2 = (64, 32) if D == 96 else (D, 0)
-    stages = stages or {64: 4, 96: 3, 128: 2}[D]
+    tile = ATTENTION_HOPPER[D]
     dtype = gl.bfloat16 if q.dtype == torch.bfloat16 else gl.float16
 
     def describe(t, rows, width):
@@ -298,8 +299,8 @@ def attention_forward_hopper(q, k, v, causal: bool, scale: float, stages: int | 
     group = max(1, min(B * H, L2_BYTES // (2 * N * D * q.element_size())))
     lead, tail = four(D1), four(D2 or D1)
     attention_hopper_kernel[(min(multiprocessors(q.device), M_TILES * B * H),)](
-        *lead, *tail, lse, scale * 1.4426950408889634, N, H, M_TILES, B * H, group,
-        D1=D1, D2=D2, BLOCK=BLOCK, STAGES=stages, IS_CAUSAL=causal,
-        CONSUMER_REGISTERS=CONSUMER_REGISTERS, PRODUCER_REGISTERS=PRODUCER_REGISTERS, num_warps=4,
+        *lead, *tail, lse, scale * LOG2E.value, N, H, M_TILES, B * H, group,
+        D1=D1, D2=D2, BLOCK=BLOCK, STAGES=tile.num_stages, IS_CAUSAL=causal,
+        CONSUMER_REGISTERS=CONSUMER_REGISTERS, PRODUCER_REGISTERS=PRODUCER_REGISTERS, num_warps=tile.num_warps,
     )  # fmt: skip
     return out, lse

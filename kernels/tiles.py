@@ -235,6 +235,21 @@ def attention_tile(table: dict, q: torch.Tensor, aligned: bool) -> Tile:
     return table[row, min(width for name, width in table if name == row and width >= q.shape[3])]
 
 
+# The warp-specialised forward (kernels/attention_hopper.py): a row counts once a GPU has measured it right and quicker
+# than ATTENTION_FORWARD's, and says so; "compiled only" is off. BLOCK_M queries in two consumers, num_stages of keys.
+ATTENTION_HOPPER = {
+    64: Tile(128, 128, num_warps=4, num_stages=4, tma=True),
+    96: Tile(128, 128, num_warps=4, num_stages=3, tma=True),
+    128: Tile(128, 128, num_warps=4, num_stages=2, tma=True),
+}
+
+
+def warp_specialised(q: torch.Tensor) -> bool:
+    """Whether attention of q (B, N, H, D) is to run in attention_hopper.py where its shapes fit."""
+    tile = ATTENTION_HOPPER.get(q.shape[3])
+    return tile is not None and tile.evidence != "compiled only" and arch(q.device) == "sm_90"
+
+
 # The embedding table's gradient (kernels/embedding.py): (architecture, bytes of an element) -> BLOCK_M colours,
 # BLOCK_N columns, BLOCK_K positions a step. "ragged": widths that 16 doesn't divide. fp32 has 32 rows: from 64 on
 # Triton 3.7 for sm_100 rounds the operands to tf32 when a byte (the mask) was loaded on the way to the one-hot matrix.
@@ -259,7 +274,9 @@ def embedding_backward_tile(arch: str, element_bytes: int, d: int) -> Tile:
 DECODE_LINEAR = {
     ("portable", 2, 16): Tile(16, 16, 256, num_warps=4, num_stages=3),
     ("portable", 2, 32): Tile(32, 32, 128, num_warps=4, num_stages=3),
-    ("portable", 2, 64): Tile(64, 32, 128, num_warps=4, num_stages=3),
+    ("portable", 2, 64): Tile(64, 32, 64, num_warps=4, num_stages=3),
+    ("sm_90", 2, 64): Tile(64, 32, 128, num_warps=4, num_stages=3),
+    ("sm_100", 2, 16): Tile(16, 16, 128, num_warps=4, num_stages=3),
     ("portable", 4, 64): Tile(16, 16, 64, num_warps=4, num_stages=2),
     ("gfx942", 2, 64): Tile(64, 32, 64, num_warps=4, num_stages=2),
 }

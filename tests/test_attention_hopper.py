@@ -1,5 +1,7 @@
 """The warp-specialised forward's protocol, in the simulator, with faults planted to show that it would tell."""
 
+import dataclasses
+import math
 from pathlib import Path
 
 import pytest
@@ -26,7 +28,8 @@ def run(D, causal, N=384, B=2, H=2, policy="producer first", seed=0, edit=lambda
     scores = torch.einsum("bnhd,bmhd->bhnm", q.double(), k.double()) * D**-0.5
     if causal:
         scores = scores.masked_fill(torch.ones(N, N).triu(1).bool(), float("-inf"))
-    return compare("out", out, reference.attention(q, k, v, causal), exact), lse.double() - scores.logsumexp(-1)
+    exact_lse = scores.logsumexp(-1) * math.log2(math.e)
+    return compare("out", out, reference.attention(q, k, v, causal), exact), lse.double() - exact_lse
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -82,6 +85,18 @@ def test_planted_faults_are_caught(what, right, wrong):
         except (AssertionError, Deadlock):
             caught.append(True)
     assert any(caught)
+
+
+def test_a_row_is_off_until_a_gpu_has_measured_it(monkeypatch):
+    q = torch.empty(1, 128, 2, 64, device="meta", dtype=torch.bfloat16)
+    with tiles.target("sm_90"):
+        monkeypatch.setitem(tiles.ATTENTION_HOPPER, 64, tiles.Tile(128, 128, num_stages=4))
+        assert not tiles.warp_specialised(q)
+        measured = dataclasses.replace(tiles.ATTENTION_HOPPER[64], evidence="H200, some day")
+        monkeypatch.setitem(tiles.ATTENTION_HOPPER, 64, measured)
+        assert tiles.warp_specialised(q)
+    with tiles.target("sm_100"):
+        assert not tiles.warp_specialised(q)
 
 
 def test_what_does_not_fit_is_refused():
