@@ -225,7 +225,8 @@ def main(argv: list[str] | None = None) -> int:
         if left < 5:
             print(f"no time was left for {', '.join(s.name for s in chosen[done:])}", file=sys.stderr)
             break
-        ranked = timed(search, arch, device, places.get(search.name, set()), timer, min(10.0, left / 2))
+        share = 0.1 if args.rehearse else min(10.0, left / 2)
+        ranked = timed(search, arch, device, places.get(search.name, set()), timer, share)
         line = f"{search.table}  {paste(search, arch, ranked, device).strip()}"
         print(line, flush=True)
         if args.out:

@@ -1,0 +1,241 @@
+"""The harness that times: rehearsed on a CPU with clocks that lie, so that a GPU's first run dies of no typo."""
+
+import json
+
+import pytest
+import torch
+
+from bench import checks, correctness, gpu, measure, pictures, report, rows, run, timing, whole
+from bench.cases import OPS, Case
+from bench.cost import Ceilings
+from bench.models import PEERS, ModelCase, build
+from bench.peers import Absent, chosen
+from bench.timing import CpuTimer, CudaTimer, interleaved
+
+SMALL = Case("norm", 1, 16, 1, 32, "fp32")
+
+
+@pytest.fixture(autouse=True)
+def given_ceilings(monkeypatch):
+    """No ceiling is measured here, and torch.compile hands back what it got: no C++ compiler."""
+    roof = Ceilings("a machine", dict.fromkeys(("fp32", "bf16", "fp16"), 1e12), 1e11)
+    for module in (measure, whole, pictures):
+        monkeypatch.setattr(module, "ceilings", lambda device: roof)
+    monkeypatch.setattr("bench.peers.compiled", lambda fn, device: fn)
+    monkeypatch.setattr("bench.models.compiled", lambda fn, device: fn)
+
+
+def lying_run(**options) -> measure.Run:
+    return measure.Run("cpu", gpu.LyingTimer(), gpu.LyingTimer(), case_s=0.0, least=2, **options)
+
+
+def test_interleaving_takes_turns_and_keeps_to_its_budget():
+    ticks, order = iter(range(10**6)), []
+    timer = CpuTimer(clock=lambda: next(ticks))
+    variants = {name: (lambda name=name: order.append(name)) for name in "abc"}
+    times = interleaved(variants, timer, budget_s=20, least=2, warm=1)
+    assert order[:9] == [*"abc", *"abc", *"bca"]
+    assert times["a"].median == 1000.0 and times["a"].runs == len(order) // 3 - 1
+    order.clear()
+    assert interleaved(variants, timer, budget_s=0, least=2, warm=0)["b"].runs == 2
+
+
+def test_statistics():
+    s = timing.stats([5.0, 1.0, 2.0, 4.0, 3.0, 100.0])
+    assert (s.median, s.p20, s.p80, s.runs) == (3.0, 2.0, 5.0, 6)
+
+
+def test_cuda_timer_reads_events_over_a_cold_cache(monkeypatch):
+    happened = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            happened.append("record")
+
+        def synchronize(self):
+            happened.append("synchronize")
+
+        def elapsed_time(self, end):
+            return 0.25
+
+    class Flush:
+        def zero_(self):
+            happened.append("flush")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: happened.append("sleep"), raising=False)
+    monkeypatch.setattr(timing.torch, "empty", lambda *_, **__: Flush())
+    assert CudaTimer()(lambda: happened.append("call")) == 0.25
+    assert happened == ["flush", "sleep", "record", "call", "record", "synchronize"]
+
+
+def test_operations_have_ratios_floors_and_reasons():
+    found = {r.impl: r for r in measure.operations([SMALL], lying_run())}
+    assert found["ours"].ratios == {"eager": 1.0, "torch.compile": 1.0}
+    assert found["ours"].median_ms == 1.0 and found["ours"].pct_floor > 0 and found["ours"].ok
+    assert found["liger"].median_ms is None and found["liger"].note.startswith("absent: ")
+
+
+def test_red_correctness_shows_no_speed():
+    (row,) = measure.operations([SMALL], lying_run(red=frozenset(["norm"])))
+    assert row.median_ms is None and row.flops == 0 and "correctness is red" in row.note
+    (row,) = whole.whole([ModelCase("tiny", 1, 32, "fp32", "fwd")], lying_run(red=frozenset(["norm"])))
+    assert row.median_ms is None
+
+
+def test_no_time_left_is_said():
+    (row,) = measure.operations([SMALL], lying_run(deadline=float("-inf")))
+    assert row.median_ms is None and "no time" in row.note
+
+
+def test_a_peer_that_raises_is_absent_with_its_words():
+    made = measure.warmed(lambda: lambda: torch.ones(2) @ torch.ones(3))
+    assert isinstance(made, Absent) and "RuntimeError" in made.why
+
+
+def test_a_model_that_does_not_fit_halves_its_batch(monkeypatch):
+    def fake(name, case, device):
+        if case.B > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return lambda: None
+
+    monkeypatch.setattr(whole.models, "build", fake)
+    made, case = whole.fitting("ours", ModelCase("tiny", 16, 32, "fp32", "fwd"), "cpu")
+    assert case.B == 2 and not isinstance(made, Absent)
+
+
+@pytest.mark.parametrize("direction", ["fwd", "fwd+bwd", "step"])
+def test_every_whole_model_runs(direction):
+    found = {r.impl: r for r in whole.whole([ModelCase("tiny", 1, 32, "fp32", direction)], lying_run())}
+    assert set(found) == {"ours", *PEERS}
+    assert all(r.median_ms and r.mfu for r in found.values()), {n: r.note for n, r in found.items()}
+    assert found["ours"].ratios["hugging face"] == 1.0
+
+
+def test_eager_and_ours_are_one_model():
+    case = ModelCase("tiny", 2, 48, "fp32", "fwd")
+    ours, eager = build("ours", case, "cpu")(), build("eager", case, "cpu")()
+    torch.testing.assert_close(ours, eager, rtol=2e-5, atol=2e-5)
+
+
+def test_pictures_against_the_processor():
+    found = {r.impl: r for r in pictures.rows(lying_run(), count=8, theirs=2)}
+    assert found["hugging face"].median_ms == 4.0 and found["ours"].ratios == {"hugging face": 4.0}
+
+
+def test_correctness_rows_can_be_red(monkeypatch):
+    assert correctness.check(SMALL, "cpu", "torch").ok
+    spec = OPS["norm"].reference
+    wrong = Case("norm", 1, 16, 1, 32, "fp32")
+    monkeypatch.setattr(type(wrong), "ours", lambda self, impl: lambda **k: 1.01 * spec(self)(**k))
+    row = correctness.check(wrong, "cpu")
+    assert not row.ok and "OVER BUDGET" in row.note
+    monkeypatch.setattr(type(wrong), "ours", lambda self, impl: lambda **k: 1 / 0)
+    assert "ZeroDivisionError" in correctness.check(wrong, "cpu").note
+
+
+def test_determinism_rows_can_be_red(monkeypatch):
+    case = Case("norm", 1, 8, 1, 16, "fp32")
+    assert next(checks.determinism([case], "cpu", 2)).ok
+    monkeypatch.setattr(Case, "ours", lambda self, impl: lambda x, weight: x * weight * torch.rand(1))
+    assert not next(checks.determinism([case], "cpu", 3)).ok
+
+
+def test_unknown_peers_and_options_are_refused(capsys):
+    with pytest.raises(ValueError, match="nobody"):
+        chosen({}, "eager,nobody")
+    for flags in (["--peers", "nobody"], ["--preset", "xxl"], ["--seq", "17"], ["--suite", "none"]):
+        with pytest.raises(SystemExit):
+            run.parse(flags)
+    assert "xxl" in capsys.readouterr().err
+
+
+def quiet(monkeypatch, correct_rows):
+    """run.py with its children replaced: correctness says what it is told, nothing is compiled."""
+
+    def evidence(log, *_, **__):
+        with log.path.open("a") as file:
+            file.writelines(rows.to_json(r) + "\n" for r in correct_rows)
+
+    monkeypatch.setattr(run, "evidence", evidence)
+    monkeypatch.setattr(run, "start", lambda *_, **__: None)
+    monkeypatch.setattr(run, "finish", lambda *_: None)
+    monkeypatch.setattr(run.measure, "timers", lambda device: (gpu.LyingTimer(), gpu.LyingTimer()))
+    monkeypatch.setattr(run, "models", lambda *_: [ModelCase("tiny", 1, 32, "fp32", "fwd")])
+    monkeypatch.setattr(run.pictures, "rows", lambda run: iter(()))
+    monkeypatch.setattr(run.cases, "speed", lambda *_: [SMALL])
+
+
+def test_last_line_is_json_and_red_exits_1(monkeypatch, tmp_path, capsys):
+    good = rows.Row("correctness", "norm", "triton", "fp32", "fwd+bwd", err_vs_fp64=1e-7, eager_err_vs_fp64=1e-7)
+    quiet(monkeypatch, [good])
+    assert run.main(["--suite", "quick", "--device", "cpu", "--out", str(tmp_path / "a")]) == 0
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert last["ok"] is True and last["failed"] == [] and last["rows"] == len(rows.read(tmp_path / "a" / "rows.jsonl"))
+    assert "1e-07" in (tmp_path / "a" / "report.md").read_text()
+
+    quiet(monkeypatch, [rows.Row("correctness", "norm", "triton", "fp32", "fwd+bwd", ok=False, note="OVER BUDGET")])
+    earlier = ["--baseline", str(tmp_path / "a" / "rows.jsonl")]
+    assert run.main(["--suite", "quick", "--device", "cpu", "--out", str(tmp_path / "b"), *earlier]) == 1
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert last["ok"] is False and "OVER BUDGET" in last["failed"][0]
+    assert all(r.median_ms is None for r in rows.read(tmp_path / "b" / "rows.jsonl"))
+
+
+def test_a_child_that_dies_is_a_failure(tmp_path):
+    log = run.Log(tmp_path)
+
+    class Died:
+        def wait(self):
+            return -11
+
+    run.finish(log, "correctness", Died())
+    assert "exit code -11" in run.failures(log)[0]
+    assert run.prepared(log, "cpu", 1.0, "all").red == set(OPS)
+
+
+def test_report_has_every_section(tmp_path):
+    found = [
+        rows.Row("correctness", "norm", "triton", "fp32", "fwd+bwd", err_vs_fp64=1e-7, eager_err_vs_fp64=1e-7),
+        rows.Row("kernels", "norm", "ours", "fp32", "fwd", median_ms=1.0, ratios={"eager": 2.0}),
+        rows.Row("kernels", "norm", "ours", "fp32", "fwd", median_ms=1.1, ratios={"liger": 3.0}),
+        rows.Row("kernels", "norm", "eager", "fp32", "fwd", median_ms=2.0),
+        rows.CompileRow("compile", "rows", "norm_forward_kernel", "norm", "sm_90", "M4", "3.7.1", note="spills: 8"),
+        rows.StepRow("step", "s", 1, 1024, "mm", True, 3, 1e9, 1e12, 1.3),
+    ]
+    text = report.write(found, ["compile norm"], tmp_path).read_text()
+    assert all(word in text for word in ("2.00x", "RED spills: 8", "aten.mm", "total", "**Red:**", "kernels.png"))
+    assert (tmp_path / "kernels.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("name", ["correct", "deterministic", "attention", "steps", "others", "sanitized", "autotuned"])
+def test_gpu_stages_are_rehearsed(name, tmp_path, capsys):
+    assert gpu.main(["--rehearse", "--only", name, "--out", str(tmp_path)]) == 0
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert last["ok"] and last["rows"] > 0
+
+
+def test_tile_search_is_rehearsed(tmp_path, capsys):
+    assert gpu.main(["--rehearse", "--only", "searched", "--out", str(tmp_path)]) == 0
+    assert "NORM_BACKWARD  ('portable', 2048): Tile(" in (tmp_path / "tiles.txt").read_text()
+
+
+def test_gpu_needs_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        gpu.main([])
+
+
+def test_a_hanging_stage_is_ended(tmp_path, monkeypatch):
+    log = run.Log(tmp_path)
+    real = gpu.subprocess.Popen
+    monkeypatch.setattr(gpu.subprocess, "Popen", lambda command, **k: real(["sleep", "60"], **k))
+    monkeypatch.setattr(gpu, "GRACE_S", 0.2)
+    gpu.stage("steps", log, 0.1)
+    assert log.broken == []
+    monkeypatch.setattr(gpu.subprocess, "Popen", lambda command, **k: real(["false"], **k))
+    gpu.stage("steps", log, 5.0)
+    assert "exit code 1" in log.broken[0]

@@ -1,0 +1,109 @@
+"""The compile suite: what it sees in a binary, on kernels whose faults are planted (tests/compile_samples.py).
+
+Kernels decide at import whether they are interpreted, as here, or compiled: so each test asks a process of its own.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench import rows
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def child(*arguments: str, timeout: float = 300) -> subprocess.CompletedProcess:
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout
+    )
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory) -> dict:
+    out = tmp_path_factory.mktemp("compile") / "rows.jsonl"
+    done = child("-m", "bench.compile", "--cases", "tests.compile_samples", "--out", str(out))
+    assert done.returncode == 1, done.stderr[-2000:]
+    return {(r.case, r.arch): r for r in rows.read(out)}
+
+
+def test_a_good_kernel_is_green_on_every_architecture(samples):
+    for arch in ("portable", "sm_80", "sm_90", "sm_100", "gfx942"):
+        row = samples["good", arch]
+        assert row.ok and row.regs > 32 and row.mma > 0 and row.stack == 0 and 0 < row.occupancy <= 1, row
+    hopper = samples["good", "sm_90"]
+    assert hopper.wgmma > 0 and hopper.waits and hopper.tile == "M128 N128 K64 w8 s2" and hopper.dots == 1
+
+
+def test_a_spilled_kernel_is_red(samples):
+    row = samples["spills", "sm_90"]
+    assert not row.ok and row.stack > 0 and row.spill_loads > 0 and "spills" in row.note
+
+
+def test_tma_descriptors_are_seen(samples):
+    assert samples["tma", "sm_90"].ok and samples["tma", "sm_90"].tma > 0
+    assert samples["tma", "sm_100"].ok and samples["tma", "sm_100"].tma > 0
+
+
+def test_a_failing_compile_names_kernel_tile_and_architecture(samples):
+    row = samples["broken", "sm_90"]
+    assert not row.ok and "power of 2" in row.note
+    assert (row.function, row.arch, row.tile) == ("broken", "sm_90", "M96 w4 s3")
+
+
+def test_a_launcher_that_raises_is_red(samples):
+    assert not samples["refused", "sm_90"].ok and "expected 4" in samples["refused", "sm_90"].note
+
+
+def test_an_aborting_compiler_costs_one_row():
+    done = child("-c", """
+import os, dataclasses
+from bench import compile as c
+from tests.compile_samples import cases
+jobs, _ = c.plan([x for x in cases() if x.name == "good"], ["sm_90", "sm_80"])
+real = c.compile_launch
+c.compile_launch = lambda launch: os.abort() if launch.arch == "sm_90" else real(launch)
+rows = {r.arch: r for r in c.compile_all(jobs)}
+assert not rows["sm_90"].ok and "SIGABRT" in rows["sm_90"].note, rows["sm_90"]
+assert rows["sm_80"].ok
+c.compile_launch = lambda launch: __import__("time").sleep(60)
+(late,) = c.compile_all(jobs[:1], limit_s=0.5)
+assert "time limit" in late.note
+""")
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_launcher_is_captured_without_a_gpu():
+    """Every operation on every architecture reaches its launches; custom ops get their fakes back afterwards."""
+    done = child("-c", """
+from bench import compile as c
+from bench.compile_cases import cases, meta
+quick = [x for x in cases() if x.quick]
+for arch in c.TARGETS:
+    jobs, broken = c.plan(quick, [arch])
+    assert not broken, [(r.case, r.note) for r in broken]
+    assert len(jobs) >= 12, len(jobs)
+from igpt import ops
+assert ops.norm(meta(4, 64), meta(64), impl="triton").shape == (4, 64)  # the fake again: no driver is asked for
+""")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_step_is_accounted_for():
+    """The launches' FLOPs are those of the formula, and of the one product that two backward kernels both do."""
+    done = child("-c", """
+from bench import cost, step
+from igpt.config import preset
+rows, config = step.account("tiny", 2, 256), preset("tiny", n_ctx=256)
+want = cost.model(config, 2, 256, 2, "fwd+bwd").flops
+again = config.n_layer * cost.attention(2, 256, config.heads, config.head_dim, 2, True, "fwd").flops
+have = sum(r.flops for r in rows)
+assert abs(have - want - again) < 1e-6 * want, (have, want, again)
+names = {r.kernel for r in rows}
+assert any("attention_dkdv" in n for n in names) and any("norm_forward" in n for n in names), names
+print(step.table(rows))
+""")
+    assert done.returncode == 0, done.stderr
