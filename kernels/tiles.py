@@ -99,6 +99,7 @@ NORM_BACKWARD = {
     ("sm_100", 2048): Tile(1, 2048, num_warps=8),
     ("portable", 4096): Tile(1, 4096, num_warps=16),
     ("portable", 16384): Tile(1, 16384, num_warps=32),
+    ("gfx942", 16384): Tile(1, 16384, num_warps=16),
 }
 
 
@@ -276,7 +277,7 @@ DECODE_LINEAR = {
     ("portable", 2, 32): Tile(32, 32, 128, num_warps=4, num_stages=3),
     ("portable", 2, 64): Tile(64, 32, 64, num_warps=4, num_stages=3),
     ("sm_90", 2, 64): Tile(64, 32, 128, num_warps=4, num_stages=3),
-    ("sm_100", 2, 16): Tile(16, 16, 128, num_warps=4, num_stages=3),
+    ("sm_100", 2, 16): Tile(16, 16, 256, num_warps=4, num_stages=4),
     ("portable", 4, 64): Tile(16, 16, 64, num_warps=4, num_stages=2),
     ("gfx942", 2, 64): Tile(64, 32, 64, num_warps=4, num_stages=2),
 }

@@ -8,6 +8,8 @@ from igpt.kernels import reference, rows
 from igpt.kernels.norm import norm
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# One row, one column, odd sizes, the presets' widths, and rows enough for a program to take several steps.
+SHAPES = [(2, 7, 40), (1, 512), (3, 1536), (37, 100), (9, 513), (5, 1), (2, 3, 3072), (150, 24)]
 
 
 def values(kind: str, shape: tuple, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
@@ -43,7 +45,7 @@ def check(x, centred, eps=1e-5):
 
 @pytest.mark.parametrize("centred", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(2, 7, 40), (1, 512), (3, 1536), (37, 100), (9, 513), (5, 1), (2, 3, 3072)], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_budget(shape, dtype, centred, device, poison_empty):
     check(values("normal", shape, dtype).to(device), centred)
 
