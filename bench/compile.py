@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 if __package__ is None or __package__ == "":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from bench import predict
 from bench.machine import FAULTS
 from bench.rows import CompileRow, to_json
 from igpt.kernels import tiles
@@ -95,6 +97,14 @@ class Launch:
         blocks = {names[path[0]]: v for path, v in self.constexprs.items() if names[path[0]].startswith("BLOCK")}
         sizes = " ".join(f"{k.removeprefix('BLOCK_')}{v}" for k, v in blocks.items())
         return f"{sizes} w{self.options['num_warps']} s{self.options['num_stages']}".strip()
+
+    @property
+    def variant(self) -> str:
+        """The launch's other constants, those that are off or absent left out."""
+        names = self.function.arg_names
+        flags = {names[path[0]]: v for path, v in self.constexprs.items() if not names[path[0]].startswith("BLOCK")}
+        shown = (k if v is True else f"{k}={v}" for k, v in flags.items() if v not in (False, None, ""))
+        return " ".join(shown)
 
     @property
     def key(self) -> tuple:
@@ -240,11 +250,14 @@ class Job:
 
     launch: Launch
     row: CompileRow
+    work: predict.Work
     needs_wgmma: bool = True
 
 
 def judged(job: Job, evidence: dict) -> CompileRow:
     row = dataclasses.replace(job.row, **evidence)
+    if row.arch == "sm_90":
+        row = dataclasses.replace(row, predicted_ms=predict.milliseconds(row, job.work))
     wrong = problems(row, job.needs_wgmma)
     return dataclasses.replace(row, ok=not wrong, note="; ".join(wrong) or row.note)
 
@@ -297,7 +310,7 @@ def _failure(exitcode: int, log: Path, late: bool) -> str:
 
 def plan(cases: Iterable, archs: Iterable[str]) -> tuple[list[Job], list[CompileRow]]:
     """Jobs for every case on every architecture, each binary once, and red rows of launchers that raised."""
-    jobs, broken, seen = [], [], set()
+    jobs, broken, seen, names = [], [], set(), Counter()
     for arch in archs:
         for case in cases:
             if arch not in case.archs:
@@ -311,19 +324,30 @@ def plan(cases: Iterable, archs: Iterable[str]) -> tuple[list[Job], list[Compile
                     broken.append(dataclasses.replace(row, note=note))
                     continue
             for launch in launches:
-                if launch.key not in seen:
-                    seen.add(launch.key)
-                    named = dataclasses.replace(row, kernel=launch.file, function=launch.name, tile=launch.tile)
-                    jobs.append(Job(launch, named, launch.name not in case.small_products))
+                if launch.key in seen:
+                    continue
+                seen.add(launch.key)
+                named = dataclasses.replace(
+                    row, kernel=launch.file, function=launch.name, tile=launch.tile, variant=launch.variant
+                )
+                names[named.key] += 1
+                if names[named.key] > 1:
+                    named = dataclasses.replace(named, variant=f"{named.variant} #{names[named.key]}")
+                work = predict.work(f"{launch.file}.{launch.name}", launch.values)
+                jobs.append(Job(launch, named, work, launch.name not in case.small_products))
     return jobs, broken
 
 
-COLUMNS = ("kernel", "function", "case", "arch", "tile", "regs", "stack", "shared", "occupancy", "mma", "tma", "waits")
+COLUMNS = (
+    "kernel", "function", "case", "arch", "tile", "regs", "stack", "shared", "occupancy", "mma", "tma",
+    "waits", "predicted_ms",
+)  # fmt: skip
 
 
 def cells(row: CompileRow) -> list[str]:
     """A row's columns, and its verdict."""
-    return [str(getattr(row, c)) for c in COLUMNS] + ["ok" if row.ok else f"RED {row.note}"]
+    shown = ["-" if (v := getattr(row, c)) is None else f"{v:.3g}" if isinstance(v, float) else str(v) for c in COLUMNS]
+    return [*shown, "ok" if row.ok else f"RED {row.note}"]
 
 
 def table(rows: Iterable[CompileRow]) -> str:

@@ -6,7 +6,11 @@ when causal. Backward is two products for each of forward's; attention's recompu
 every input read once, every output written once, and whatever backward needs written by forward and read again.
 """
 
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -130,23 +134,43 @@ def logits(config, B, N, e) -> Cost:
     return model(config, B, N, e, "fwd") + Cost(0, T * config.vocab * e)
 
 
-def _attention_launch(products: int, v: dict) -> float:
-    heads, D = v.get("HEADS", v.get("BATCH_HEADS")), v["D"] if "D" in v else v["D1"] + v["D2"]
-    return 2 * products * D * heads * (v["N"] * (v["N"] + 1) / 2 if v["IS_CAUSAL"] else v["N"] ** 2)
+def pairs(v: dict) -> float:
+    """Pairs of positions in one of our attention launches, by its arguments' names."""
+    return v.get("HEADS", v.get("BATCH_HEADS")) * (v["N"] * (v["N"] + 1) / 2 if v["IS_CAUSAL"] else v["N"] ** 2)
 
 
-# Products of one launch, by kernel function, from its arguments' names.
-LAUNCHES = {
-    "attention_forward_kernel": lambda v: _attention_launch(2, v),
-    "attention_hopper_kernel": lambda v: _attention_launch(2, v),
-    "attention_dq_kernel": lambda v: _attention_launch(3, v),
-    "attention_dkdv_kernel": lambda v: _attention_launch(4, v),
-    "product_kernel": lambda v: 2 * v["M"] * v["N"] * v["K"],
+def head_dim(v: dict) -> int:
+    return v["D"] if "D" in v else v["D1"] + v["D2"]
+
+
+# Attention's kernels: how many products of (pairs, D) each makes.
+ATTENTION_PRODUCTS = {
+    "attention_forward_kernel": 2,
+    "attention_hopper_kernel": 2,
+    "attention_dq_kernel": 3,
+    "attention_dkdv_kernel": 4,
+}
+# The other kernels with products.
+PRODUCTS = {
+    "gemm.product_kernel": lambda v: 2 * v["M"] * v["N"] * v["K"],
     "head_loss.forward_kernel": lambda v: 2 * v["T"] * v["d"] * v["V"],
 }
 
 
-def launch(name: str, values: dict) -> float:
-    """FLOPs of the products in one launch of ours, "file.function"; 0 for kernels that have none."""
-    count = LAUNCHES.get(name) or LAUNCHES.get(name.rsplit(".", 1)[-1])
-    return float(count(values)) if count else 0.0
+def moved(values: Iterable) -> float:
+    """Bytes of the tensors and descriptors among values: each storage once, and no more of it than they show."""
+    shown, held = defaultdict(int), {}
+    for t in (getattr(v, "base", v) for v in values):
+        if isinstance(t, torch.Tensor):
+            storage = t.untyped_storage()
+            shown[storage._cdata] += t.numel() * t.element_size()
+            held[storage._cdata] = max(storage.nbytes(), 1)
+    return float(sum(min(n, held[key]) for key, n in shown.items()))
+
+
+def launch(name: str, values: dict) -> Cost:
+    """One launch of ours, "file.function", by its arguments: the products' FLOPs, and each tensor's bytes once."""
+    flops = PRODUCTS[name](values) if name in PRODUCTS else 0.0
+    if products := ATTENTION_PRODUCTS.get(name.rsplit(".", 1)[-1]):
+        flops = 2 * products * head_dim(values) * pairs(values)
+    return Cost(float(flops), moved(values.values()))

@@ -92,7 +92,8 @@ class CompileRow:
 
     spill_loads and spill_stores count instructions (LDL, STL; on AMD spilled registers), stack and shared are bytes,
     occupancy is resident warps over the machine's limit, waits are the wgmma wait depths in program order: a 0 waits
-    for every product in flight, so nothing overlaps there."""
+    for every product in flight, so nothing overlaps there. variant: the constants that tell one binary of a function
+    from another. predicted_ms: bench/predict.py's guess for an H200."""
 
     suite: str
     kernel: str
@@ -101,6 +102,7 @@ class CompileRow:
     arch: str
     tile: str
     triton: str
+    variant: str = ""
     regs: int = 0
     stack: int = 0
     spill_loads: int = 0
@@ -114,12 +116,13 @@ class CompileRow:
     exp2: int = 0
     instructions: int = 0
     dots: int = 0
+    predicted_ms: float | None = None
     ok: bool = False
     note: str = ""
 
     @property
     def key(self) -> tuple[str, ...]:
-        return self.kernel, self.function, self.case, self.arch
+        return self.kernel, self.function, self.case, self.arch, self.variant
 
 
 KINDS = {"compile": CompileRow, "step": StepRow}

@@ -20,7 +20,7 @@ if not __package__:
 
 import torch  # noqa: E402
 
-from bench import cases, measure, peers, pictures, report, rows, whole  # noqa: E402
+from bench import cases, gate, measure, peers, pictures, report, rows, whole  # noqa: E402
 from bench.models import ModelCase  # noqa: E402
 
 SUITES = ("quick", "kernels", "model", "sampling", "compile", "full")
@@ -181,7 +181,8 @@ def failures(log: Log) -> list[str]:
                 found.append(f"compile {row.function} {row.case} {row.arch} {row.tile}: {row.note}")
         elif isinstance(row, rows.Row) and not row.ok:
             found.append(f"{row.suite} {row.op} {row.case} {row.impl}: {row.note}")
-    return found
+    compiled = [row for row in log.rows() if isinstance(row, rows.CompileRow)]
+    return found + (gate.compare(compiled, gate.read()) if compiled else [])
 
 
 def main(argv: list[str] | None = None) -> int:

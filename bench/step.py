@@ -9,6 +9,7 @@ import contextlib
 import math
 import sys
 from collections import defaultdict
+from dataclasses import astuple
 from pathlib import Path
 from unittest import mock
 
@@ -18,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from bench import cost
-from bench.compile import Launch, capture
+from bench.compile import capture
 from bench.rows import StepRow, to_json
 from igpt import ImageGPT
 
@@ -26,16 +27,6 @@ from igpt import ImageGPT
 FREE = (
     "_unsafe_view", "detach", "empty", "empty_like", "empty_strided", "lift_fresh", "new_empty", "new_empty_strided",
 )  # fmt: skip
-
-
-def _bytes(tensors) -> float:
-    """Each storage once, and no more of it than the tensors show."""
-    shown, held = defaultdict(int), {}
-    for t in tensors:
-        storage = t.untyped_storage()
-        shown[storage._cdata] += t.numel() * t.element_size()
-        held[storage._cdata] = max(storage.nbytes(), 1)
-    return float(sum(min(n, held[key]) for key, n in shown.items()))
 
 
 class Vendor(TorchDispatchMode):
@@ -57,13 +48,8 @@ class Vendor(TorchDispatchMode):
             flops = count(*args, **(kwargs or {}), out_val=out) if count else 0
             if name == "matmul":  # not taken apart into mm inside a custom op
                 flops = 2 * out.numel() * args[0].shape[-1]
-            self.found.append((name, _bytes(t for t in leaves if torch.is_tensor(t)), float(flops)))
+            self.found.append((name, cost.moved(leaves), float(flops)))
         return out
-
-
-def launch_bytes(launch: Launch) -> float:
-    tensors = [getattr(v, "base", v) for v in launch.values.values()]
-    return _bytes(t for t in tensors if torch.is_tensor(t))
 
 
 @contextlib.contextmanager
@@ -83,7 +69,7 @@ def account(preset: str, B: int, N: int, arch: str = "sm_90") -> list[StepRow]:
     with without_autocast(), Vendor() as vendor, capture(arch) as launches:
         model.loss(tokens).backward()
     total = defaultdict(lambda: [0, 0.0, 0.0])
-    ours = [(name := f"{x.file}.{x.name}", launch_bytes(x), cost.launch(name, x.values)) for x in launches]
+    ours = [(name := f"{x.file}.{x.name}", *astuple(cost.launch(name, x.values))[::-1]) for x in launches]
     for is_vendor, entries in ((False, ours), (True, vendor.found)):
         for name, n_bytes, flops in entries:
             sums = total[name, is_vendor]

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+import torch
 
 from bench import cost, rows
 from bench.cases import OPS, Case
@@ -103,6 +104,8 @@ def test_every_operation_has_a_cost_and_inputs(op):
 
 def test_launches_count_their_products():
     values = {"HEADS": 2, "D": 16, "N": 3, "IS_CAUSAL": True}
-    assert cost.launch("attention.attention_forward_kernel", values) == 2 * 6 * 4 * 16
-    assert cost.launch("gemm.product_kernel", {"M": 2, "N": 3, "K": 4}) == 48
-    assert cost.launch("rows.norm_forward_kernel", {}) == 0
+    assert cost.launch("attention.attention_forward_kernel", values).flops == 2 * 6 * 4 * 16
+    assert cost.launch("gemm.product_kernel", {"M": 2, "N": 3, "K": 4}).flops == 48
+    assert cost.launch("rows.norm_forward_kernel", {"x": torch.empty(4, 8), "y": None}) == cost.Cost(0, 128)
+    packed = torch.empty(2, 3, 8)
+    assert cost.moved([packed[:, 0], packed[:, 1]]) == 2 * 2 * 8 * 4 and cost.moved([packed, packed]) == 2 * 3 * 8 * 4
