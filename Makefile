@@ -18,5 +18,13 @@ test: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -q -n 2 tests
 
+# On a machine with a GPU and its own torch and triton: no environment is made, nothing is installed.
+gpu:
+	$(PYTHON) -m bench.gpu --out bench/out
+
+# Renews bench/compile_baseline.jsonl: on purpose, and looking at its diff.
+compile-baseline: $(VENV)/.ready
+	$(BIN)/python -m bench.gate
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info bench/out

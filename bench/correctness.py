@@ -5,18 +5,24 @@ the budget of bench/budget.py, for the output and every gradient. Palettes must 
 """
 
 import argparse
+import copy
 import dataclasses
+import itertools
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
-from bench.budget import Errors, against_fp64
-from bench.cases import PIXEL_OPS, Case, correctness
+from bench import models
+from bench.budget import Errors, against_fp64, compare
+from bench.cases import PIXEL_OPS, Case, correctness, tokens
 from bench.machine import FAULTS, stamp
+from bench.models import ModelCase
 from bench.rows import Row, to_json
+from igpt.kernels import reference
 
 
 def worst(errors: list[Errors]) -> tuple[float, float]:
@@ -39,6 +45,36 @@ def check(case: Case, device: str, impl: str = "triton") -> Row:
             errors = against_fp64(case.ours(impl), case.reference(), inputs, case.diff)
     except FAULTS as fault:
         return dataclasses.replace(row, ok=False, note=f"raised {type(fault).__name__}: {str(fault)[:300]}")
+    return judged(row, errors)
+
+
+def whole_model(device: str, dtype: str, N: int = 48, preset: str = "tiny", impl: str = "triton") -> Row:
+    """Loss of each pixel, and all gradients as one vector, of a whole model on real pictures."""
+    case = ModelCase(preset, 2, N, dtype, "fwd+bwd")
+    row = Row("correctness", impl=impl, **case.labels, **stamp(device))
+    ids = tokens(case.B, N, device)
+    try:
+        model = models.ours(case, device)
+        model.impl = impl
+
+        def nll(model):
+            logits = models.eager_logits(model, ids)
+            return F.cross_entropy(reference.wide(logits).flatten(0, 1), ids.flatten(), reduction="none")
+
+        variants = (
+            (model, lambda m: m.nll(m.trunk(ids), ids)), (model, nll), (copy.deepcopy(model).double(), nll),
+        )  # fmt: skip
+        losses, grads = [], []
+        for m, loss in variants:
+            losses.append(loss(m).flatten())
+            found = torch.autograd.grad(losses[-1].mean(), list(m.parameters()))
+            grads.append(torch.cat([g.flatten() for g in found]))
+    except FAULTS as fault:
+        return dataclasses.replace(row, ok=False, note=f"raised {type(fault).__name__}: {str(fault)[:300]}")
+    return judged(row, [compare("nll", *(x.detach() for x in losses)), compare("gradients", *grads)])
+
+
+def judged(row: Row, errors: list[Errors]) -> Row:
     ours, eager = worst(errors)
     over = "; ".join(str(e) for e in errors if not e.ok)
     return dataclasses.replace(row, err_vs_fp64=ours, eager_err_vs_fp64=eager, ok=not over, note=over)
@@ -63,11 +99,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="append rows as JSON lines to this file as they come")
     args = parser.parse_args(argv)
     chosen = [c for c in correctness(args.quick, args.device == "cuda") if args.op in c.op]
-    rows = []
-    for row in run(chosen, args.device, args.limit):
+    rows, dtypes = [], ("bf16",) if args.quick else ("bf16", "fp32")
+    whole = (whole_model(args.device, dtype) for dtype in dtypes if args.op in "model")
+    total = len(chosen) + (len(dtypes) if args.op in "model" else 0)
+    for row in itertools.chain(run(chosen, args.device, args.limit), whole):
         rows.append(row)
         verdict = f"{row.err_vs_fp64:.2e} (eager {row.eager_err_vs_fp64:.2e})" if row.ok else f"RED {row.note}"
-        print(f"[{len(rows)}/{len(chosen)}] {row.op} {row.case}: {verdict}", file=sys.stderr, flush=True)
+        print(f"[{len(rows)}/{total}] {row.op} {row.case}: {verdict}", file=sys.stderr, flush=True)
         if args.out:
             with args.out.open("a") as out:
                 print(to_json(row), file=out)

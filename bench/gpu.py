@@ -95,6 +95,8 @@ def correct(job: Job) -> None:
     if job.rehearse:
         chosen = [dataclasses.replace(c, N=16) for c in chosen if c.D == 64 and c.causal]
     job.log.take(correctness.run(chosen, job.device, job.seconds))
+    size = (48, "tiny") if job.rehearse else (1024, "s")
+    job.log.take([correctness.whole_model(job.device, "bf16", *size)])
 
 
 def deterministic(job: Job) -> None:
