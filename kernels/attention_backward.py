@@ -8,6 +8,11 @@ blocks of queries for dq, which also writes delta (fp32, (B, H, N)), then one ov
 products in all, 14 B H N^2 D FLOPs, half of it if causal. Each sum belongs to one program and runs in a fixed order,
 in fp32: no atomics, and every run gives the same bits. p and ds enter their products in the inputs' dtype.
 
+The other form, `attention_backward_one_pass`, makes p and ds once, over blocks of keys, and adds each block's part of
+dq to an fp32 sum in memory: five products instead of seven, 8 B N H D bytes a block of keys through L2, and a sum whose
+order, so whose last bits, differ from run to run. A row of tiles.ATTENTION_ONE_PASS selects it, never where torch is
+asked for deterministic algorithms.
+
 Queries past N read q, dout, lse and delta as zero, so that they add p dout = 0 and ds = 0. Keys past N only touch
 gradients past N where the product sums over queries; where it sums over keys (dq) they are masked.
 """
@@ -19,6 +24,7 @@ import triton.language as tl
 from . import tiles
 from .heads import (
     add_product,
+    add_tile,
     head_of,
     heads_in_group,
     is_aligned,
@@ -78,9 +84,9 @@ def attention_dq_kernel(
 @triton.jit
 def attention_dkdv_kernel(
     q, q_tail, q_strides, k, k_tail, k_strides, v, v_tail, v_strides, dout, dout_tail, dout_strides,
-    lse, delta, dk, dk_strides, dv, dv_strides,
+    dq_sum, dq_sum_tail, dq_sum_strides, lse, delta, dk, dk_strides, dv, dv_strides,
     scale, scale_log2, N, H, HEADS, GROUP,
-    D: tl.constexpr, IS_CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    D: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_DQ: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     i_n, i_bh = tile_and_head(tl.cdiv(N, BLOCK_N), HEADS, GROUP)  # the first keys are seen by the most queries
     i_b, i_h = i_bh // H, i_bh % H
@@ -95,6 +101,8 @@ def attention_dkdv_kernel(
     b_k = load_tile(k, start_n, N, BLOCK_N, D)
     b_v = load_tile(v, start_n, N, BLOCK_N, D)
     b_dk, b_dv = zero_tile(BLOCK_N, D), zero_tile(BLOCK_N, D)
+    if HAS_DQ:
+        dq_sum = head_of(dq_sum, dq_sum_tail, dq_sum_strides, i_b, i_h)
     start_m, stop_m = 0, 0
     if IS_CAUSAL:
         start_m, stop_m = start_n, start_n + max(BLOCK_M, BLOCK_N)
@@ -110,7 +118,10 @@ def attention_dkdv_kernel(
                 b_p = tl.where(o_n[:, None] <= o_m[None, :], b_p, 0.0)
             b_dv = add_product(b_dv, b_p.to(b_dout[0].dtype), b_dout)
             b_ds = b_p * (outer_dots(b_v, b_dout) - b_delta[None, :])
-            b_dk = add_product(b_dk, b_ds.to(b_q[0].dtype), b_q)
+            b_ds = b_ds.to(b_q[0].dtype)
+            b_dk = add_product(b_dk, b_ds, b_q)
+            if HAS_DQ:
+                add_tile(dq_sum, i_m, add_product(zero_tile(BLOCK_M, D), tl.trans(b_ds), b_k), N, BLOCK_M, D)
         start_m, stop_m = stop_m, N
     dk = head_of(dk, None, dk_strides, i_b, i_h)
     store_tile(dk, start_n, scale_tile(b_dk, scale), N, BLOCK_N, D)
@@ -118,33 +129,81 @@ def attention_dkdv_kernel(
     store_tile(dv, start_n, b_dv, N, BLOCK_N, D)
 
 
+@triton.jit
+def attention_delta_kernel(
+    out, out_strides, dout, dout_strides, delta, N, H, HEADS, D: tl.constexpr, BLOCK_M: tl.constexpr
+):
+    i_m, i_bh = tile_and_head(tl.cdiv(N, BLOCK_M), HEADS, HEADS)
+    i_b, i_h = i_bh // H, i_bh % H
+    b_out = load_tile(head_of(out, None, out_strides, i_b, i_h), i_m * BLOCK_M, N, BLOCK_M, D)
+    b_dout = load_tile(head_of(dout, None, dout_strides, i_b, i_h), i_m * BLOCK_M, N, BLOCK_M, D)
+    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    tl.store(delta + i_bh.to(tl.int64) * N + o_m, row_dots(b_out, b_dout), mask=o_m < N)
+
+
+@triton.jit
+def attention_finish_dq_kernel(
+    dq_sum, dq_sum_strides, dq, dq_strides, scale, N, H, HEADS, D: tl.constexpr, BLOCK_M: tl.constexpr
+):
+    i_m, i_bh = tile_and_head(tl.cdiv(N, BLOCK_M), HEADS, HEADS)
+    i_b, i_h = i_bh // H, i_bh % H
+    b_dq = load_tile(head_of(dq_sum, None, dq_sum_strides, i_b, i_h), i_m * BLOCK_M, N, BLOCK_M, D)
+    store_tile(head_of(dq, None, dq_strides, i_b, i_h), i_m * BLOCK_M, scale_tile(b_dq, scale), N, BLOCK_M, D)
+
+
 def attention_backward(dout, q, k, v, out, lse, dq, dk, dv, causal: bool, scale: float) -> None:
     """Fill dq, dk, dv. All are views (B, N, H, D) with a contiguous last dimension, lse fp32 (B, H, N) in base 2."""
     if not q.numel():
         return
-    B, N, H, D = q.shape
-    delta = torch.empty_like(lse)
     aligned = all(map(is_aligned, (dout, q, k, v)))
-    common = {
-        "lse": lse, "delta": delta, "scale": scale, "scale_log2": scale * LOG2E.value,
-        "N": N, "H": H, "HEADS": B * H, "GROUP": heads_in_group(q), "D": D, "IS_CAUSAL": causal,
-    }  # fmt: skip
+    if aligned and tiles.one_pass(q):
+        return attention_backward_one_pass(dout, q, k, v, out, lse, dq, dk, dv, causal, scale)
+    delta = torch.empty_like(lse)
     tile = tiles.attention_tile(tiles.ATTENTION_DQ, q, aligned)
-    attention_dq_kernel[(triton.cdiv(N, tile.BLOCK_M) * B * H,)](
-        **view_args("q", q, tile.BLOCK_M, tile.tma),
-        **view_args("k", k, tile.BLOCK_N, tile.tma),
-        **view_args("v", v, tile.BLOCK_N, tile.tma),
-        **view_args("out", out, tile.BLOCK_M, tile.tma),
-        **view_args("dout", dout, tile.BLOCK_M, tile.tma),
-        dq=dq, dq_strides=dq.stride()[:3], **common, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N,
+    attention_dq_kernel[(triton.cdiv(q.shape[1], tile.BLOCK_M) * lse.shape[0] * lse.shape[1],)](
+        **_views(dout, q, k, v, tile), **view_args("out", out, tile.BLOCK_M, tile.tma),
+        lse=lse, delta=delta, dq=dq, dq_strides=dq.stride()[:3], **_shape(q, scale),
+        IS_CAUSAL=causal, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     tile = tiles.attention_tile(tiles.ATTENTION_DKDV, q, aligned)
-    attention_dkdv_kernel[(triton.cdiv(N, tile.BLOCK_N) * B * H,)](
-        **view_args("q", q, tile.BLOCK_M, tile.tma),
-        **view_args("k", k, tile.BLOCK_N, tile.tma),
-        **view_args("v", v, tile.BLOCK_N, tile.tma),
-        **view_args("dout", dout, tile.BLOCK_M, tile.tma),
-        dk=dk, dk_strides=dk.stride()[:3], dv=dv, dv_strides=dv.stride()[:3], **common,
-        BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, num_warps=tile.num_warps, num_stages=tile.num_stages,
+    _dkdv(dout, q, k, v, lse, delta, dk, dv, None, causal, scale, tile)
+
+
+def attention_backward_one_pass(dout, q, k, v, out, lse, dq, dk, dv, causal: bool, scale: float) -> None:
+    """The same with five products, and dq summed in an order that differs from run to run."""
+    B, N, H, D = q.shape
+    tile = tiles.ATTENTION_ONE_PASS[D]
+    dq_sum = torch.zeros((B, N, H, D), dtype=torch.float32, device=q.device)
+    delta = torch.empty_like(lse)
+    grid = (triton.cdiv(N, tile.BLOCK_M) * B * H,)
+    shape = {"N": N, "H": H, "HEADS": B * H, "D": D, "BLOCK_M": tile.BLOCK_M, "num_warps": tile.num_warps}
+    attention_delta_kernel[grid](
+        out=out, out_strides=out.stride()[:3], dout=dout, dout_strides=dout.stride()[:3], delta=delta, **shape
+    )
+    _dkdv(dout, q, k, v, lse, delta, dk, dv, dq_sum, causal, scale, tile)
+    attention_finish_dq_kernel[grid](
+        dq_sum=dq_sum, dq_sum_strides=dq_sum.stride()[:3], dq=dq, dq_strides=dq.stride()[:3], scale=scale, **shape
+    )
+
+
+def _dkdv(dout, q, k, v, lse, delta, dk, dv, dq_sum, causal, scale, tile) -> None:
+    attention_dkdv_kernel[(triton.cdiv(q.shape[1], tile.BLOCK_N) * lse.shape[0] * lse.shape[1],)](
+        **_views(dout, q, k, v, tile),
+        **view_args("dq_sum", dq_sum, tile.BLOCK_M, tile.tma),
+        lse=lse, delta=delta, dk=dk, dk_strides=dk.stride()[:3], dv=dv, dv_strides=dv.stride()[:3],
+        **_shape(q, scale), IS_CAUSAL=causal, HAS_DQ=dq_sum is not None, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
+
+
+def _views(dout, q, k, v, tile: tiles.Tile) -> dict:
+    """Queries and dout in tiles of BLOCK_M rows, keys and values of BLOCK_N."""
+    views = ("q", q, tile.BLOCK_M), ("k", k, tile.BLOCK_N), ("v", v, tile.BLOCK_N), ("dout", dout, tile.BLOCK_M)
+    return {name: value for view in views for name, value in view_args(*view, tile.tma).items()}
+
+
+def _shape(q, scale: float) -> dict:
+    B, N, H, D = q.shape
+    scales = {"scale": scale, "scale_log2": scale * LOG2E.value}
+    return scales | {"N": N, "H": H, "HEADS": B * H, "GROUP": heads_in_group(q), "D": D}

@@ -89,7 +89,7 @@ NORM_FORWARD = {
     ("portable", 1024): Tile(4, 1024, num_warps=4),
     ("portable", 2048): Tile(2, 2048, num_warps=4),
     ("portable", 4096): Tile(1, 4096, num_warps=4),
-    ("portable", 16384): Tile(1, 16384, num_warps=16),
+    ("portable", 8192): Tile(1, 8192, num_warps=8),
 }
 NORM_BACKWARD = {
     ("portable", 512): Tile(4, 512, num_warps=8),
@@ -98,8 +98,8 @@ NORM_BACKWARD = {
     ("sm_90", 2048): Tile(1, 2048, num_warps=8),
     ("sm_100", 2048): Tile(1, 2048, num_warps=8),
     ("portable", 4096): Tile(1, 4096, num_warps=16),
-    ("portable", 16384): Tile(1, 16384, num_warps=32),
-    ("gfx942", 16384): Tile(1, 16384, num_warps=16),
+    ("portable", 8192): Tile(1, 8192, num_warps=32),
+    ("gfx942", 8192): Tile(1, 8192, num_warps=16),
 }
 
 
@@ -184,7 +184,7 @@ ATTENTION_FORWARD = {
     ("gfx942", 128): Tile(128, 64, num_warps=8, num_stages=2),
     ("fp32", 64): Tile(64, 32, num_warps=8, num_stages=2),
     ("fp32", 96): Tile(64, 32, num_warps=8, num_stages=2),
-    ("fp32", 128): Tile(32, 16, num_warps=4, num_stages=2),
+    ("fp32", 128): Tile(32, 16, num_warps=8, num_stages=2),
     ("unaligned", 128): Tile(64, 64, num_warps=8, num_stages=1),
 }
 ATTENTION_DQ = {
@@ -236,6 +236,21 @@ def attention_tile(table: dict, q: torch.Tensor, aligned: bool) -> Tile:
     return table[row, min(width for name, width in table if name == row and width >= q.shape[3])]
 
 
+# The one-pass backward (kernels/attention_backward.py) by head dim: a row counts once a GPU has measured it right and
+# quicker than ATTENTION_DQ's and ATTENTION_DKDV's together, and says so; "compiled only" is off.
+ATTENTION_ONE_PASS = {
+    64: Tile(64, 128, num_warps=8, num_stages=2, tma=True),
+    96: Tile(64, 128, num_warps=8, num_stages=2, tma=True),
+}
+
+
+def one_pass(q: torch.Tensor) -> bool:
+    """Whether the backward of q (B, N, H, D) is to run in one pass, which is not deterministic."""
+    tile = ATTENTION_ONE_PASS.get(q.shape[3])
+    chosen = tile is not None and tile.evidence != "compiled only" and q.dtype != torch.float32
+    return chosen and arch(q.device) == "sm_90" and not torch.are_deterministic_algorithms_enabled()
+
+
 # The warp-specialised forward (kernels/attention_hopper.py): a row counts once a GPU has measured it right and quicker
 # than ATTENTION_FORWARD's, and says so; "compiled only" is off. BLOCK_M queries in two consumers, num_stages of keys.
 ATTENTION_HOPPER = {
@@ -277,7 +292,7 @@ DECODE_LINEAR = {
     ("portable", 2, 32): Tile(32, 32, 128, num_warps=4, num_stages=3),
     ("portable", 2, 64): Tile(64, 32, 64, num_warps=4, num_stages=3),
     ("sm_90", 2, 64): Tile(64, 32, 128, num_warps=4, num_stages=3),
-    ("sm_100", 2, 16): Tile(16, 16, 256, num_warps=4, num_stages=4),
+    ("sm_100", 2, 16): Tile(16, 32, 128, num_warps=4, num_stages=3),
     ("portable", 4, 64): Tile(16, 16, 64, num_warps=4, num_stages=2),
     ("gfx942", 2, 64): Tile(64, 32, 64, num_warps=4, num_stages=2),
 }
