@@ -29,7 +29,7 @@ from bench.rows import Row, to_json
 from bench.timing import interleaved
 from igpt import ImageGPT, sample
 from igpt.config import PRESETS, preset
-from igpt.decode import Decoder
+from igpt.decode import decoder_of
 from igpt.draw import Sampler
 from igpt.kernels import reference
 
@@ -80,7 +80,7 @@ class DecodeCase:
 
 def ours(case: DecodeCase, device: str) -> Callable[[], object]:
     model = models.ours(ModelCase(case.preset, case.B, PRESETS[case.preset].n_ctx, case.activations, "fwd"), device)
-    decoder = Decoder(model, case.B, weights=None if case.dtype == case.activations else case.dtype)
+    decoder = decoder_of(model, case.B, weights=None if case.dtype == case.activations else case.dtype)
     drawn = tokens(case.B, model.config.n_ctx, device).clone()
     if case.start:
         decoder.prefill(drawn[:, : case.start])

@@ -1,6 +1,6 @@
 """One pixel at a time: the key-value cache, prefill, and the step that turns a pixel into the next one's logits.
 
-    decoder = Decoder(model, batch)
+    decoder = decoder_of(model, batch)
     decoder.prefill(tokens[:, :keep])                  # with the training kernels
     logits = decoder.step(keep, tokens[:, keep - 1])   # (B, V) fp32: of pixel `keep`
 
@@ -42,6 +42,8 @@ class Product:
         else:
             self.weight = weight.to(self.dtype).contiguous()
         self.packed = kind != "int8" and cpu.suits(self.weight)
+        # torch's int8 product is a CPU's, and reads past the end of rows that are no multiple of its 16 columns.
+        self.pack_mm = kind == "int8" and weight.device.type == "cpu" and weight.shape[1] % 32 == 0
         if self.packed:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, rows)
 
@@ -52,7 +54,10 @@ class Product:
         if self.scale is None:
             y = F.linear(a, self.weight, self.bias)
         else:
-            y = torch._weight_int8pack_mm(a, self.weight, self.scale)
+            if self.pack_mm:
+                y = torch._weight_int8pack_mm(a, self.weight, self.scale)
+            else:
+                y = F.linear(a, self.weight.to(self.dtype)) * self.scale
             y = y if self.bias is None else y.add_(self.bias)
         return F.silu(y, inplace=True) if activation == "swish" else y
 
@@ -86,12 +91,17 @@ class Decoder:
         self.dtype = torch.bfloat16 if weights else model.wte.dtype
         self.wide = torch.promote_types(self.dtype, torch.float32)
         stored = CACHES.get(cache_dtype, self.dtype if self.device.type == "cuda" else self.wide)
-        self.attended = self.wide if stored == torch.float8_e4m3fn else stored
         check_memory(model, batch, stored.itemsize)
         self.cache = torch.empty(c.n_layer, 2, batch, c.heads, c.n_ctx, c.head_dim, dtype=stored, device=self.device)
-        self.layers = [Layer(block, batch, weights) for block in model.blocks]
+        self.prepare(weights)
+
+    def prepare(self, weights: str | None) -> None:
+        """Lay the weights out for `step`."""
+        model = self.model
+        self.attended = self.wide if self.cache.dtype == torch.float8_e4m3fn else self.cache.dtype
+        self.layers = [Layer(block, self.batch, weights) for block in model.blocks]
         self.wte, self.wpe, self.sos = (t.to(self.wide) for t in (model.wte, model.wpe, model.sos))
-        self.head = Product(model.head.to(self.wide) * model.norm_f.to(self.wide), None, batch, None)
+        self.head = Product(model.head.to(self.wide) * model.norm_f.to(self.wide), None, self.batch, None)
 
     @torch.inference_mode()
     def prefill(self, tokens_BN):
@@ -139,6 +149,15 @@ class Decoder:
     def normed(self, h):
         c = self.config
         return F.layer_norm(h, (c.width,), eps=c.norm_eps) if c.centred else F.rms_norm(h, (c.width,), eps=c.norm_eps)
+
+
+def decoder_of(model, batch: int, **options) -> Decoder:
+    """The decoder that the model's `impl` asks for: the kernels', or the one in plain PyTorch."""
+    if ops.resolve(model.impl, model.wte):
+        from igpt.decode_kernels import KernelDecoder
+
+        return KernelDecoder(model, batch, **options)
+    return Decoder(model, batch, **options)
 
 
 def check_options(model, batch, weights, cache_dtype):

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from igpt import grid
-from igpt.decode import Decoder
+from igpt.decode import decoder_of
 from igpt.draw import Sampler
 
 
@@ -50,7 +50,7 @@ def complete(model, tokens_BN, keep: int, **options) -> torch.Tensor:
 def log_likelihood(model, tokens_BN, *, weights: str | None = None, cache_dtype: str | None = None) -> torch.Tensor:
     """Log-probability in nats of each pixel, fp32 or wider (B, N), computed one pixel at a time as sampling does: what
     int8 weights or an fp8 cache cost is its difference from the full forward's."""
-    decoder = Decoder(model, tokens_BN.shape[0], weights=weights, cache_dtype=cache_dtype)
+    decoder = decoder_of(model, tokens_BN.shape[0], weights=weights, cache_dtype=cache_dtype)
     steps = [
         decoder.step(i, tokens_BN[:, i - 1]).log_softmax(-1).gather(-1, tokens_BN[:, i : i + 1].long())
         for i in range(tokens_BN.shape[1])
@@ -64,7 +64,7 @@ def _continue(
 ):  # fmt: skip
     n_ctx, device, (B, keep) = model.config.n_ctx, model.wte.device, kept_BK.shape
     sampler = Sampler(temperature, top_k, top_p, seed, first).check(model.config.vocab)
-    decoder = Decoder(model, B, weights=weights, cache_dtype=cache_dtype)
+    decoder = decoder_of(model, B, weights=weights, cache_dtype=cache_dtype)
     tokens = torch.zeros(B, n_ctx, dtype=torch.int64, device=device)
     tokens[:, :keep] = kept_BK
     with torch.autocast(device.type, enabled=False):

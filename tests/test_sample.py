@@ -35,6 +35,12 @@ def small(head_dim: int = 64, seed: int = 0, dtype=torch.float32, **overrides) -
     return model.to(dtype)
 
 
+def small_copy(model, dtype) -> ImageGPT:
+    copy = ImageGPT(model.config, impl="torch", dtype=dtype)
+    copy.load_state_dict(model.state_dict())
+    return copy
+
+
 def random_tokens(model, batch: int, seed: int = 1):
     c = model.config
     return torch.randint(c.vocab, (batch, c.n_ctx), generator=torch.Generator().manual_seed(seed))
@@ -153,25 +159,24 @@ def test_log_likelihood_is_within_the_budget(head_dim, dtype, form, poison_empty
     assert (errors := compare("log-likelihood", decoded, eager, exact)).ok, errors
 
 
-def small_copy(model, dtype):
-    copy = ImageGPT(model.config, impl="torch", dtype=dtype)
-    copy.load_state_dict(model.state_dict())
-    return copy
+def to_int8_values(model) -> None:
+    """Weights that int8 holds exactly, and gains of one."""
+    with torch.no_grad():
+        for block in model.blocks:
+            for norm, w in ((block.attn.norm, block.attn.qkv), (block.mlp.norm, block.mlp.fc)):
+                w.mul_(norm)
+                norm.fill_(1.0)
+            for w in (block.attn.qkv, block.attn.proj, block.mlp.fc, block.mlp.proj):
+                rounded, scale = decode.quantise(w)
+                w.copy_(rounded * scale[:, None])
 
 
 @pytest.mark.parametrize("weights", ["bf16", "int8"])
 def test_narrow_weights(weights, poison_empty):
-    """bf16: within the budget of eager bf16. int8: of eager bf16 with the same rounded weights."""
+    """Within the budget of eager bf16; int8 on weights that it holds exactly."""
     model = small()
     if weights == "int8":
-        with torch.no_grad():
-            for block in model.blocks:
-                fold = block.attn.norm.clone(), block.mlp.norm.clone()
-                block.attn.norm.fill_(1.0), block.mlp.norm.fill_(1.0)
-                for w, gain in ((block.attn.qkv, fold[0]), (block.attn.proj, None), (block.mlp.fc, fold[1]),
-                                (block.mlp.proj, None)):
-                    rounded, scale = decode.quantise(w if gain is None else w * gain)
-                    w.copy_(rounded * scale[:, None])
+        to_int8_values(model)
     tokens = random_tokens(model, 3)
     decoded = sample.log_likelihood(model, tokens, weights=weights)
     eager = of_tokens(small_copy(model, torch.bfloat16)(tokens).float(), tokens)
@@ -185,6 +190,21 @@ def test_quantise_rounds_to_nearest():
     rounded, scale = decode.quantise(weight)
     assert ((rounded * scale[:, None] - weight).abs() <= scale[:, None] * 0.5001).all()
     assert rounded.abs().amax(1)[weight.abs().amax(1) > 0].eq(127).all()
+
+
+@pytest.mark.parametrize("rows", [1, 3, 5, 17])
+@pytest.mark.parametrize("out, columns", [(64, 64), (37, 24), (60, 20), (1, 32)])
+def test_int8_product_at_any_size(out, columns, rows):
+    """torch._weight_int8pack_mm reads past the end of rows of 20 or 24 (seen: garbage, and a segmentation fault)."""
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(out, columns, generator=generator), torch.randn(out, generator=generator)
+    a = torch.randn(rows, columns, generator=generator).bfloat16()
+    rounded, scale = decode.quantise(weight)
+    ours = decode.Product(weight, bias, rows, "int8")(a)
+    held = rounded * scale[:, None]
+    eager = torch.nn.functional.linear(a, held.bfloat16(), bias.bfloat16())
+    errors = compare("y", ours, eager, a.double() @ held.double().t() + bias)
+    assert errors.ok, errors
 
 
 def test_narrow_caches(poison_empty):
@@ -236,6 +256,64 @@ def test_generation_ignores_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         inside = model.complete(random_tokens(model, 2), 9, seed=1)
     assert torch.equal(inside, model.complete(random_tokens(model, 2), 9, seed=1))
+
+
+# --- the kernels' decoder: interpreted where there is no GPU, so one layer and four pixels
+
+
+def both_ways(device, head_dim=64, dtype=torch.float32, **overrides):
+    """One model for the kernels and for PyTorch."""
+    model = small(head_dim, dtype=dtype, n_layer=1, heads=1, width=head_dim, n_ctx=4, **overrides).to(device)
+    plain = small_copy(model, dtype).to(device)
+    model.impl = "triton"
+    return model, plain
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_kernels_decode_and_draw_as_pytorch_does(head_dim, device, poison_empty):
+    model, plain = both_ways(device, head_dim)
+    greedy = model.generate(2, temperature=0.0)
+    assert torch.equal(plain(greedy).argmax(-1), greedy)
+    assert torch.equal(model.generate(2, seed=5, first=3), plain.generate(2, seed=5, first=3))
+
+
+def test_kernels_complete_truncate_and_reuse(device, poison_empty):
+    model, plain = both_ways(device, **FORMS["layer norm, biases"])
+    tokens = random_tokens(model, 2).to(device)
+    how = {"top_k": 9, "top_p": 0.8}
+    assert torch.equal(model.complete(tokens, 2, seed=1, **how), plain.complete(tokens, 2, seed=1, **how))
+    decoder = decode.decoder_of(model, 2)
+    for seed in (3, 4):  # on a GPU the second picture replays the first one's graph
+        drawn = torch.zeros(2, 4, dtype=torch.int64, device=device)
+        decoder.sample(drawn, 0, 3, draw.Sampler(seed=seed))
+        assert torch.equal(drawn[:, :3], plain.generate(2, seed=seed)[:, :3])
+        assert (drawn[:, 3] == 0).all()
+
+
+@pytest.mark.parametrize(
+    "dtype, options, form",
+    [
+        (torch.float32, {}, "scaled by layer"),
+        (torch.bfloat16, {}, "layer norm, biases"),
+        (torch.float32, {"weights": "bf16"}, "released"),
+        (torch.float32, {"weights": "int8", "cache_dtype": "bf16"}, "released"),
+        (torch.float32, {"cache_dtype": "fp8"}, "released"),
+    ],
+)
+def test_kernels_log_likelihood(dtype, options, form, device, poison_empty):
+    """Within the budget of the full forward in the products' dtype; with an fp8 cache, of PyTorch's with one."""
+    model, plain = both_ways(device, dtype=dtype, **FORMS[form])
+    if "weights" in options:
+        to_int8_values(model)
+        plain, dtype = small_copy(model, torch.bfloat16).to(device), torch.bfloat16
+    exact, tokens = small_copy(model, torch.float64).to(device), random_tokens(model, 2).to(device)
+    ours = sample.log_likelihood(model, tokens, **options)
+    if options == {"cache_dtype": "fp8"}:
+        eager = sample.log_likelihood(plain, tokens, **options)
+    else:
+        eager = of_tokens(plain(tokens).float(), tokens)
+    errors = compare("log-likelihood", ours, eager, of_tokens(exact(tokens), tokens))
+    assert errors.ok, errors
 
 
 # --- bad input
