@@ -22,9 +22,16 @@ test: $(VENV)/.ready
 gpu:
 	$(PYTHON) -m bench.gpu --out bench/out
 
+# The readers of checkpoints against 5,000 mutated files, new ones each time.
+fuzz: $(VENV)/.ready
+	IGPT_FUZZ=5000 $(BIN)/python -m pytest -q tests/test_fuzz_readers.py
+
 # Renews bench/compile_baseline.jsonl: on purpose, and looking at its diff.
 compile-baseline: $(VENV)/.ready
 	$(BIN)/python -m bench.gate
+
+demo: $(VENV)/.ready
+	$(BIN)/python -m igpt.demo
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info bench/out

@@ -282,7 +282,8 @@ class Training:
         """A grid of samples, the same noise each time."""
         model = whole(self.model, self.us)
         if model is not None and self.train.palette is not None:
-            tokens = sample.generate(model, SAMPLES, seed=self.options.seed, weights="bf16" if self.bf16 else None).cpu()
+            weights = "bf16" if self.bf16 else None
+            tokens = sample.generate(model, SAMPLES, seed=self.options.seed, weights=weights).cpu()
             pictures = self.train.palette.decode(tokens, self.train.size)
             path = self.options.run / "samples" / f"step-{step:07d}.png"
             grid.save(path, pictures, columns=math.isqrt(SAMPLES), scale=4)

@@ -81,7 +81,7 @@ def train_together(world: int, asked: train.Options, until: int | None = None) -
         port = free.getsockname()[1]
     ranks = [start(rank_main, rank, world, port, asked, until) for rank in range(world)]
     for child in ranks:
-        child.join(300)
+        child.join(120)
     codes = [child.exitcode for child in ranks]
     for child in ranks:
         child.kill()
