@@ -169,6 +169,7 @@ def _setup(ctx, inputs, output):
     *qkv, ctx.causal, ctx.scale = inputs
     ctx.save_for_backward(*qkv, *output)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dout, _):

@@ -185,6 +185,7 @@ def _(dnll, x, norm_weight, head_weight, *saved):
 def _setup(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:4], *output[1:])
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dnll, *_):
