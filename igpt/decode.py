@@ -11,6 +11,7 @@ fp32; so are, on a CPU, the cache and attention, where half-precision attention 
 """
 
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -172,7 +173,9 @@ def check_options(model, batch, weights, cache_dtype):
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that an allocation on `device` can still get."""
+    """Memory that an allocation on `device` can still get; on "meta", where none is made, any."""
+    if device.type == "meta":
+        return sys.maxsize
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused

@@ -10,7 +10,9 @@ import triton
 import triton.language as tl
 from PIL import Image
 
+from bench import sampling
 from bench.budget import compare
+from bench.cost import H200
 from igpt import ImageGPT, Palette, complete, decode, draw, sample
 from igpt.model import ImageGPT as Model
 
@@ -357,6 +359,16 @@ def test_a_cache_that_does_not_fit_is_refused_before_it_is_allocated(monkeypatch
     monkeypatch.undo()
     with pytest.raises(ValueError, match="batch of"):
         model.generate(10**12)
+
+
+@pytest.mark.parametrize(
+    "preset, floors", [("s", (0.041, 0.129, 0.78)), ("m", (0.23, 0.49, 2.5)), ("l", (0.67, 1.2, 5.1))]
+)
+def test_floor_of_a_token(preset, floors):
+    """Milliseconds worked out by hand: weights and a half-full cache in bf16 over an H200's bandwidth."""
+    for B, floor in zip((1, 16, 128), floors):
+        case = sampling.DecodeCase(preset, B, 544, "bf16")
+        assert H200.floor_ms(case.cost(cached=2), "bf16") == pytest.approx(floor, rel=0.05)
 
 
 # --- the programs
