@@ -1,5 +1,6 @@
 """The model's configuration: one frozen dataclass, and the paper's sizes as one-line presets."""
 
+import sys
 from dataclasses import asdict, dataclass, fields, replace
 
 OBJECTIVES = ("ar", "bert")
@@ -34,20 +35,25 @@ class Config:
     def __post_init__(self):
         for name in ("n_layer", "width", "heads", "n_ctx", "vocab"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: got {value!r}, expected a positive integer")
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name}: got {value!r:.80}, expected a positive integer")
+        for name in ("bias", "scale_by_layer"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"{name}: got {getattr(self, name)!r:.80}, expected True or False")
         if self.width % self.heads:
             raise ValueError(f"heads: got {self.heads}, expected a divisor of width {self.width}")
         if self.objective not in OBJECTIVES:
-            raise ValueError(f"objective: got {self.objective!r}, expected one of {OBJECTIVES}")
+            raise ValueError(f"objective: got {self.objective!r:.80}, expected one of {OBJECTIVES}")
         if self.norm not in NORMS:
-            raise ValueError(f"norm: got {self.norm!r}, expected one of {NORMS}")
-        if self.classes < 0:
-            raise ValueError(f"classes: got {self.classes}, expected 0 (no classifier) or more")
-        if self.n_inner is not None and self.n_inner < 1:
-            raise ValueError(f"n_inner: got {self.n_inner}, expected None (4 * width) or a positive integer")
-        if not self.norm_eps > 0:
-            raise ValueError(f"norm_eps: got {self.norm_eps}, expected a positive number")
+            raise ValueError(f"norm: got {self.norm!r:.80}, expected one of {NORMS}")
+        if type(self.classes) is not int or self.classes < 0:
+            raise ValueError(f"classes: got {self.classes!r:.80}, expected 0 (no classifier) or more")
+        if self.n_inner is not None and (type(self.n_inner) is not int or self.n_inner < 1):
+            raise ValueError(f"n_inner: got {self.n_inner!r:.80}, expected None (4 * width) or a positive integer")
+        if not _positive(self.norm_eps):
+            raise ValueError(f"norm_eps: got {self.norm_eps!r:.80}, expected a positive number")
+        if self.attn_scale is not None and not _positive(self.attn_scale):
+            raise ValueError(f"attn_scale: got {self.attn_scale!r:.80}, expected None or a positive number")
 
     @property
     def head_dim(self) -> int:
@@ -77,6 +83,10 @@ class Config:
         if missing := sorted({"n_layer", "width", "heads"} - set(values)):
             raise ValueError(f"config: missing keys {missing}")
         return cls(**values)
+
+
+def _positive(value) -> bool:
+    return type(value) in (int, float) and 0 < value <= sys.float_info.max
 
 
 PRESETS = {

@@ -9,6 +9,7 @@ import hashlib
 import json
 from functools import cached_property
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 import torch
@@ -20,6 +21,8 @@ from .lookup import ColourTable
 
 LARGEST = 65535  # colours: tokens are stored as uint16, and the table keeps one value for "not seen yet"
 ROUNDING = 1e-5  # others' k-means leave [-1, 1] by an ulp; such centres are kept as they are
+# What numpy's reader of a .npy header, which is a Python literal, raises for broken ones.
+BROKEN_NPY = (ValueError, EOFError, OverflowError, TypeError, SyntaxError, TokenError, RecursionError, MemoryError)
 FILES = ("palette.npy", "kmeans_centers.npy", "preprocessor_config.json")
 
 
@@ -148,7 +151,7 @@ def load_npy(path: Path) -> np.ndarray:
         raise ValueError(f"{path}: missing")
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OverflowError, TypeError) as error:
+    except BROKEN_NPY as error:
         raise ValueError(f"{path}: truncated or not a .npy file of numbers: {error}") from error
     if not isinstance(array, np.ndarray):
         array.close()

@@ -36,3 +36,11 @@ def poison_empty(monkeypatch):
 
     for name in real:
         monkeypatch.setattr(torch, name, poisoned(name))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What tests counted, left with record_property("count", ...): quiet runs and parallel workers print it too."""
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties:
+            if name == "count":
+                terminalreporter.write_line(f"{report.nodeid}: {value}")
