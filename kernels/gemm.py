@@ -169,25 +169,26 @@ def unfold_gain_kernel(
     tl.store(partials + tl.program_id(0) * d + o_d, tl.sum(b_dgain, 0), mask=o_d < d)
 
 
-def is_aligned(x, *weights) -> bool:
-    """Whether every matrix of a product has rows of a multiple of 16 bytes: for TMA, and for wide loads elsewhere."""
-    return all(size * x.element_size() % 16 == 0 for w in weights for size in w.shape)
+def is_aligned(*weights) -> bool:
+    """Whether 16 divides every width: TMA asks for it, and pointer loads without it are narrow and need addresses that
+    don't fit the registers."""
+    return all(size % 16 == 0 for w in weights for size in w.shape)
 
 
-def check_form(name: str, form: str | None, x, *weights, centred: bool = False) -> str:
+def check_form(name: str, form: str | None, *weights, centred: bool = False) -> str:
     """`form` as custom ops take it, "" for the table's choice. Raises ValueError for an unknown or impossible one."""
     if form not in (None, *FORMS):
         raise ValueError(f"{name}: form: got {form!r}, expected None or one of {FORMS}")
     if form == "folded" and centred:
         raise ValueError(f"{name}: form: got 'folded' with centred=True: a large mean would cancel; expected 'plain'")
-    if form == "folded" and not is_aligned(x, *weights):
+    if form == "folded" and not is_aligned(*weights):
         shapes = ", ".join(str(tuple(w.shape)) for w in weights)
-        raise ValueError(f"{name}: form: got 'folded' for weights {shapes}, expected rows of a multiple of 16 bytes")
+        raise ValueError(f"{name}: form: got 'folded' for weights {shapes}, expected multiples of 16")
     return form or ""
 
 
 def is_folded(form: str, name: str, x, *weights, centred: bool = False) -> bool:
-    possible = is_aligned(x, *weights) and not centred
+    possible = is_aligned(*weights) and not centred
     return possible and (form or tiles.form(name, tiles.arch(x.device), x.shape[-1])) == "folded"
 
 

@@ -158,7 +158,7 @@ def norm_linear(
     rows.check_operand("norm_linear", "weight", weight, x.dtype, (None, x.shape[-1]))
     rows.check_operand("norm_linear", "bias", bias, x.dtype, weight.shape[:1])
     gemm.check_squares("norm_linear", squares, x)
-    form = gemm.check_form("norm_linear", form, x, weight, centred=centred)
+    form = gemm.check_form("norm_linear", form, weight, centred=centred)
     arguments = x, norm_weight, weight, bias, squares, eps, centred, form
     return NormLinearThrough.apply(*arguments) if through else norm_linear_op(*arguments)[0]
 
@@ -172,6 +172,6 @@ def linear_residual(a, weight, residual, bias=None, form: str | None = None, emi
     rows.check_operand("linear_residual", "weight", weight, a.dtype, (None, a.shape[-1]))
     rows.check_operand("linear_residual", "residual", residual, a.dtype, (*a.shape[:-1], weight.shape[0]))
     rows.check_operand("linear_residual", "bias", bias, a.dtype, weight.shape[:1])
-    form = gemm.check_form("linear_residual", "folded" if emit_squares else form, a, weight)
+    form = gemm.check_form("linear_residual", "folded" if emit_squares else form, weight)
     y, squares = linear_residual_op(a, weight, residual, bias, form, emit_squares)
     return (y, squares.detach()) if emit_squares else y

@@ -142,6 +142,7 @@ def _setup(ctx, inputs, output):
     tensors, (_, _, *kept) = inputs[:6], output
     ctx.save_for_backward(*tensors, *kept)
     ctx.has_bias, ctx.form = [b is not None for b in tensors[4:]], inputs[9]
+    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dy, *_):
@@ -169,9 +170,9 @@ def norm_mlp(
     ):  # fmt: skip
         rows.check_operand("norm_mlp", name, t, x.dtype, shape)
     gemm.check_squares("norm_mlp", squares, x)
-    form = gemm.check_form("norm_mlp", form, x, w_fc, centred=centred)
+    form = gemm.check_form("norm_mlp", form, w_fc, centred=centred)
     if emit_squares:
-        gemm.check_form("norm_mlp", "folded", x, w_fc)  # of the last product alone
+        gemm.check_form("norm_mlp", "folded", w_fc)  # of the last product alone
     tensors = (x, norm_weight, w_fc, w_proj, b_fc, b_proj)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     y, squares_y, *_ = norm_mlp_op(*tensors, squares, eps, centred, form, emit_squares, keep, keep and not recompute)

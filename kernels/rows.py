@@ -21,7 +21,7 @@ import triton.language as tl
 
 from . import tiles
 
-MAX_WIDTH = 16384
+MAX_WIDTH = 8192
 
 
 @triton.jit

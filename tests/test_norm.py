@@ -124,5 +124,5 @@ def test_bad_input(device):
         norm(x, torch.ones(8, device=device, dtype=torch.float16))
     with pytest.raises(ValueError, match=r"x: got torch\.float64"):
         norm(x.double(), torch.ones(8, device=device).double())
-    with pytest.raises(ValueError, match="x: got 20000 columns"):
-        norm(torch.zeros(1, 20000, device=device), torch.ones(20000, device=device))
+    with pytest.raises(ValueError, match="x: got 9000 columns"):
+        norm(torch.zeros(1, 9000, device=device), torch.ones(9000, device=device))
