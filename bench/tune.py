@@ -32,6 +32,7 @@ from igpt.kernels import tiles
 from igpt.kernels.tiles import Tile
 
 WARPS, STAGES = (4, 8), (2, 3, 4)
+PRESETS = ("s", "m", "l")
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Search:
 
 def searches() -> Iterator[Search]:
     """The most valuable first: the presets' attention at 1024, then the products, the head, the norms."""
-    for preset in ("s", "m", "l"):
+    for preset in PRESETS:
         H, D = cases.shapes(preset)
         case = Case("attention", 32, 1024, H, D, "bf16", preset=preset)
         blocks = {"BLOCK_M": (64, 128), "BLOCK_N": (64, 128), "num_warps": WARPS, "num_stages": STAGES}
@@ -199,6 +200,27 @@ def paste(search: Search, arch: str, ranked: list[tuple[float, Tile]], device: s
     return f"    ({key}): Tile({', '.join([*sizes, *shown])}),  # {best_ms:.4f} ms, the table's {mine:.4f}"
 
 
+def forms(arch: str, device: str, timer, seconds: float, small: bool) -> Iterator[str]:
+    """Rows of tiles.FORMS: for each operation and width, "folded" where forward and backward beat "plain" by 2%."""
+    sizes = [(None, (1, 16, 1, 16, "fp32"))] if small else [(p, (32, 1024, *cases.shapes(p), "bf16")) for p in PRESETS]
+    for op, (preset, size) in itertools.product(cases.FOLDED_OPS, sizes):
+        case = Case(op, *size, direction="fwd+bwd", preset=preset or "")
+        inputs, variants = case.inputs(device), {}
+        for form in ("plain", "folded"):
+            forced = dataclasses.replace(case, form=form)
+            fn = call(forced.ours("triton"), inputs, forced.diff, forced.direction)
+
+            def variant(fn=fn, forced=forced):
+                with forced.forced():
+                    return fn()
+
+            variants[form] = variant
+        times = interleaved(variants, timer, seconds / len(sizes) / len(cases.FOLDED_OPS), least=3)
+        plain, folded = times["plain"].median, times["folded"].median
+        chosen = "folded" if folded < 0.98 * plain else "plain"
+        yield f'FORMS  ("{arch}", "{op}", {case.d}): "{chosen}",  # folded {folded:.4f} ms, plain {plain:.4f}'
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.tune", description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=300.0)
@@ -220,6 +242,16 @@ def main(argv: list[str] | None = None) -> int:
         case = dataclasses.replace(chosen[-1].case, B=1, N=16, dtype="fp32")
         chosen = [dataclasses.replace(chosen[-1], case=case, values={"BLOCK_M": (1, 2)})]
         places = {chosen[0].name: {0, 1, 2}}
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+        if args.out:
+            with args.out.open("a") as file:
+                print(line, file=file)
+
+    if args.only in "FORMS":
+        for line in forms(arch, device, timer, 0.0 if args.rehearse else args.seconds / 10, args.rehearse):
+            say(line)
     for done, search in enumerate(chosen):
         left = args.seconds - (time.monotonic() - start)
         if left < 5:
@@ -227,11 +259,7 @@ def main(argv: list[str] | None = None) -> int:
             break
         share = 0.1 if args.rehearse else min(10.0, left / 2)
         ranked = timed(search, arch, device, places.get(search.name, set()), timer, share)
-        line = f"{search.table}  {paste(search, arch, ranked, device).strip()}"
-        print(line, flush=True)
-        if args.out:
-            with args.out.open("a") as file:
-                print(line, file=file)
+        say(f"{search.table}  {paste(search, arch, ranked, device).strip()}")
     return 0
 
 

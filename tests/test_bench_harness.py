@@ -220,7 +220,8 @@ def test_gpu_stages_are_rehearsed(name, tmp_path, capsys):
 
 def test_tile_search_is_rehearsed(tmp_path, capsys):
     assert gpu.main(["--rehearse", "--only", "searched", "--out", str(tmp_path)]) == 0
-    assert "NORM_BACKWARD  ('portable', 2048): Tile(" in (tmp_path / "tiles.txt").read_text()
+    found = (tmp_path / "tiles.txt").read_text()
+    assert "NORM_BACKWARD  ('portable', 2048): Tile(" in found and 'FORMS  ("portable", "norm_mlp", 16): ' in found
 
 
 def test_gpu_needs_a_gpu(monkeypatch):
