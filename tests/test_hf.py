@@ -74,6 +74,11 @@ def exact(model, *args, **kwargs):
         return fixed(*args, **kwargs)
 
 
+def fault(seen: bool) -> None:
+    """transformers 5.17 has it; 5.23 has mended the scale and generate with a static cache."""
+    assert seen or not transformers.__version__.startswith("5.17.")
+
+
 # --- their faults
 
 
@@ -83,7 +88,7 @@ def test_fault_scale_truncated_to_an_integer(head_dim, patched):
     x = tokens()
     want, before = exact(model, x).logits, model(x).logits
     got = patched(model)(x).logits
-    assert (before - want).abs().max() > 1e-3  # the fault
+    fault((before - want).abs().max() > 1e-3)
     assert (got - want).abs().max() < 1e-4
 
 
@@ -92,7 +97,7 @@ def test_fault_static_cache_sees_empty_slots(patched):
     want = model(x, use_cache=False).logits
     with torch.no_grad():
         before = model(x, past_key_values=StaticCache(config=model.config, max_cache_len=64), use_cache=True).logits
-        assert (before - want).abs().max() > 0.1  # the fault
+        fault((before - want).abs().max() > 0.1)
         patched(model)
         cache = StaticCache(config=model.config, max_cache_len=64)
         chunks = [model(part, past_key_values=cache, use_cache=True).logits for part in x.split([5, 1, 1, 5], dim=1)]
@@ -103,8 +108,10 @@ def test_fault_generate_with_a_static_cache_fails(patched):
     model, x = build(n_positions=64), tokens(length=5)
     options = {"do_sample": False, "max_new_tokens": 8, "pad_token_id": 0}
     want = model.generate(x, **options)
-    with pytest.raises(RuntimeError):
-        model.generate(x, cache_implementation="static", **options)  # the fault
+    try:
+        fault(not torch.equal(model.generate(x, cache_implementation="static", **options), want))
+    except RuntimeError as error:
+        assert "must match the size" in str(error)  # a 4-D mask that was flattened
     patched(model)
     assert torch.equal(model.generate(x, cache_implementation="static", **options), want)
 
@@ -113,7 +120,7 @@ def test_fault_norm_overflows_in_fp16(patched):
     model = build(dtype=torch.float16)
     norm, x = model.transformer.ln_f, torch.full((1, 64), 300.0, dtype=torch.float16)
     want = norm.weight.float()
-    assert (norm(x).float() == 0).all()  # the fault
+    fault((norm(x).float() == 0).all())
     patched(model)
     assert torch.allclose(norm(x).float(), want[None], rtol=1e-3)
 
@@ -122,7 +129,7 @@ def test_fault_tied_head_has_513_colours(patched):
     model = build(tie_word_embeddings=True)
     x = tokens()
     before = model(x).logits
-    assert before.shape[-1] == START + 1  # the fault: the start vector can be sampled
+    fault(before.shape[-1] == START + 1)  # the start vector can be sampled
     patched(model)
     assert torch.allclose(model(x).logits, before[..., :START], atol=1e-5)
     assert model(x, labels=x).loss.isfinite()
@@ -338,7 +345,7 @@ def test_class_patch_reaches_models_made_before_and_after():
     wrong = before(x).logits
     with igpt.hf.apply_igpt_kernels():
         after = build(n_embd=96, n_head=1)
-        assert torch.equal(before(x).logits, after(x).logits) and (before(x).logits - wrong).abs().max() > 1e-3
+        assert torch.equal(before(x).logits, after(x).logits) and not torch.equal(before(x).logits, wrong)
         with pytest.raises(ValueError, match="patched already"):
             igpt.hf.apply_igpt_kernels()
     assert torch.equal(before(x).logits, wrong)
