@@ -9,8 +9,10 @@ decoding is checked against the full forward.
 import argparse
 import dataclasses
 import functools
+import itertools
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +25,7 @@ from bench.cases import DTYPES, tokens
 from bench.compile import capture
 from bench.cost import Cost
 from bench.machine import FAULTS, ceilings, stamp
-from bench.measure import timers, warmed
+from bench.measure import Run, timers, warmed
 from bench.models import ModelCase
 from bench.peers import Absent
 from bench.rows import Row, to_json
@@ -213,24 +215,23 @@ def check(name: str, device: str, dtype: str) -> Row:
     )  # fmt: skip
 
 
-def measured(group: list[tuple[str, DecodeCase]], device: str, budget_s: float) -> Iterator[Row]:
+def measured(group: list[tuple[str, DecodeCase]], run: Run) -> Iterator[Row]:
     """Rows of the variants of one window, timed in turns: milliseconds a token of all B pictures. Ours is compared with
     the same dtype, and with Hugging Face in fp32, its default."""
-    variants = {(n, c.dtype): warmed(functools.partial(BUILD[n], c, device)) for n, c in group}
+    variants = {(n, c.dtype): warmed(functools.partial(BUILD[n], c, run.device)) for n, c in group}
     present = {key: fn for key, fn in variants.items() if not isinstance(fn, Absent)}
-    _, timer = timers(device)
-    timed = interleaved(present, timer, budget_s, least=3, warm=0) if present else {}
-    roof = ceilings(device)
+    timed = interleaved(present, run.step_timer, run.case_s, run.least, warm=0) if present else {}
+    roof = ceilings(run.device)
     for name, case in group:
         key = name, case.dtype
-        row = Row("sampling", impl=name, **case.labels, **stamp(device), note=NOTES[name])
+        row = Row("sampling", impl=name, **case.labels, **stamp(run.device), note=NOTES[name])
         if name == "ours" and case.dtype == "bf16":
-            where = "" if device == "cuda" else "the kernels on sm_90: "
+            where = "" if run.device == "cuda" else "the kernels on sm_90: "
             row = dataclasses.replace(row, note=f"{where}{launches(case.preset, case.B)} launches a token")
         if key not in present:
             yield dataclasses.replace(row, note=f"absent: {variants[key].why}", ok=name != "ours")
             continue
-        cost = case.cost(cached=4 if device == "cpu" else STORED[case.activations])
+        cost = case.cost(cached=4 if run.device == "cpu" else STORED[case.activations])
         floor, t, n = roof.floor_ms(cost, case.activations), timed[key], case.steps
         ms, n_ctx = t.median / n, PRESETS[case.preset].n_ctx
         ratios = {}
@@ -247,22 +248,40 @@ def measured(group: list[tuple[str, DecodeCase]], device: str, budget_s: float) 
         )  # fmt: skip
 
 
-def groups(device: str, presets: list[str]) -> Iterator[list[tuple[str, DecodeCase]]]:
-    """What is timed together: each variant and its case."""
-    for preset_name in presets:
-        if device == "cuda":
-            for B in (1, 16, 64, 128):
-                middle = [(name, DecodeCase(preset_name, B, 544, "bf16")) for name in BUILD]
-                yield [*middle, ("ours", DecodeCase(preset_name, B, 544, "int8"))]
-                yield [("ours", DecodeCase(preset_name, B, 1024, "bf16", steps=1024))]
-        else:
-            for B in (1, 4):
-                for N in (64, 544):
-                    yield [
-                        *((name, DecodeCase(preset_name, B, N, "fp32")) for name in BUILD),
-                        *((name, DecodeCase(preset_name, B, N, "bf16")) for name in ("ours", "hugging face")),
-                        ("ours", DecodeCase(preset_name, B, N, "int8")),
-                    ]
+def groups(device: str, presets: Iterable[str]) -> Iterator[list[tuple[str, DecodeCase]]]:
+    """What is timed together, each variant and its case; the ends of the range of batches first."""
+    for B in (1, 128, 16, 64) if device == "cuda" else (1, 4):
+        for name in presets:
+            if device == "cuda":
+                middle = [(impl, DecodeCase(name, B, 544, "bf16")) for impl in BUILD]
+                yield [*middle, ("ours", DecodeCase(name, B, 544, "int8"))]
+                yield [("ours", DecodeCase(name, B, 1024, "bf16", steps=1024))]
+                continue
+            for N in (64, 544):
+                yield [
+                    *((impl, DecodeCase(name, B, N, "fp32")) for impl in BUILD),
+                    *((impl, DecodeCase(name, B, N, "bf16")) for impl in ("ours", "hugging face")),
+                    ("ours", DecodeCase(name, B, N, "int8")),
+                ]
+
+
+def rows(wanted: Iterable[list[tuple[str, DecodeCase]]], run: Run, checked: str = "sml") -> Iterator[Row]:
+    """Correctness at the widths of the presets `checked`, and, if it holds, the rows of each group."""
+    red = False
+    for preset_name, dtype in itertools.product(checked, ("fp32", "bf16")):
+        row = check(preset_name, run.device, dtype)
+        red |= not row.ok
+        yield row
+    asked = {"ours", *peers.chosen(BUILD, run.peers)}
+    for group in wanted:
+        if red or run.late:
+            why = "its correctness is red" if red else "no time was left"
+            labels = {case.dtype: case.labels for name, case in group if name == "ours"}
+            for known in labels.values():
+                yield Row("sampling", impl="ours", **known, **stamp(run.device), note=f"not timed: {why}")
+            continue
+        yield from measured([(name, case) for name, case in group if name in asked], run)
+        torch.compiler.reset()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -271,13 +290,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--preset", nargs="+", help="default: s on a CPU, s m l on a GPU")
     parser.add_argument("--peers", default="all")
     parser.add_argument("--seconds", type=float, default=4.0, help="a case, after its warm-up")
+    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds; cases past it are not timed")
     parser.add_argument("--out", type=Path, help="append rows as JSON lines to this file as they come")
     args = parser.parse_args(argv)
     presets = args.preset or (["s", "m", "l"] if args.device == "cuda" else ["s"])
+    deadline = time.monotonic() + args.budget
+    run = Run(args.device, *timers(args.device), peers=args.peers, case_s=args.seconds, deadline=deadline)
     green = True
-
-    def take(row: Row) -> None:
-        nonlocal green
+    for row in rows(groups(args.device, presets), run):
         green &= row.ok
         against = "".join(f", {ratio:.2f}x {peer}" for peer, ratio in row.ratios.items())
         shown = f"{row.median_ms:.3f} ms a token{against}" if row.median_ms else row.note or f"{row.err_vs_fp64:.2e}"
@@ -285,15 +305,6 @@ def main(argv: list[str] | None = None) -> int:
         if args.out:
             with args.out.open("a") as out:
                 print(to_json(row), file=out)
-
-    for name in dict.fromkeys(["s", "m", "l", *presets]):  # one of each head dim
-        for dtype in ("fp32", "bf16"):
-            take(check(name, args.device, dtype))
-    asked = {"ours", *peers.chosen(BUILD, args.peers)}
-    for group in groups(args.device, presets) if green else ():
-        for row in measured([(n, c) for n, c in group if n in asked], args.device, args.seconds):
-            take(row)
-        torch.compiler.reset()
     return 0 if green else 1
 
 
