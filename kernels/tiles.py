@@ -169,12 +169,12 @@ def form(operation: str, arch: str, d: int) -> str:
 ATTENTION_FORWARD = {
     ("portable", 64): Tile(64, 64, num_warps=4, num_stages=2),
     ("portable", 96): Tile(64, 64, num_warps=4, num_stages=2),
-    ("portable", 128): Tile(64, 64, num_warps=4, num_stages=2),
+    ("portable", 128): Tile(128, 32, num_warps=8, num_stages=2),
     ("sm_80", 64): Tile(128, 64, num_warps=8, num_stages=3),
     ("sm_80", 96): Tile(128, 64, num_warps=8, num_stages=3),
     ("sm_80", 128): Tile(128, 64, num_warps=8, num_stages=4),
-    ("sm_90", 64): Tile(128, 128, num_warps=8, num_stages=2, tma=True),
-    ("sm_90", 96): Tile(128, 128, num_warps=8, num_stages=2, tma=True),
+    ("sm_90", 64): Tile(128, 128, num_warps=8, num_stages=3, tma=True),
+    ("sm_90", 96): Tile(128, 128, num_warps=8, num_stages=3, tma=True),
     ("sm_90", 128): Tile(128, 128, num_warps=8, num_stages=2, tma=True),
     ("sm_100", 64): Tile(128, 128, num_warps=8, num_stages=2, tma=True),
     ("sm_100", 96): Tile(128, 128, num_warps=8, num_stages=2, tma=True),
@@ -182,8 +182,7 @@ ATTENTION_FORWARD = {
     ("gfx942", 64): Tile(128, 64, num_warps=8, num_stages=2),
     ("gfx942", 96): Tile(128, 64, num_warps=8, num_stages=2),
     ("gfx942", 128): Tile(128, 64, num_warps=8, num_stages=2),
-    ("fp32", 64): Tile(64, 32, num_warps=8, num_stages=2),
-    ("fp32", 96): Tile(64, 32, num_warps=8, num_stages=2),
+    ("fp32", 96): Tile(32, 32, num_warps=8, num_stages=2),
     ("fp32", 128): Tile(32, 16, num_warps=8, num_stages=2),
     ("unaligned", 128): Tile(64, 64, num_warps=8, num_stages=1),
 }
@@ -203,8 +202,6 @@ ATTENTION_DQ = {
     ("gfx942", 64): Tile(128, 32, num_warps=8, num_stages=2),
     ("gfx942", 96): Tile(128, 32, num_warps=8, num_stages=2),
     ("gfx942", 128): Tile(128, 32, num_warps=4, num_stages=2),
-    ("fp32", 64): Tile(32, 32, num_warps=8, num_stages=2),
-    ("fp32", 96): Tile(32, 32, num_warps=8, num_stages=2),
     ("fp32", 128): Tile(32, 16, num_warps=4, num_stages=2),
     ("unaligned", 128): Tile(64, 16, num_warps=8, num_stages=1),
 }
@@ -215,11 +212,11 @@ ATTENTION_DKDV = {
     ("sm_80", 64): Tile(64, 64, num_warps=8, num_stages=3),
     ("sm_80", 96): Tile(32, 128, num_warps=8, num_stages=2),
     ("sm_80", 128): Tile(64, 64, num_warps=8, num_stages=3),
-    ("sm_90", 64): Tile(64, 128, num_warps=8, num_stages=2, tma=True),
-    ("sm_90", 96): Tile(64, 128, num_warps=8, num_stages=2, tma=True),
+    ("sm_90", 64): Tile(64, 128, num_warps=8, num_stages=3, tma=True),
+    ("sm_90", 96): Tile(64, 128, num_warps=8, num_stages=3, tma=True),
     ("sm_90", 128): Tile(64, 128, num_warps=8, num_stages=3, tma=True),
     ("sm_100", 64): Tile(64, 128, num_warps=8, num_stages=3, tma=True),
-    ("sm_100", 96): Tile(64, 128, num_warps=8, num_stages=3, tma=True),
+    ("sm_100", 96): Tile(64, 128, num_warps=4, num_stages=2, tma=True),
     ("sm_100", 128): Tile(64, 128, num_warps=8, num_stages=2, tma=True),
     ("gfx942", 64): Tile(32, 128, num_warps=4, num_stages=2),
     ("gfx942", 96): Tile(32, 128, num_warps=4, num_stages=2),
@@ -239,8 +236,8 @@ def attention_tile(table: dict, q: torch.Tensor, aligned: bool) -> Tile:
 # The one-pass backward (kernels/attention_backward.py) by head dim: a row counts once a GPU has measured it right and
 # quicker than ATTENTION_DQ's and ATTENTION_DKDV's together, and says so; "compiled only" is off.
 ATTENTION_ONE_PASS = {
-    64: Tile(64, 128, num_warps=8, num_stages=2, tma=True),
-    96: Tile(64, 128, num_warps=8, num_stages=2, tma=True),
+    64: Tile(64, 128, num_warps=8, num_stages=3, tma=True),
+    96: Tile(64, 128, num_warps=8, num_stages=3, tma=True),
 }
 
 
