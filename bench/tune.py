@@ -99,7 +99,7 @@ def this_arch() -> str:
 
 
 def compile_jobs(search: Search, arch: str) -> list:
-    """A job a candidate, whose row's note is its place in search.candidates."""
+    """Jobs of every candidate, whose case names the search and the candidate's place in it."""
     from bench.compile import plan
 
     jobs = []
@@ -107,11 +107,8 @@ def compile_jobs(search: Search, arch: str) -> list:
         with search.using(tile, arch):
             case = dataclasses.replace(search.case, B=1)
             run = functools.partial(compile_cases.forward_and_backward, case)
-            found, _ = plan([compile_cases.CompileCase(search.name, run)], [arch])
-        jobs += [
-            dataclasses.replace(job, row=dataclasses.replace(job.row, note=str(place)))
-            for job in found if job.launch.name == search.kernel
-        ]  # fmt: skip
+            found, _ = plan([compile_cases.CompileCase(f"{search.name}#{place}", run)], [arch])
+        jobs += [job for job in found if job.launch.name == search.kernel]
     return jobs
 
 
@@ -131,10 +128,11 @@ def clean(arch: str, only: str, limit_s: float) -> dict[str, set[int]]:
         command = [sys.executable, "-m", "bench.tune", "--compile-only", "--arch", arch, "--only", only]
         with contextlib.suppress(subprocess.TimeoutExpired):
             subprocess.run([*command, "--out", file.name], cwd=ROOT, env=env, timeout=limit_s, stdout=sys.stderr)
-        found: dict[str, set[int]] = {}
-        for row in rows.read(file.name):
-            if row.ok and row.note.isdigit():
-                found.setdefault(row.case, set()).add(int(row.note))
+        read = rows.read(file.name)
+    spoilt, found = {row.case for row in read if not row.ok}, {}
+    for case in {row.case for row in read} - spoilt:
+        name, place = case.split("#")
+        found.setdefault(name, set()).add(int(place))
     return found
 
 
