@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from bench import cases, checks, correctness, measure, report, tune, whole
+from bench import cases, checks, correctness, measure, report, sampling, tune, whole
 from bench.cases import Case
 from bench.machine import ROOT
 from bench.models import ModelCase
@@ -146,6 +146,17 @@ def steps(job: Job) -> None:
     ])
 
 
+def sampled(job: Job) -> None:
+    """Decoding: the ends of the range of batches first, against Hugging Face's generate."""
+    chosen = sampling.groups("cuda", PRESETS)
+    if job.rehearse:
+        chosen = [[(name, sampling.DecodeCase("tiny", 1, 24, "fp32", steps=8)) for name in sampling.BUILD]]
+    run = job.run("hugging face")
+    if not job.rehearse:
+        run = dataclasses.replace(run, case_s=1.0, least=2)
+    job.log.take(sampling.rows(chosen, run, ("tiny",) if job.rehearse else PRESETS))
+
+
 def searched(job: Job) -> None:
     """Tiles, with the time that is left."""
     argv = ["--seconds", str(job.seconds), *(["--rehearse"] if job.rehearse else [])]
@@ -165,6 +176,7 @@ STAGES = {
     "deterministic": Stage(deterministic, 20),
     "attention": Stage(attention, 100),
     "steps": Stage(steps, 110),
+    "sampled": Stage(sampled, 80),
     "others": Stage(others, 60),
     "sanitized": Stage(sanitized, 40),
     "autotuned": Stage(autotuned, 60),

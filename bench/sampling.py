@@ -265,7 +265,7 @@ def groups(device: str, presets: Iterable[str]) -> Iterator[list[tuple[str, Deco
                 ]
 
 
-def rows(wanted: Iterable[list[tuple[str, DecodeCase]]], run: Run, checked: str = "sml") -> Iterator[Row]:
+def rows(wanted: Iterable[list[tuple[str, DecodeCase]]], run: Run, checked: Iterable[str] = "sml") -> Iterator[Row]:
     """Correctness at the widths of the presets `checked`, and, if it holds, the rows of each group."""
     red = False
     for preset_name, dtype in itertools.product(checked, ("fp32", "bf16")):
