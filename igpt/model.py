@@ -33,7 +33,9 @@ class Attention(nn.Module):
 
     def forward(self, h_BNd, impl: str):
         c, (B, N, d) = self.config, h_BNd.shape
-        qkv = ops.norm_linear(h_BNd, self.norm, self.qkv, self.b_qkv, eps=c.norm_eps, centred=c.centred, impl=impl)
+        qkv, h_BNd = ops.norm_linear(
+            h_BNd, self.norm, self.qkv, self.b_qkv, eps=c.norm_eps, centred=c.centred, through=True, impl=impl
+        )
         qkv = qkv.view(B, N, 3, c.heads, c.head_dim)
         a = ops.attention(qkv, causal=c.causal, scale=self.scale, impl=impl)
         return ops.linear_residual(a.reshape(B, N, d), self.proj, h_BNd, self.b_proj, impl=impl)

@@ -90,18 +90,25 @@ def norm(x, weight, *, eps: float = 1e-5, centred: bool = False, impl: str = "au
     return _rows(cpu.Norm, x, weight, eps, centred) if cpu.suits(x) else reference.norm(x, weight, eps, centred)
 
 
-def norm_linear(x, norm_weight, weight, bias=None, *, eps: float = 1e-5, centred: bool = False, impl: str = "auto"):
-    """norm(x) @ weight^T + bias: (..., d), weight (out, d) -> (..., out)."""
+def norm_linear(
+    x, norm_weight, weight, bias=None, *, eps: float = 1e-5, centred: bool = False, through: bool = False, impl="auto"
+):
+    """norm(x) @ weight^T + bias: (..., d), weight (out, d) -> (..., out).
+
+    through: return (y, x). A residual connection that reads this x hands its gradient back through this operation,
+    where the kernels add it in the pass that makes x's own."""
     _floating("x", x)
     _shape("norm_weight", norm_weight, (x.shape[-1],))
     _shape("weight", weight, (None, x.shape[-1]))
     _shape("bias", bias, (weight.shape[0],))
     norm_weight, weight, bias = _cast(x.dtype, norm_weight, weight, bias)
     if resolve(impl, x):
-        return norm_linear_kernel.norm_linear(x, norm_weight, weight, bias, eps, centred)
+        return norm_linear_kernel.norm_linear(x, norm_weight, weight, bias, eps, centred, through=through)
     if cpu.suits(x):
-        return _rows(cpu.NormLinear, x, norm_weight, weight, bias, eps, centred)
-    return F.linear(norm(x, norm_weight, eps=eps, centred=centred, impl="torch"), weight, bias)
+        y = _rows(cpu.NormLinear, x, norm_weight, weight, bias, eps, centred)
+    else:
+        y = F.linear(norm(x, norm_weight, eps=eps, centred=centred, impl="torch"), weight, bias)
+    return (y, x) if through else y
 
 
 def linear(x, weight):

@@ -160,7 +160,10 @@ def norm_linear(
     gemm.check_squares("norm_linear", squares, x)
     form = gemm.check_form("norm_linear", form, weight, centred=centred)
     arguments = x, norm_weight, weight, bias, squares, eps, centred, form
-    return NormLinearThrough.apply(*arguments) if through else norm_linear_op(*arguments)[0]
+    if through and torch.is_grad_enabled():
+        return NormLinearThrough.apply(*arguments)
+    y, _ = norm_linear_op(*arguments)
+    return (y, x) if through else y
 
 
 def linear_residual(a, weight, residual, bias=None, form: str | None = None, emit_squares: bool = False):
