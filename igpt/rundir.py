@@ -21,7 +21,7 @@ def claim(run: Path, config: dict) -> None:
     path = run / "config.json"
     config = json.loads(json.dumps(config))
     if not path.is_file():
-        if any(run.iterdir()):
+        if any(entry.name != f"{path.name}.new" for entry in run.iterdir()):  # what a kill leaves of write_durably
             raise ValueError(f"run: {run} is not empty and has no config.json, expected a new or a run directory")
         write_durably(path, json.dumps(config, indent=1) + "\n")
         return
@@ -67,7 +67,7 @@ class Metrics:
             self.last.update(json.loads(line))
         self.file = open(run / "metrics.jsonl", "ab", buffering=0)  # noqa: SIM115  # open as long as the run is
         if tensorboard:
-            self.board = summary_writer(run / "tensorboard", start)
+            self.board = summary_writer()(run / "tensorboard", purge_step=start + 1)
 
     @contextmanager
     def apart(self):
@@ -135,9 +135,10 @@ def up_to(path: Path, step: int) -> list[str]:
     return [line for line in whole if json.loads(line)["step"] <= step]
 
 
-def summary_writer(path: Path, step: int):
+def summary_writer():
+    """TensorBoard's class. Raises ValueError if it isn't installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ValueError("tensorboard: it is not installed; pip install tensorboard") from error
-    return SummaryWriter(path, purge_step=step + 1)
+    return SummaryWriter

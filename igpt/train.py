@@ -25,7 +25,7 @@ from igpt.model import MASK_PROBABILITY, ImageGPT
 from igpt.order import Order
 from igpt.palette import Palette
 from igpt.processes import Processes, build, processes, whole
-from igpt.rundir import Metrics, claim, peak_flops
+from igpt.rundir import Metrics, claim, peak_flops, summary_writer
 
 # The paper's, at 32x32 (XL: 64x64). It prints .01 for L at 48x48, which looks like a slip. tiny's is ours.
 LEARNING_RATES = {
@@ -114,6 +114,8 @@ FREE = {
 
 def run(options: Options) -> dict:
     options = options.resolved()
+    if options.tensorboard:
+        summary_writer()  # or say now that it is not there
     with processes(options.device) as us, stop_signal() as stopped:
         micro, rest = divmod(options.batch, us.world * options.accumulate)
         if rest:

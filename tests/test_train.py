@@ -1,5 +1,6 @@
 """Pretraining: what a run writes, what resumes bit for bit, what many processes compute, what is refused."""
 
+import dataclasses
 import json
 import math
 import os
@@ -8,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+import types
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import torch
 from PIL import Image
 
 import igpt
-from igpt import rundir, train
+from igpt import info, rundir, train
 from igpt.order import Order
 from igpt.processes import processes
 from tests import children
@@ -92,8 +93,7 @@ def test_killed_at_random_points_it_resumes_bit_for_bit(unbroken, tmp_path):
 
 
 def test_killed_before_every_rename_it_resumes_bit_for_bit(unbroken, tmp_path):
-    run, nth = tmp_path / "run", 0
-    code = None
+    run, nth, code = tmp_path / "run", -1, None
     while code != 0:
         nth += 2
         child = children.start(children.train_killed_at, options(run), nth)
@@ -123,13 +123,12 @@ def test_accumulated_and_recomputed_steps_are_the_same_steps(unbroken, tmp_path)
 
 def test_one_two_and_four_processes_share_a_run(unbroken, tmp_path):
     run = tmp_path / "run"
-    children.train_together(2, options(run), 2)
-    children.train_together(4, options(run), 5)
-    train_one = children.start(children.train_until, options(run), 7)
-    train_one.join(120)
-    children.train_together(2, options(run))
+    alone = children.start(children.train_until, options(run), 2)
+    alone.join(120)
+    children.train_together(2, options(run), 5)
+    children.train_together(4, options(run), 7)
+    train.run(options(run))
     assert agree(curve(run), curve(unbroken[0]))
-    assert igpt.ImageGPT.from_pretrained(run / "export").num_parameters()
 
 
 def test_torchrun_masks_and_bf16(tmp_path):
@@ -144,7 +143,8 @@ def test_torchrun_masks_and_bf16(tmp_path):
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["step"] == 4
     assert agree(curve(tmp_path / "two"), curve(tmp_path / "one"))
-    children.train_together(2, replace(asked, run=tmp_path / "bf16", dtype="bf16"))
+    assert igpt.ImageGPT.from_pretrained(tmp_path / "two" / "export").config.objective == "bert"
+    children.train_together(2, dataclasses.replace(asked, run=tmp_path / "bf16", dtype="bf16"))
     assert agree(curve(tmp_path / "bf16"), curve(tmp_path / "one"), tolerance=2**-8)
 
 
@@ -210,6 +210,46 @@ def test_order_sees_every_picture_once_an_epoch():
     assert np.array_equal(Order(10, 4, seed=3).rows(4), order.rows(4))
     assert not np.array_equal(np.concatenate([Order(10, 4, seed=4).rows(s) for s in range(5)]), seen)
     assert Order(3, 8, seed=0).rows(7).shape == (8,)  # a batch of several epochs
+
+
+def test_tensorboard_gets_the_same_figures(tmp_path, monkeypatch):
+    seen = []
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            seen.append((Path(folder).name, purge_step))
+
+        def add_scalar(self, name, value, step):
+            seen.append((name, value, step))
+
+        def close(self):
+            seen.append("closed")
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ValueError, match="tensorboard: it is not installed"):
+        train.run(options(tmp_path / "run", tensorboard=True))
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Writer))
+    train.run(options(tmp_path / "run", tensorboard=True, steps=2))
+    last = curve(tmp_path / "run")[-1]
+    assert seen[0] == ("tensorboard", 1) and seen[-1] == "closed"
+    assert ("valid_loss", last["valid_loss"], 2) in seen and {"lr", "loss", "grad_norm"} <= {name for name, *_ in seen}
+
+
+def test_memory_plan_counts_what_a_training_step_keeps():
+    """Bytes of the distinct tensors saved for backward, weights apart, against `igpt info`'s formula."""
+    model, kept = igpt.ImageGPT.from_preset("tiny", n_ctx=64).to(torch.bfloat16), {}
+    weights = {p.shape for p in model.parameters()} | {p.t().shape for p in model.parameters() if p.dim() == 2}
+
+    def keep(t):
+        if t.dtype == torch.bfloat16 and t.shape not in weights:
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        loss = model.loss(torch.randint(0, 512, (3, 64)))
+    assert loss.requires_grad and sum(kept.values()) == pytest.approx(3 * info.activations(model.config), rel=0.1)
+    assert info.activations(model.config, recompute=True) < 0.5 * info.activations(model.config)
 
 
 def test_peak_flops_are_known_by_name(monkeypatch):
