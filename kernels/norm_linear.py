@@ -6,7 +6,8 @@
 T tokens. FLOPs: 2 T d out forward, 4 T d out backward, for either. Bytes in 16 bits, weights apart:
 
     norm_linear      forward: the norm 4 d, the product 2 (d + out)
-                     backward: dn = dy @ weight 2 (out + d); the norm's dx, with n written again, 8 d (10 d with dres);
+                     backward: dn = dy @ weight 2 (out + d); the norm's dx, with n written again, 8 d (10 d with the
+                     residual's gradient added, which autograd would do in a pass of 6 d);
                      dweight = dy^T @ n 2 (out + d)
     linear_residual  forward: 2 in + 2 out and the residual, 2 out, or 6 out where addmm copies it first
                      backward: two products, 4 (out + in); the residual's gradient is dy itself
