@@ -17,8 +17,9 @@ In the folded form (kernels/gemm.py, kernels/tiles.py FORMS; not for the centred
 or 32 d against 46 d, and 52 d against 74 d. Floor of either: max(FLOPs / peak, bytes / bandwidth).
 
 Saved for backward: x, the statistics, u, and h unless `recompute` (then backward's elementwise pass, which reads u in
-any case, writes h again: 8 d bytes more of traffic for 8 d bytes a token less held; the folded one needs a pass of
-16 d for it). n is never saved (kernels/rows.py). Nothing is saved when no gradient is asked for. Elementwise arithmetic and sums are fp32.
+any case, writes h again: 8 d bytes more of traffic for 8 d bytes a token less held; the folded form needs a pass of
+16 d for it). n is never saved (kernels/rows.py). Nothing is saved when no gradient is asked for. Elementwise
+arithmetic and sums are fp32.
 """
 
 import torch
