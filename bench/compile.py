@@ -130,7 +130,8 @@ def capture(arch: str) -> Iterator[list[Launch]]:
         grid = tuple(grid(bound) if callable(grid) else grid)
         launches.append(Launch(self, arch, signature, constexprs, attrs, options.__dict__, grid, bound))
 
-    # On meta tensors a custom op runs its fake; here it must run its body, for the launches.
+    # On meta tensors a custom op runs its fake; here it must run its body, for the launches. Operations that are
+    # imported later would still run their fakes.
     ours = [op for op in OPDEFS.values() if op._namespace == "igpt"]
     fakes = [op._abstract_fn for op in ours]
     run, JITFunction.run = JITFunction.run, record
@@ -323,6 +324,8 @@ def plan(cases: Iterable, archs: Iterable[str]) -> tuple[list[Job], list[Compile
                     note = f"the launcher raised {type(fault).__name__}: {fault}"
                     broken.append(dataclasses.replace(row, note=note))
                     continue
+            if not launches:
+                broken.append(dataclasses.replace(row, note="the launcher launched nothing"))
             for launch in launches:
                 if launch.key in seen:
                     continue

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 import torch
 
 from bench.cases import FOLDED_OPS, PIXEL_OPS, ROW_OPS, Case, shapes
+from igpt import ImageGPT
+from igpt.decode_kernels import KernelDecoder
+from igpt.draw import Sampler
 from igpt.kernels.tiles import ARCHS
 
 
@@ -38,6 +41,13 @@ def forward_and_backward(case: Case) -> None:
         out = case.ours("triton")(**inputs)
         if case.diff:
             out.backward(torch.empty_like(out))
+
+
+def decode_step(preset: str, B: int) -> None:
+    """One token of B pictures by the decoding kernels."""
+    with torch.no_grad():
+        model = ImageGPT.from_preset(preset, impl="triton", device="meta", dtype=torch.bfloat16)
+        KernelDecoder(model, B).draw(Sampler())
 
 
 def of(case: Case, name: str, quick: bool = False, archs: tuple[str, ...] = ARCHS) -> CompileCase:
@@ -69,5 +79,8 @@ def cases() -> Iterator[CompileCase]:
         for causal in (True, False):
             case = Case("attention_hopper", 32, 1024, H, D, "bf16", causal)
             yield of(case, f"D{D} bf16{'' if causal else ' full'}", causal, ("sm_90",))
+    for preset, B in (("s", 1), ("s", 128), ("m", 16), ("l", 16)):
+        run = functools.partial(decode_step, preset, B)
+        yield CompileCase(f"decode {preset} B{B}", run, quick=preset == "s", small_products=("linear_kernel",))
     for op in PIXEL_OPS:
         yield of(Case(op, 32, 1024, 1, 64, "fp32"), "V512", True)
