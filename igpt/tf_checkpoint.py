@@ -86,8 +86,9 @@ def _from_tf(found: dict[str, Lazy]) -> tuple[Config, dict[str, Lazy]]:
     ours = {"wte": wte, "wpe": wpe, "norm_f": take("ln_f/g", 1), "head": take("wtet", 2)}
     if "sos" in found:
         ours["sos"] = take("sos", 1)
-    if "wclf" in found:
-        ours["classifier"] = take("wclf", 2)
+    for name in ("clf/wclf", "wclf"):
+        if name in found:
+            ours["classifier"] = take(name, 2)
     n_layer = 0
     while f"h{n_layer}/ln_1/g" in found:
         theirs, block = f"h{n_layer}", f"blocks.{n_layer}"

@@ -82,7 +82,7 @@ def test_through_every_format_bit_for_bit(head_dim, tmp_path):
 
 def test_dtypes_classifier_and_palette(tmp_path):
     tensors = {name: value.astype(np.float16) for name, value in w.openai_model().items()}
-    tensors["model/wclf"] = np.ones((3, 8), np.float16)
+    tensors["model/clf/wclf"] = np.ones((3, 8), np.float16)
     w.write_bundle(tmp_path / "c", tensors)
     centres = np.linspace(-1, 1, 15, dtype=np.float32).reshape(5, 3)
     np.save(tmp_path / "kmeans_centers.npy", centres)
