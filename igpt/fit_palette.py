@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+import torch
 
 from igpt import data
 from igpt.palette import Palette
@@ -19,6 +21,7 @@ class Options:
     size: int | None = None  # pictures become size x size first; default: 32
     limit: int = 20_000  # at most so many pictures, evenly spread over the set
     seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where the k-means runs: the same colours on either
 
 
 def run(options: Options) -> dict:
@@ -31,7 +34,8 @@ def run(options: Options) -> dict:
         if pictures.images is None:
             raise ValueError(f"data: {pictures.name} holds tokens only, expected pictures")
     train, valid = (spread(pictures.images, options.limit) for pictures in sets)
-    palette = Palette.fit(train, options.k, options.seed)
+    cuda = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
+    palette = Palette.fit(torch.from_numpy(train).cuda() if cuda else train, options.k, options.seed)
     palette.save(options.out)
     return {
         "out": str(options.out), "k": options.k, "fingerprint": palette.fingerprint, "pictures": len(train),

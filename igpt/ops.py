@@ -224,6 +224,14 @@ def palette_decode(tokens, palette, *, impl: str = "auto"):
     return reference.palette_decode(tokens, palette)
 
 
+def palette_sums(colours, weight, palette, *, impl: str = "auto"):
+    """A step of k-means: nearest colours, int64 (n,), and each palette colour's sums of weight * (1, r, g, b), int64
+    (4, k), of distinct colours uint8 (n, 3) with their counts int64 (n,)."""
+    if resolve(impl, colours):
+        return palette_kernel.palette_sums(colours, weight, palette)
+    return reference.palette_sums(colours, weight, palette)
+
+
 def _rows(function, x, *args):
     """Apply an autograd function of 2-D activations to (..., d) ones."""
     y = function.apply(x.flatten(0, -2), *args)

@@ -77,12 +77,13 @@ class Palette:
 
     @classmethod
     def fit(cls, images, k: int = 512, seed: int = 0) -> "Palette":
-        """k-means on the pixels of uint8 images (..., 3); see kmeans.py. Raises ValueError for fewer than k distinct
-        colours."""
+        """k-means on the pixels of uint8 images (..., 3), on the GPU for tensors of one; see kmeans.py.
+
+        Raises ValueError for fewer than k distinct colours."""
         if not isinstance(k, int) or not 1 <= k <= LARGEST:
             raise ValueError(f"k: got {k!r}, expected an integer from 1 to {LARGEST}")
         images = _pixels(images)
-        return cls(kmeans.kmeans(images.cpu().numpy() if torch.is_tensor(images) else images, k, seed))
+        return cls(kmeans.kmeans(images, k, seed))
 
     def encode(self, images, size: tuple[int, int] | None = None) -> torch.Tensor:
         """Nearest colours, the lowest index on ties: uint8 (B, H, W, 3), array or tensor -> int64 (B, H*W).

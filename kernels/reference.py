@@ -107,6 +107,13 @@ def palette_decode(tokens, palette_V3):
     return torch.round(127.5 * (palette_V3.float()[tokens.long()] + 1)).clamp(0, 255).to(torch.uint8)
 
 
+def palette_sums(colours_n3, weight_n, palette_V3):
+    """A step of k-means: nearest colours (n,), and each one's sums of weight * (1, r, g, b), all integers, (4, V)."""
+    index_n = palette_encode(colours_n3, palette_V3)
+    weighted_4n = weight_n * torch.cat([torch.ones_like(colours_n3[:, :1]), colours_n3], 1).T.long()
+    return index_n, weight_n.new_zeros(4, len(palette_V3)).index_add_(1, index_n, weighted_4n)
+
+
 def pack_heads(x_BNd, heads: int):
     """The packed product (B, N, 3 H D) as (B, N, 3, H, D): a view."""
     return rearrange(x_BNd, "b n (three h d) -> b n three h d", three=3, h=heads)

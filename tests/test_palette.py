@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import igpt.data
-from igpt import Palette
+from igpt import Palette, ops
 from igpt.kernels import reference
-from igpt.kmeans import Blocks, distinct_colours
+from igpt.kmeans import Blocks, distinct_colours, kmeans
 
 
 def brute(pixels: np.ndarray, palette: Palette) -> torch.Tensor:
@@ -187,6 +187,20 @@ def test_distinct_colours_by_sorting_and_by_histogram(monkeypatch):
         assert a.dtype == b.dtype and np.array_equal(a, b)
     expected = np.unique(images.reshape(-1, 3), axis=0, return_counts=True)
     assert all(np.array_equal(a, b) for a, b in zip(sorted_ones, expected))
+
+
+@pytest.mark.parametrize("start", ["", "empty clusters"])
+def test_fit_of_tensors_has_the_same_bits(start, device, monkeypatch):
+    """The steps that a GPU takes: by the kernel, interpreted where there is none."""
+    if start:
+        monkeypatch.setattr("igpt.kmeans.plus_plus", lambda x, w, k, rng: np.zeros((k, 3), np.float32))
+    by_kernel = ops.palette_sums
+    monkeypatch.setattr(ops, "palette_sums", lambda *inputs: by_kernel(*inputs, impl="triton"))
+    monkeypatch.setattr("igpt.kmeans.MANY", 5000)
+    images = igpt.data.load("builtin:emoji").images[:8]
+    for a, b in zip(distinct_colours(images), distinct_colours(torch.from_numpy(images).to(device))):
+        assert a.dtype == b.dtype and np.array_equal(a, b)
+    assert np.array_equal(kmeans(images, 24, 0), kmeans(torch.from_numpy(images).to(device), 24, 0))
 
 
 def test_kmeans_assignment_is_exact():

@@ -6,7 +6,7 @@ import torch
 
 from igpt.kernels import palette as kernel
 from igpt.kernels import reference
-from igpt.kernels.palette import palette_decode, palette_encode
+from igpt.kernels.palette import palette_decode, palette_encode, palette_sums
 
 
 def colours(V, device, seed=0):
@@ -96,6 +96,27 @@ def test_token_outside_the_palette_is_black(device):
     assert palette_decode(tokens, torch.ones(9, 3, device=device))[:, 0].tolist() == [255, 0, 0, 255]
 
 
+def distinct(n, seed=0):
+    """Distinct colours, sorted as k-means has them, and counts beyond what fp32 holds."""
+    gen = torch.Generator().manual_seed(seed)
+    codes = torch.randperm(1 << 16, generator=gen)[:n].sort().values * 251
+    colours = torch.stack([codes >> 16, codes >> 8 & 255, codes & 255], 1).to(torch.uint8)
+    return colours, torch.randint(1, 1 << 40, (n,), generator=gen)
+
+
+@pytest.mark.parametrize("n, V", [(40_000, 64), (1025, 37), (3, 512), (0, 5)])
+def test_sums(n, V, device, poison_empty):
+    """More programs than copies of the sums, odd sizes, colours without a pixel: equal to numpy's whole numbers."""
+    (colours_, weight), palette = distinct(n), colours(V, "cpu")
+    index, sums = (x.cpu() for x in palette_sums(colours_.to(device), weight.to(device), palette.to(device)))
+    assert torch.equal(index, numpy_encode(colours_, palette))
+    expected = np.zeros((V, 4), object)
+    np.add.at(expected, index.numpy(), np.array([[w, w * r, w * g, w * b] for w, (r, g, b) in zip(
+        weight.tolist(), colours_.tolist())], object).reshape(-1, 4))
+    assert sums.dtype == torch.int64 and sums.tolist() == expected.T.tolist()
+    assert all(map(torch.equal, (index, sums), reference.palette_sums(colours_, weight, palette)))
+
+
 @pytest.mark.parametrize(
     "function, first, palette, name",
     [(palette_encode, torch.zeros(4, 4), torch.zeros(8, 3), "pixels"),
@@ -115,9 +136,20 @@ def test_opcheck_and_full_graph_compile(device):
     palette = colours(16, device)
     torch.library.opcheck(kernel.palette_encode_op, (pixels, palette))
     torch.library.opcheck(kernel.palette_decode_op, (palette_encode(pixels, palette), palette))
+    torch.library.opcheck(kernel.palette_sums_op, (*(x.to(device) for x in distinct(20)), palette))
 
     def both(pixels, palette):
         return palette_decode(palette_encode(pixels, palette), palette)
 
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(pixels, palette), both(pixels, palette))
+
+
+def test_bad_sums_are_named(device):
+    good, weight, palette = torch.zeros(4, 3, dtype=torch.uint8), torch.ones(4, dtype=torch.int64), torch.zeros(8, 3)
+    for name, bad in [
+        ("colours", (good.float(), weight, palette)), ("weight", (good, weight.float(), palette)),
+        ("weight", (good, weight[:3], palette)), ("palette", (good, weight, palette[:, :2])),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=f"{name}: got"):
+            palette_sums(*(x.to(device) for x in bad))

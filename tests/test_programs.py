@@ -52,6 +52,14 @@ def where(here, objective="ar"):
     return {"model": str(here / objective), "data": str(here / "set"), "device": "cpu", "batch": 50}
 
 
+def test_probe_of_a_part(here):
+    report = probe.run(probe.Options(**where(here), C=(0.01,), only=(1,), limit_train=100, limit_test=30))
+    assert report["pictures"] == [100, 20, 30]
+    for name in ("limit_train", "limit_test"):
+        with pytest.raises(ValueError, match=f"{name}: got 0"):
+            probe.run(probe.Options(**where(here), **{name: 0}))
+
+
 @pytest.mark.parametrize("objective, votes", [("ar", 1), ("bert", 3)])
 def test_probe(here, tmp_path, objective, votes):
     report = probe.run(probe.Options(**where(here, objective), C=(0.01, 1.0), votes=votes, out=tmp_path))
