@@ -199,7 +199,9 @@ def main(argv: list[str] | None = None) -> int:
     if suite in ("quick", "kernels", "model", "full"):
         speeds(args, device, log)
     if suite in ("sampling", "full"):
-        finish(log, "sampling", start(log, "sampling", "--device", device))
+        left = max(0.0, args.budget - (time.monotonic() - log.start))
+        flags = ["--device", device, "--peers", args.peers, "--budget", str(left), "--preset", *args.preset]
+        finish(log, "sampling", start(log, "sampling", *flags))
     if suite in ("quick", "full"):
         finish(log, "step", start(log, "step", *(["--preset", "s"] if suite == "quick" else [])))
     found, failed = log.rows(), failures(log)
