@@ -14,6 +14,7 @@ from bench.cases import FOLDED_OPS, PIXEL_OPS, ROW_OPS, Case, shapes
 from igpt import ImageGPT
 from igpt.decode_kernels import KernelDecoder
 from igpt.draw import Sampler
+from igpt.kernels.palette import palette_sums
 from igpt.kernels.tiles import ARCHS
 
 
@@ -86,3 +87,6 @@ def cases() -> Iterator[CompileCase]:
         yield CompileCase(f"decode {preset} B{B}", run, quick=preset == "s", small_products=("linear_kernel",))
     for op in PIXEL_OPS:
         yield of(Case(op, 32, 1024, 1, 64, "fp32"), "V512", True)
+    colours, weight = meta(1 << 20, 3, dtype=torch.uint8), meta(1 << 20, dtype=torch.int64)
+    step = functools.partial(palette_sums, colours, weight, meta(512, 3, dtype=torch.float32))
+    yield CompileCase("palette_sums V512", step, True)
