@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 
 from igpt import grid, sample
+from igpt.crops import eval_crop, open_picture
 
 HIDDEN = 128  # grey: the pixels that the model has to make up
 
@@ -19,7 +19,7 @@ class Options(sample.Sampling):
     pictures: tuple[Path, ...] = ()  # the files
     keep: float = 0.5  # the fraction of pixels that is given, from the top
     completions: int = 4  # of each picture
-    resize: bool = False  # take the centre square of pictures of another size, scaled down to the model's
+    resize: bool = False  # take pictures of another size by the paper's evaluation crop
     out: Path = Path("completions.png")
 
 
@@ -32,7 +32,7 @@ def run(options: Options) -> dict:
         raise ValueError(f"keep: got {options.keep}, expected a fraction between 0 and 1, both excluded")
     model, palette, size = options.load()
     keep = round(options.keep * model.config.n_ctx)
-    truth = palette.encode(np.stack([read(path, size, options.resize) for path in options.pictures]))
+    truth = palette.encode(np.stack([read(path, size[0], options.resize) for path in options.pictures]))
     asked = truth.repeat_interleave(options.completions, 0)
     completed, report = options.run_batches(
         model, len(asked), model.config.n_ctx - keep,
@@ -47,14 +47,12 @@ def run(options: Options) -> dict:
     return {"out": str(path), "kept_pixels": keep, **report}
 
 
-def read(path: Path, size: tuple[int, int], resize: bool) -> np.ndarray:
-    """A picture file as uint8 (H, W, 3), transparency on white. Raises ValueError for a picture of another size unless
+def read(path: Path, side: int, resize: bool) -> np.ndarray:
+    """A picture file as uint8 (side, side, 3). Raises ValueError for an unreadable one, or one of another size unless
     `resize`."""
-    with Image.open(path) as file:
-        image = file.convert("RGBA")
-    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    if image.size != (size[1], size[0]):
-        if not resize:
-            raise ValueError(f"{path}: got {image.width} x {image.height}, expected {size[1]} x {size[0]}, or --resize")
-        image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BOX)
-    return np.asarray(image)
+    picture = open_picture(path)
+    if picture.size == (side, side):
+        return np.asarray(picture)
+    if not resize:
+        raise ValueError(f"{path}: got {picture.width} x {picture.height}, expected {side} x {side}, or --resize")
+    return eval_crop(picture, side)

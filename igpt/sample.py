@@ -85,7 +85,7 @@ class Sampling:
     top_p: float | None = None  # draw from the likeliest colours that together reach this probability
     seed: int = 0  # the same seed gives the same pictures, whatever --batch
     batch: int = 16  # pictures decoded at once
-    weights: Literal["bf16", "int8"] | None = None  # default: bf16 on a GPU, the parameters' own dtype on a CPU
+    weights: Literal["bf16", "int8"] | None = None  # default: the parameters' dtype, but bf16 for fp32 on a GPU
     cache_dtype: Literal["fp32", "bf16", "fp8"] | None = None  # of the cache; default: fp32 on a CPU, bf16 on a GPU
     device: Literal["auto", "cpu", "cuda"] = "auto"
     scale: int = 4  # each pixel of a picture is scale x scale pixels of the PNG
@@ -100,7 +100,10 @@ class Sampling:
         side = math.isqrt(model.config.n_ctx)
         if side * side != model.config.n_ctx:
             raise ValueError(f"model: got n_ctx {model.config.n_ctx}, expected a square number of pixels")
-        return model, Palette.load(self.palette or self.model).require(model.config.vocab), (side, side)
+        palette = Palette.load(self.palette) if self.palette else model.palette
+        if palette is None:
+            raise ValueError(f"palette: {self.model} came without one, expected --palette")
+        return model, palette.require(model.config.vocab), (side, side)
 
     def run_batches(self, model, n: int, pixels: int, sample: Callable) -> tuple[torch.Tensor, dict]:
         """sample(start, stop, **options) -> tokens, for slices of n pictures of which `pixels` are drawn each."""
@@ -108,7 +111,7 @@ class Sampling:
 
         if self.batch < 1:
             raise ValueError(f"batch: got {self.batch}, expected at least 1")
-        weights = self.weights or ("bf16" if model.wte.is_cuda else None)
+        weights = self.weights or ("bf16" if model.wte.is_cuda and model.wte.dtype == torch.float32 else None)
         drawn = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p, "seed": self.seed}
         stored = {"weights": weights, "cache_dtype": self.cache_dtype}
         began, done = time.perf_counter(), []

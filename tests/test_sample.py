@@ -14,7 +14,6 @@ from bench import sampling
 from bench.budget import compare
 from bench.cost import H200
 from igpt import ImageGPT, Palette, complete, decode, draw, sample
-from igpt.model import ImageGPT as Model
 
 HEAD_DIMS = (64, 96, 128)
 FORMS = {
@@ -375,12 +374,11 @@ def test_floor_of_a_token(preset, floors):
 
 
 @pytest.fixture
-def checkpoint(monkeypatch, tmp_path):
-    """A model of 4 x 4 pictures and its palette."""
-    model = small(n_ctx=16, vocab=8)
-    monkeypatch.setattr(Model, "from_pretrained", classmethod(lambda cls, source, **kwargs: model))
-    Palette(torch.cartesian_prod(*3 * [torch.tensor([-1.0, 1.0])])).save(tmp_path / "palette.npy")
-    return tmp_path
+def checkpoint(tmp_path):
+    """A model of 4 x 4 pictures with its palette."""
+    small(n_ctx=16, vocab=8).save_pretrained(tmp_path / "model")
+    Palette(torch.cartesian_prod(*3 * [torch.tensor([-1.0, 1.0])])).save(tmp_path / "model" / "palette.npy")
+    return tmp_path / "model"
 
 
 def test_sample_program(checkpoint):
@@ -424,5 +422,8 @@ def test_programs_refuse(checkpoint):
     for bad in ({"keep": 0.0}, {"keep": 1.0}, {"keep": 0.01}, {"completions": 0}, {"pictures": ()}, {"batch": 0}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             complete.run(complete.Options(str(checkpoint), **{**wide, "resize": True, **bad}))
+    (checkpoint / "palette.npy").unlink()
+    with pytest.raises(ValueError, match=r"palette: .* came without one, expected --palette"):
+        sample.run(sample.Options(str(checkpoint)))
     with pytest.raises(ValueError, match="n: got 0"):
         sample.run(sample.Options(str(checkpoint), n=0, out=Path("never.png")))
