@@ -70,16 +70,15 @@ def results(q, k, v, causal):
     return [out.detach(), *torch.autograd.grad(out, inputs, upstream(out))]
 
 
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("N", [7, 33, 129, 200, 256])
+@pytest.mark.parametrize("N, causal", [(7, True), (33, False), (129, True), (200, False), (200, True), (256, False)])
 @pytest.mark.parametrize("D", [64, 96, 128])
 def test_budget(D, N, causal, family, device, poison_empty):
     """Lengths below, at and astride the tiles; the two half dtypes take turns, packed and separate views too."""
-    dtype = HALF[(N + D // 32) % 2]
-    if causal == (N % 2 == 0):
-        check(*three(1, N, 2, D, dtype, device), causal)
+    dtype, H = HALF[(N + D // 32) % 2], 2 if N < 200 else 1
+    if N % 2:
+        check(*three(1, N, H, D, dtype, device), causal)
     else:
-        check_packed(draw(1, N, 3, 2, D, dtype=dtype, device=device), causal)
+        check_packed(draw(1, N, 3, H, D, dtype=dtype, device=device), causal)
 
 
 @pytest.mark.parametrize("causal", [True, False])
