@@ -1,15 +1,17 @@
-"""Mends Triton's CPU interpreter (TRITON_INTERPRET=1) where it is silently wrong for bfloat16.
+"""Mends Triton's CPU interpreter (TRITON_INTERPRET=1) where it is silently wrong for bfloat16 and fp8.
 
 It keeps bf16 as raw uint16, multiplies those bits in `tl.dot`, truncates where the GPU rounds to nearest even, and
-adds and multiplies the bits elsewhere. Here products go through fp32, casts round, and bf16 arithmetic raises:
-kernels cast to fp32 straight after any load that is no operand of a dot.
+adds and multiplies the bits elsewhere; fp8 it rounds half up. Here products go through fp32, casts round, and bf16
+arithmetic raises: kernels cast to fp32 straight after any load that is no operand of a dot.
 """
 
 import numpy as np
+import torch
 import triton
 import triton.language as tl
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
+FP8 = {tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}
 
 
 def bf16_to_fp32(bits: np.ndarray) -> np.ndarray:
@@ -23,6 +25,15 @@ def fp32_to_bf16(x: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(x), np.uint16(0x7FC0), rounded)
 
 
+def fp8_to_fp32(bits: np.ndarray, dtype) -> np.ndarray:
+    return torch.from_numpy(np.ascontiguousarray(bits)).view(FP8[dtype]).float().numpy()
+
+
+def fp32_to_fp8(x: np.ndarray, dtype) -> np.ndarray:
+    """Round to nearest even."""
+    return torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32)).to(FP8[dtype]).view(torch.uint8).numpy()
+
+
 def mend() -> None:
     """Patch the interpreter's builder, once, when this process interprets kernels."""
     from triton.runtime import interpreter
@@ -33,12 +44,16 @@ def mend() -> None:
     plain_dot, plain_cast, plain_binary = builder.create_dot, builder.cast_impl, builder.binary_op
 
     def fp32(x):
+        if x.dtype.scalar in FP8:
+            return handle(fp8_to_fp32(x.data, x.dtype.scalar), tl.float32)
         return handle(bf16_to_fp32(x.data), tl.float32) if x.dtype.scalar == tl.bfloat16 else x
 
     def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
         return plain_dot(self, fp32(a), fp32(b), d, input_precision, max_num_imprecise_acc)
 
     def cast_impl(self, src, dst_type):
+        if dst_type.scalar in FP8:
+            return handle(fp32_to_fp8(fp32(src).data, dst_type.scalar), dst_type.scalar)
         if dst_type.scalar != tl.bfloat16:
             return plain_cast(self, fp32(src), dst_type)
         if src.dtype.scalar == tl.bfloat16:

@@ -1,0 +1,168 @@
+"""The two ends of a decoding step: a token's embedding, and the draw of the next token.
+
+    x = wpe[p] + (wte[tokens[:, p - 1]] if p > 0 else sos)                                     decode_embed
+    tokens[:, p] = argmax(truncate(logits / temperature, top_k, top_p) + gumbel)              decode_sample
+
+p is an integer in device memory. gumbel = -log(-log(u)), u = tl.rand(seed, (picture << 32) + p V + k): noise by counter
+(Philox-4x32-10), the same for a picture whatever batch it is drawn in. truncate keeps a token while fewer than top_k
+are likelier, then while the likelier ones have less than top_p of the mass that is left; equal logits live or die
+together. temperature 0 takes the likeliest token, the lowest on ties. One program a picture; truncation counts by V^2
+comparisons, which for the few hundred colours of a palette is no slower than a sort and needs no order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import rows
+from .primitives import check_device
+
+
+@triton.jit
+def embed_kernel(tokens, wte, wpe, sos, position, x, n_ctx, V, d, BLOCK_D: tl.constexpr):
+    i_b = tl.program_id(0).to(tl.int64)
+    o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    m_d = o_d < d
+    p = tl.load(position).to(tl.int64)
+    token = tl.load(tokens + i_b * n_ctx + p - 1, mask=p > 0, other=0).to(tl.int64)
+    is_token = (token >= 0) & (token < V)
+    b_start = tl.load(sos + o_d, mask=m_d & (p == 0), other=0.0).to(tl.float32)
+    b_token = tl.load(wte + token * d + o_d, mask=m_d & (p > 0) & is_token, other=0.0).to(tl.float32)
+    b_x = tl.where(is_token, b_start + b_token, float("nan"))
+    b_x += tl.load(wpe + p * d + o_d, mask=m_d, other=0.0).to(tl.float32)
+    tl.store(x + i_b * d + o_d, b_x.to(x.dtype.element_ty), mask=m_d)
+
+
+@triton.jit
+def load_scores(logits, o_v, V, temperature):
+    return tl.div_rn(tl.load(logits + o_v, mask=o_v < V, other=float("-inf")).to(tl.float32), temperature)
+
+
+@triton.jit
+def truncate(
+    logits, b_scores, V, temperature, top_k, top_p,
+    HAS_TOP_K: tl.constexpr, HAS_TOP_P: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """-inf for the scores [BLOCK_V] that may not be drawn: those with too many, or too much mass, of likelier ones."""
+    o_chunk = tl.arange(0, CHUNK)
+    if HAS_TOP_K:
+        b_likelier = tl.zeros([BLOCK_V], tl.int32)
+        for i_v in range(0, V, CHUNK):
+            b_other = load_scores(logits, i_v + o_chunk, V, temperature)[None, :]
+            b_likelier += tl.sum((b_other > b_scores[:, None]).to(tl.int32), 1)
+        b_scores = tl.where(b_likelier < top_k, b_scores, float("-inf"))
+    if HAS_TOP_P:
+        top = tl.max(b_scores, 0)
+        least = tl.min(tl.where(b_scores == float("-inf"), top, b_scores), 0)
+        b_likelier = tl.zeros([BLOCK_V], tl.float32)
+        for i_v in range(0, V, CHUNK):
+            b_other = load_scores(logits, i_v + o_chunk, V, temperature)[None, :]
+            b_mass = tl.where(b_other >= least, tl.exp(b_other - top), 0.0)
+            b_likelier += tl.sum(tl.where(b_other > b_scores[:, None], b_mass, 0.0), 1)
+        b_scores = tl.where(b_likelier < top_p * tl.sum(tl.exp(b_scores - top), 0), b_scores, float("-inf"))
+    return b_scores
+
+
+@triton.jit
+def sample_kernel(
+    logits, tokens, position, pictures, seed, n_ctx, V, temperature, top_k, top_p,
+    BLOCK_V: tl.constexpr, CHUNK: tl.constexpr,
+    IS_GREEDY: tl.constexpr, HAS_TOP_K: tl.constexpr, HAS_TOP_P: tl.constexpr,
+):  # fmt: skip
+    i_b = tl.program_id(0).to(tl.int64)
+    o_v = tl.arange(0, BLOCK_V)
+    p = tl.load(position).to(tl.int64)
+    logits += i_b * V
+    b_scores = load_scores(logits, o_v, V, 1.0 if IS_GREEDY else temperature)
+    if not IS_GREEDY:
+        b_scores = truncate(logits, b_scores, V, temperature, top_k, top_p, HAS_TOP_K, HAS_TOP_P, BLOCK_V, CHUNK)
+        b_u = tl.rand(tl.load(seed), (tl.load(pictures + i_b) << 32) + p * V + o_v)
+        b_scores += -tl.log(-tl.log(b_u))
+    tl.store(tokens + i_b * n_ctx + p, tl.argmax(b_scores, 0).to(tokens.dtype.element_ty))
+
+
+def launch_embed(tokens, wte, wpe, sos, position, dtype):
+    (B, n_ctx), (V, d) = tokens.shape, wte.shape
+    x = torch.empty((B, d), dtype=dtype, device=wte.device)
+    BLOCK_D = 256
+    embed_kernel[(B, triton.cdiv(d, BLOCK_D))](
+        tokens=tokens, wte=wte.contiguous(), wpe=wpe.contiguous(), sos=sos, position=position, x=x,
+        n_ctx=n_ctx, V=V, d=d, BLOCK_D=BLOCK_D, num_warps=2,
+    )  # fmt: skip
+    return x
+
+
+def launch_sample(logits, tokens, position, pictures, seed, temperature: float, top_k: int, top_p: float):
+    B, V = logits.shape
+    sample_kernel[(B,)](
+        logits=logits.contiguous(), tokens=tokens, position=position, pictures=pictures, seed=seed,
+        n_ctx=tokens.shape[1], V=V, temperature=temperature, top_k=top_k, top_p=top_p,
+        BLOCK_V=triton.next_power_of_2(V), CHUNK=16,
+        IS_GREEDY=temperature == 0, HAS_TOP_K=0 < top_k < V, HAS_TOP_P=top_p < 1, num_warps=4,
+    )  # fmt: skip
+
+
+@torch.library.custom_op("igpt::decode_embed", mutates_args=())
+def decode_embed_op(
+    tokens: torch.Tensor, wte: torch.Tensor, wpe: torch.Tensor, sos: torch.Tensor, position: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:  # fmt: skip
+    check_device("decode_embed", tokens, wte, wpe, sos, position)
+    return launch_embed(tokens, wte, wpe, sos, position, dtype)
+
+
+@decode_embed_op.register_fake
+def _(tokens, wte, wpe, sos, position, dtype):
+    return wte.new_empty((tokens.shape[0], wte.shape[1]), dtype=dtype)
+
+
+@torch.library.custom_op("igpt::decode_sample", mutates_args=("tokens",))
+def decode_sample_op(
+    logits: torch.Tensor, tokens: torch.Tensor, position: torch.Tensor, pictures: torch.Tensor, seed: torch.Tensor,
+    temperature: float, top_k: int, top_p: float,
+) -> None:  # fmt: skip
+    check_device("decode_sample", logits, tokens, position, pictures, seed)
+    launch_sample(logits, tokens, position, pictures, seed, temperature, top_k, top_p)
+
+
+@decode_sample_op.register_fake
+def _(logits, tokens, position, pictures, seed, temperature, top_k, top_p):
+    return None
+
+
+def check(name: str, tokens, position, batch: int) -> None:
+    if tokens.dim() != 2 or tokens.shape[0] != batch or tokens.is_floating_point() or not tokens.is_contiguous():
+        got = f"{tokens.dtype} {tuple(tokens.shape)}"
+        raise ValueError(f"{name}: tokens: got {got}, expected contiguous integers ({batch}, n_ctx)")
+    if position.numel() != 1 or position.is_floating_point():
+        raise ValueError(f"{name}: position: got {position.dtype} {tuple(position.shape)}, expected an integer")
+
+
+def decode_embed(tokens, wte, wpe, sos, position, dtype: torch.dtype = torch.float32):
+    """The residual stream's start at `position`: tokens (B, n_ctx) -> (B, d). A token outside [0, V) gives NaN.
+
+    Raises ValueError for operands that don't fit."""
+    check("decode_embed", tokens, position, tokens.shape[0])
+    rows.check_operand("decode_embed", "wpe", wpe, wte.dtype, (None, wte.shape[1]))
+    rows.check_operand("decode_embed", "sos", sos, wte.dtype, (wte.shape[1],))
+    return decode_embed_op(tokens, wte, wpe, sos, position, dtype)
+
+
+def decode_sample(logits, tokens, position, pictures, seed, temperature=1.0, top_k=None, top_p=None) -> None:
+    """Draw tokens[:, position] from logits (B, V). pictures (B) int64 and seed (one int64) key the noise; they and
+    `position` live on the device.
+
+    Raises ValueError for operands that don't fit or values that draw nothing."""
+    B, V = logits.shape
+    check("decode_sample", tokens, position, B)
+    rows.check_operand("decode_sample", "pictures", pictures, torch.int64, (B,))
+    if seed.numel() != 1 or seed.dtype != torch.int64:
+        raise ValueError(f"decode_sample: seed: got {seed.dtype} {tuple(seed.shape)}, expected one int64")
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"decode_sample: temperature: got {temperature}, expected a finite number >= 0 (0: greedy)")
+    if top_k is not None and not 1 <= top_k <= V:
+        raise ValueError(f"decode_sample: top_k: got {top_k}, expected None or 1 to {V}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"decode_sample: top_p: got {top_p}, expected None or a number in (0, 1]")
+    top_p = 1.0 if top_p is None else float(top_p)
+    decode_sample_op(logits, tokens, position, pictures, seed, float(temperature), top_k or 0, top_p)
