@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import functools
 import itertools
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -30,7 +31,7 @@ from bench.models import ModelCase
 from bench.peers import Absent
 from bench.rows import Row, to_json
 from bench.timing import interleaved
-from igpt import ImageGPT, sample
+from igpt import ImageGPT, data, sample
 from igpt.config import PRESETS, preset
 from igpt.decode import decoder_of
 from igpt.draw import Sampler
@@ -215,6 +216,32 @@ def check(name: str, device: str, dtype: str) -> Row:
     )  # fmt: skip
 
 
+NARROW = (
+    {}, {"weights": "bf16"}, {"weights": "int8"}, {"cache_dtype": "bf16"}, {"cache_dtype": "fp8"},
+    {"weights": "int8", "cache_dtype": "fp8"},
+)  # fmt: skip
+
+
+def narrowing(checkpoint: str, pictures: str, device: str, count: int = 128) -> Iterator[Row]:
+    """What narrow weights and caches cost a trained model: nats a pixel of held-out pictures by decoding, less those of
+    the full forward in the parameters' dtype; the mean of the pictures and its standard error."""
+    model = ImageGPT.from_pretrained(checkpoint, device=device)
+    c = model.config
+    held_out = data.load(pictures, "test", size=math.isqrt(c.n_ctx)).encoded(model.palette)
+    ids = torch.from_numpy(held_out.tokens[:count].astype("int64")).to(device)
+    with torch.no_grad():
+        full = model(ids).float().log_softmax(-1).gather(-1, ids[..., None])[..., 0].mean(1)
+    for options in NARROW:
+        more = full - sample.log_likelihood(model, ids, **options).mean(1)
+        name = " ".join(f"{v} {k.removesuffix('_dtype')}" for k, v in options.items()) or "as it is"
+        note = f"{checkpoint}, {pictures}: {-full.mean():.5f} nats a pixel, {more.mean():+.5f}"
+        yield Row(
+            "sampling", op="nats", impl=name, dtype=str(model.wte.dtype).removeprefix("torch."), direction="token",
+            B=len(ids), N=c.n_ctx, H=c.heads, D=c.head_dim, d=c.width, **stamp(device),
+            note=f"{note} +- {more.std() / len(more) ** 0.5:.5f}",
+        )  # fmt: skip
+
+
 def measured(group: list[tuple[str, DecodeCase]], run: Run) -> Iterator[Row]:
     """Rows of the variants of one window, timed in turns: milliseconds a token of all B pictures. Ours is compared with
     the same dtype, and with Hugging Face in fp32, its default."""
@@ -291,13 +318,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--peers", default="all")
     parser.add_argument("--seconds", type=float, default=4.0, help="a case, after its warm-up")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds; cases past it are not timed")
+    parser.add_argument("--nats", nargs=2, metavar=("MODEL", "DATA"), help="only what narrow weights and caches cost")
     parser.add_argument("--out", type=Path, help="append rows as JSON lines to this file as they come")
     args = parser.parse_args(argv)
     presets = args.preset or (["s", "m", "l"] if args.device == "cuda" else ["s"])
     deadline = time.monotonic() + args.budget
     run = Run(args.device, *timers(args.device), peers=args.peers, case_s=args.seconds, deadline=deadline)
     green = True
-    for row in rows(groups(args.device, presets), run):
+    for row in narrowing(*args.nats, args.device) if args.nats else rows(groups(args.device, presets), run):
         green &= row.ok
         against = "".join(f", {ratio:.2f}x {peer}" for peer, ratio in row.ratios.items())
         shown = f"{row.median_ms:.3f} ms a token{against}" if row.median_ms else row.note or f"{row.err_vs_fp64:.2e}"

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from igpt import data
-from igpt.source import Source, batches
+from igpt.source import Labelled, batches
 
 
 @dataclass(frozen=True)
-class Options(Source):
+class Options(Labelled):
     """Fine-tune, stop early on validation accuracy, report test accuracy of the best epoch."""
 
     epochs: int = 20

@@ -7,11 +7,11 @@ import torch
 from tqdm import tqdm
 
 from igpt import features, logistic
-from igpt.source import Source
+from igpt.source import Labelled
 
 
 @dataclass(frozen=True)
-class Options(Source):
+class Options(Labelled):
     """Fit on k labelled pictures a class, several random subsets each; report test error, mean and deviation."""
 
     k: tuple[int, ...] = (4, 25, 400)  # labels a class

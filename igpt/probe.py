@@ -9,11 +9,11 @@ import torch
 from tqdm import tqdm
 
 from igpt import features, logistic
-from igpt.source import Source
+from igpt.source import Labelled
 
 
 @dataclass(frozen=True)
-class Options(Source):
+class Options(Labelled):
     """Probe every layer: fit on train, choose layer and C on valid, refit on both, report test."""
 
     C: tuple[float, ...] = (0.001, 0.01, 0.1, 1.0)  # inverse regularisation, searched on the validation split
@@ -24,15 +24,12 @@ class Options(Source):
     join: int = 1  # join this many layers around the best one (XL's 15360 features: 5)
     votes: int = 1  # BERT: masks a test picture is read under; the modal prediction counts, ties at random (paper: 5)
     only: tuple[int, ...] = ()  # these layers instead of all
-    limit_train: int | None = None  # only this many pictures of train, and as large a part of valid, the first ones
-    limit_test: int | None = None  # only this many pictures of test, the first ones
     out: Path | None = None  # write probe.json and the curve over layers as probe.png here
 
 
 def run(options: Options) -> dict:
     model = options.load_model().eval()
-    sets = options.load_labelled(model, "train", "valid", "test")
-    train, _, test = sets = limited(sets, options.limit_train, options.limit_test)
+    train, _, test = sets = options.load_labelled(model, "train", "valid", "test")
     every = range(model.config.n_layer + 1)
     wanted = list(options.only) or list(every)
     if strange := [layer for layer in wanted if layer not in every]:
@@ -80,15 +77,6 @@ def run(options: Options) -> dict:
     if options.out:
         write(report, options.out)
     return report
-
-
-def limited(sets, train: int | None, test: int | None) -> list:
-    """[train, valid, test] cut to so many; valid keeps its proportion to train."""
-    for name, limit in (("limit_train", train), ("limit_test", test)):
-        if limit is not None and limit < 1:
-            raise ValueError(f"{name}: got {limit}, expected at least 1")
-    valid = None if train is None else max(1, round(train * len(sets[1]) / len(sets[0])))
-    return [pictures.rows(slice(limit)) for pictures, limit in zip(sets, (train, valid, test))]
 
 
 def modal(votes: torch.Tensor, classes: int, seed: int) -> torch.Tensor:

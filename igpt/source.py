@@ -51,12 +51,34 @@ class Source:
             raise ValueError(f"palette: {self.model} came without one, expected --palette")
         return palette
 
+
+@dataclass(frozen=True)
+class Labelled(Source):
+    """A Source whose labels are used, those of all pictures or of some, evenly spread over each split."""
+
+    limit_train: int | None = None  # only so many pictures of train, and the same part of valid
+    limit_test: int | None = None  # only so many pictures of test
+
     def load_labelled(self, model, *splits: str) -> list[data.Pictures]:
-        """load_split of each split; raises ValueError where labels are missing or the classes differ."""
-        sets = [self.load_split(model, split).labelled() for split in splits]
-        for pictures in sets[1:]:
-            data.same_classes(sets[0], pictures)
-        return sets
+        """load_split of each split, the training set first; raises ValueError where labels are missing or the classes
+        differ."""
+        for name in ("limit_train", "limit_test"):
+            if (limit := getattr(self, name)) is not None and limit < 1:
+                raise ValueError(f"{name}: got {limit}, expected at least 1")
+        sets = {split: self.load_split(model, split).labelled() for split in splits}
+        train = sets[splits[0]]
+        for pictures in sets.values():
+            data.same_classes(train, pictures)
+        part = 1 if self.limit_train is None else min(1, self.limit_train / len(train))
+        sizes = {split: max(1, round(part * len(pictures))) for split, pictures in sets.items()}
+        if "test" in sets:
+            sizes["test"] = min(self.limit_test or len(sets["test"]), len(sets["test"]))
+        return [pictures.rows(spread(len(pictures), sizes[split])) for split, pictures in sets.items()]
+
+
+def spread(n: int, k: int) -> np.ndarray:
+    """k of n rows, evenly apart: sets that are sorted by class keep every class."""
+    return np.linspace(0, n - 1, k).astype(np.int64)
 
 
 def batches(tokens, size: int):

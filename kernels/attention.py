@@ -8,9 +8,8 @@ Online softmax: for a block of queries, over blocks of keys, with the running ma
     p = 2^(s log2(e) - m),  l = sum_j p,  out = sum_j p v / l,  lse = m + log2(l)
 
 s, m, l and the sum of p v are fp32, p enters its product in the inputs' dtype. exp2 is the machine's exponential, and
-log2(e) rides in the scale; fp32 inputs count in nats (heads.weigh). Saved for backward: q, k, v, out and lse, fp32
-(B, H, N), in base 2 or those nats. Blocks that the mask does not cut run in a loop of their own, without it. No
-atomics: every run gives the same bits.
+log2(e) rides in the scale. Saved for backward: q, k, v, out and lse, fp32 (B, H, N), in base 2. Blocks that the mask
+does not cut run in a loop of their own, without it. No atomics: every run gives the same bits.
 
 FLOPs: 4 B H N^2 D, half of it if causal. Bytes: 4 B N H D elements and 4 B H N; the products outweigh them from
 N of about 2 * 790 TFLOP/s / 4.3 TB/s on an H200, so attention here is bound by products and exponentials.
@@ -30,14 +29,12 @@ from .heads import (
     load_tile,
     outer_dots,
     scale_tile,
-    score_scale,
     store_tile,
     tile_and_head,
     view_args,
-    weigh,
     zero_tile,
 )
-from .primitives import LN2, check_device
+from .primitives import LOG2E, check_device
 
 MAX_HEAD_DIM = 128  # wider accumulators would not fit the registers
 
@@ -45,7 +42,7 @@ MAX_HEAD_DIM = 128  # wider accumulators would not fit the registers
 @triton.jit
 def attention_forward_kernel(
     q, q_tail, q_strides, k, k_tail, k_strides, v, v_tail, v_strides, out, out_strides, lse,
-    score_scale, N, H, HEADS, GROUP,
+    scale_log2, N, H, HEADS, GROUP,
     D: tl.constexpr, IS_CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     TILES = tl.cdiv(N, BLOCK_M)
@@ -69,9 +66,9 @@ def attention_forward_kernel(
                 o_n = i_n + tl.arange(0, BLOCK_N)
                 b_s = tl.where(o_n[None, :] <= o_m[:, None] if IS_CAUSAL else o_n[None, :] < N, b_s, float("-inf"))
             # Key 0 is in the first block of every query: the maximum is finite from there on.
-            b_new = tl.maximum(b_max, tl.max(b_s, 1) * score_scale)
-            b_p = weigh(b_s, score_scale, b_new[:, None], b_q[0].dtype)
-            b_alpha = weigh(b_max, 1.0, b_new, b_q[0].dtype)
+            b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale_log2)
+            b_p = tl.exp2(b_s * scale_log2 - b_new[:, None])
+            b_alpha = tl.exp2(b_max - b_new)
             b_sum = b_sum * b_alpha + tl.sum(b_p, 1)
             b_out = scale_tile(b_out, b_alpha[:, None])
             b_v = load_tile(v, i_n, N, BLOCK_N, D)
@@ -80,12 +77,11 @@ def attention_forward_kernel(
         start_n, stop_n = stop_n, start_m + BLOCK_M if IS_CAUSAL else N
     out = head_of(out, None, out_strides, i_b, i_h)
     store_tile(out, start_m, scale_tile(b_out, 1.0 / b_sum[:, None]), N, BLOCK_M, D)
-    b_lse = b_max + tl.log2(b_sum) * (LN2 if b_q[0].dtype == tl.float32 else 1.0)
-    tl.store(lse + i_bh.to(tl.int64) * N + o_m, b_lse, mask=o_m < N)
+    tl.store(lse + i_bh.to(tl.int64) * N + o_m, b_max + tl.log2(b_sum), mask=o_m < N)
 
 
 def attention_forward(q, k, v, causal: bool, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """out (B, N, H, D) contiguous, lse fp32 (B, H, N) in base 2, of fp32 inputs in nats."""
+    """out (B, N, H, D) contiguous, lse fp32 (B, H, N) in base 2."""
     B, N, H, D = q.shape
     if tiles.warp_specialised(q):
         from . import attention_hopper  # Gluon needs a GPU's driver, so only where it runs
@@ -101,7 +97,7 @@ def attention_forward(q, k, v, causal: bool, scale: float) -> tuple[torch.Tensor
             **view_args("k", k, tile.BLOCK_N, tile.tma),
             **view_args("v", v, tile.BLOCK_N, tile.tma),
             out=out, out_strides=out.stride()[:3], lse=lse,
-            score_scale=score_scale(q, scale), N=N, H=H, HEADS=B * H, GROUP=heads_in_group(q),
+            scale_log2=scale * LOG2E.value, N=N, H=H, HEADS=B * H, GROUP=heads_in_group(q),
             D=D, IS_CAUSAL=causal, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip

@@ -32,20 +32,19 @@ from .heads import (
     outer_dots,
     row_dots,
     scale_tile,
-    score_scale,
     store_tile,
     tile_and_head,
     view_args,
-    weigh,
     zero_tile,
 )
+from .primitives import LOG2E
 
 
 @triton.jit
 def attention_dq_kernel(
     q, q_tail, q_strides, k, k_tail, k_strides, v, v_tail, v_strides,
     out, out_tail, out_strides, dout, dout_tail, dout_strides, lse, delta, dq, dq_strides,
-    scale, score_scale, N, H, HEADS, GROUP,
+    scale, scale_log2, N, H, HEADS, GROUP,
     D: tl.constexpr, IS_CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     TILES = tl.cdiv(N, BLOCK_M)
@@ -71,7 +70,7 @@ def attention_dq_kernel(
         for i_n in range(start_n, stop_n, BLOCK_N):
             b_k = load_tile(k, i_n, N, BLOCK_N, D)
             b_v = load_tile(v, i_n, N, BLOCK_N, D)
-            b_p = weigh(outer_dots(b_q, b_k), score_scale, b_lse[:, None], b_q[0].dtype)  # [BLOCK_M, BLOCK_N]
+            b_p = tl.exp2(outer_dots(b_q, b_k) * scale_log2 - b_lse[:, None])  # [BLOCK_M, BLOCK_N]
             if IS_MASKED:
                 o_n = i_n + tl.arange(0, BLOCK_N)
                 b_p = tl.where(o_n[None, :] <= o_m[:, None] if IS_CAUSAL else o_n[None, :] < N, b_p, 0.0)
@@ -86,7 +85,7 @@ def attention_dq_kernel(
 def attention_dkdv_kernel(
     q, q_tail, q_strides, k, k_tail, k_strides, v, v_tail, v_strides, dout, dout_tail, dout_strides,
     dq_sum, dq_sum_tail, dq_sum_strides, lse, delta, dk, dk_strides, dv, dv_strides,
-    scale, score_scale, N, H, HEADS, GROUP,
+    scale, scale_log2, N, H, HEADS, GROUP,
     D: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_DQ: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     i_n, i_bh = tile_and_head(tl.cdiv(N, BLOCK_N), HEADS, GROUP)  # the first keys are seen by the most queries
@@ -114,7 +113,7 @@ def attention_dkdv_kernel(
             b_dout = load_tile(dout, i_m, N, BLOCK_M, D)
             b_lse = tl.load(lse + o_m, mask=o_m < N, other=0.0)
             b_delta = tl.load(delta + o_m, mask=o_m < N, other=0.0)
-            b_p = weigh(outer_dots(b_k, b_q), score_scale, b_lse[None, :], b_q[0].dtype)  # [BLOCK_N, BLOCK_M]
+            b_p = tl.exp2(outer_dots(b_k, b_q) * scale_log2 - b_lse[None, :])  # [BLOCK_N, BLOCK_M]
             if not IS_WHOLE:
                 b_p = tl.where(o_n[:, None] <= o_m[None, :], b_p, 0.0)
             b_dv = add_product(b_dv, b_p.to(b_dout[0].dtype), b_dout)
@@ -153,7 +152,7 @@ def attention_finish_dq_kernel(
 
 
 def attention_backward(dout, q, k, v, out, lse, dq, dk, dv, causal: bool, scale: float) -> None:
-    """Fill dq, dk, dv. All are views (B, N, H, D) with a contiguous last dimension, lse as attention_forward gives it."""
+    """Fill dq, dk, dv. All are views (B, N, H, D) with a contiguous last dimension, lse fp32 (B, H, N) in base 2."""
     if not q.numel():
         return
     aligned = all(map(is_aligned, (dout, q, k, v)))
@@ -206,5 +205,5 @@ def _views(dout, q, k, v, tile: tiles.Tile) -> dict:
 
 def _shape(q, scale: float) -> dict:
     B, N, H, D = q.shape
-    scales = {"scale": scale, "score_scale": score_scale(q, scale)}
+    scales = {"scale": scale, "scale_log2": scale * LOG2E.value}
     return scales | {"N": N, "H": H, "HEADS": B * H, "GROUP": heads_in_group(q), "D": D}

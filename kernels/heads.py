@@ -14,8 +14,6 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .primitives import LOG2E
-
 # What the rows that one group of heads streams may take of L2 (40 MB on A100, 50 on H100 and H200).
 L2_BYTES = 16 << 20
 
@@ -152,21 +150,6 @@ def add_product(tile, weights, b):
     if len(b) == 2:
         total = (total[0], tl.dot(weights, b[1], tile[1], input_precision="ieee"))
     return total
-
-
-@triton.jit
-def weigh(b_s, score_scale, b_shift, dtype: tl.constexpr):
-    """exp of scaled scores less a shift. Half precision counts in base 2, log2(e) riding in the scale: one multiply-add
-    and one exp2. fp32 counts in nats: scores of some hundred, rounded once more by log2(e), would cost it digits."""
-    b_x = b_s * score_scale - b_shift
-    if dtype == tl.float32:
-        b_x *= LOG2E
-    return tl.exp2(b_x)
-
-
-def score_scale(q: torch.Tensor, scale: float) -> float:
-    """What `weigh` multiplies scores of q with."""
-    return scale if q.dtype == torch.float32 else scale * LOG2E.value
 
 
 def heads_in_group(x: torch.Tensor) -> int:

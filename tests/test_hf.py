@@ -25,6 +25,7 @@ from bench.budget import compare  # noqa: E402
 from igpt import convert  # noqa: E402
 
 N, START = 16, 16
+SMALL = {"n_layer": 24, "n_embd": 512, "n_head": 8, "n_positions": 1024, "vocab_size": 513, "initializer_range": 0.05}
 
 
 def build(cls=ImageGPTForCausalImageModeling, seed=0, dtype=torch.float32, **changes):
@@ -221,6 +222,15 @@ def test_generate_is_equal(options, patched):
     patched(model)
     got = model.generate(x, **options, **({"cache_implementation": "static"} if static else {}))
     assert torch.equal(got, want)
+
+
+def test_greedy_generate_of_the_small_model_is_equal(patched):
+    model = build(**SMALL)
+    x = torch.cat([torch.full((2, 1), 512), torch.randint(0, 512, (2, 7))], 1)
+    options = {"do_sample": False, "max_new_tokens": 24, "pad_token_id": 0}
+    want = model.generate(x, **options)
+    assert torch.equal(patched(model).generate(x, **options), want)
+    assert want[:, 8:].unique().numel() > 8  # not one colour again and again
 
 
 def test_left_padding_in_every_dtype_has_no_nan(patched):
