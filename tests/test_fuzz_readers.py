@@ -22,7 +22,6 @@ import tf_writer
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from hypothesis.database import InMemoryExampleDatabase
 
 import igpt
 from igpt import convert
@@ -229,7 +228,7 @@ def test_mutated_files(good, tmp_path, record_property):
     torch.zeros(1) @ torch.zeros(1, 1)  # thread pools take their address space now
 
     @settings(
-        max_examples=FILES, deadline=None, database=InMemoryExampleDatabase(), phases=[Phase.generate],
+        max_examples=FILES, deadline=None, database=None, phases=[Phase.generate],
         suppress_health_check=list(HealthCheck), derandomize="IGPT_FUZZ" not in os.environ,
     )  # fmt: skip
     @given(st.sampled_from(TARGETS), mutations())
