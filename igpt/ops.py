@@ -2,8 +2,8 @@
 
 - "triton": the kernels, on a GPU or (TRITON_INTERPRET=1) in the interpreter; anywhere else a ValueError, never a
   fall-back.
-- "torch": the quickest exact PyTorch path: SDPA for attention, addmm with the activation's constants and the residual
-  in its alpha and beta for the MLP.
+- "torch": the quickest exact PyTorch path: on a CPU igpt/cpu.py and igpt/cpu_attention.py; elsewhere SDPA for
+  attention, addmm with the activation's constants and the residual in its alpha and beta for the MLP.
 - "auto": "triton" for fp16, bf16 and fp32 tensors on a GPU, "torch" otherwise.
 
 Each function checks its arguments before any work and raises ValueError naming the argument, what came and what was
@@ -17,7 +17,7 @@ import os
 import torch
 import torch.nn.functional as F
 
-from igpt import cpu
+from igpt import cpu, cpu_attention
 from igpt.kernels import reference
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # Linux only; elsewhere the torch path is all there is
@@ -55,7 +55,7 @@ def attention(q, k=None, v=None, *, causal: bool, scale: float | None = None, im
     """Attention of q, k, v, each (B, N, H, D), or of one packed qkv (B, N, 3, H, D) -> (B, N, H, D).
 
     Any strides with a contiguous last dimension, no copies; scale defaults to 1/sqrt(D). D must be a multiple of 16 up
-    to 128 for the kernels. Exact softmax attention in both forms; no N x N buffer."""
+    to 128 for the kernels. Exact softmax attention in every form; no N x N buffer."""
     packed = k is None and v is None
     if (k is None) != (v is None):
         raise ValueError("k, v: got one of them, expected both, or neither with q a packed (B, N, 3, H, D)")
@@ -75,6 +75,9 @@ def attention(q, k=None, v=None, *, causal: bool, scale: float | None = None, im
         if packed:
             return attention_kernel.attention_packed(q, causal, scale)
         return attention_kernel.attention(q, k, v, causal, scale)
+    if cpu_attention.suits(q):
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        return cpu_attention.Attention.apply(causal, scale, *((q,) if packed else (q, k, v)))
     q, k, v = q.unbind(2) if packed else (q, k, v)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale).transpose(1, 2)

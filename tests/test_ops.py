@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench.budget import against_fp64
-from igpt import cpu, ops
+from igpt import cpu, cpu_attention, ops
 from igpt.kernels import reference
 
 
@@ -73,6 +73,39 @@ def test_attention_on_the_torch_path(dtype, causal):
         lambda qkv: reference.attention(*qkv.unbind(2), causal), inputs, ("qkv",),
     ):  # fmt: skip
         assert errors.ok, errors
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n, h, d", [(600, 2, 64), (513, 1, 96), (256, 3, 8), (1, 1, 16)])
+def test_attention_by_blocks_on_a_cpu(n, h, d, dtype, causal, packed):
+    qkv = rand(2, n, 3, h, d, dtype=dtype)
+    inputs = {"qkv": qkv} if packed else dict(zip("qkv", qkv.unbind(2)))
+    for errors in against_fp64(
+        lambda **k: cpu_attention.Attention.apply(causal, d**-0.5, *k.values()),
+        lambda **k: reference.attention(*(k["qkv"].unbind(2) if packed else k.values()), causal), inputs, tuple(inputs),
+    ):  # fmt: skip
+        assert errors.ok, errors
+
+
+def test_attention_by_blocks_is_causal_to_the_bit_and_takes_hard_scores():
+    qkv = rand(1, 600, 3, 1, 64, scale=6.0)
+    changed = qkv.clone()
+    changed[:, 300:] *= -3
+    first, second = (cpu_attention.Attention.apply(True, 0.125, t) for t in (qkv, changed))
+    assert torch.equal(first[:, :300], second[:, :300]) and not torch.equal(first[:, 300:], second[:, 300:])
+    for errors in against_fp64(
+        lambda q: cpu_attention.Attention.apply(True, 0.125, q),
+        lambda q: reference.attention(*q.unbind(2), True), {"q": qkv}, ("q",),
+    ):  # fmt: skip
+        assert errors.ok, errors
+
+
+def test_attention_by_blocks_is_what_long_rows_on_few_threads_get():
+    long, short = torch.zeros(1, 1024, 3, 1, 16), torch.zeros(1, 256, 3, 1, 16)
+    assert cpu_attention.suits(long) == (cpu.suits(long) and torch.get_num_threads() <= cpu_attention.MAX_THREADS)
+    assert not cpu_attention.suits(short) and not cpu_attention.suits(long.double())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
