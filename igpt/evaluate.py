@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from igpt.source import Source, batches, bits
+from igpt.source import Source, bits
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,11 @@ def run(options: Options) -> dict:
     tokens = options.load_split(model, options.split).rows(slice(options.limit)).tokens
     generator = torch.Generator().manual_seed(options.seed)
     losses = []
-    for rows, x in tqdm(list(batches(tokens, options.batch)), desc="eval", unit="batch"):
-        masked = None if model.config.causal else model.draw_mask(x, generator).to(model.wte.device)
-        # A batch's loss is a mean over its pictures: weighted by their number, the whole set's mean.
-        losses.append((float(model.loss(x.to(model.wte.device), masked)), rows.stop - rows.start))
+    with tqdm(total=len(tokens), desc="eval", unit="picture") as progress, options.autocast(model):
+        for _, x in options.batches(model, tokens):
+            masked = None if model.config.causal else model.draw_mask(x, generator).to(model.wte.device)
+            # A batch's loss is a mean over its pictures: weighted by their number, the whole set's mean.
+            losses.append((float(model.loss(x.to(model.wte.device), masked)), len(x)))
+            progress.update(len(x))
     nats = float(np.average([loss for loss, _ in losses], weights=[n for _, n in losses]))
     return {"pictures": len(tokens), "split": options.split, "nats_per_pixel": nats, "bits_per_pixel": bits(nats)}

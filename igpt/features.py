@@ -7,22 +7,24 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from igpt.source import batches
+from igpt.source import Source
 
 
 @torch.no_grad()
-def extract(model, tokens: np.ndarray, batch: int, path: Path | None = None, *, draw: int = 0, seed: int = 0):
+def extract(options: Source, model, tokens: np.ndarray, path: Path | None = None, *, draw: int = 0):
     """Features fp32 (L + 1, n, d) of tokens (n, n_ctx), a numpy memmap at `path` (default: a temporary file).
 
-    A BERT model reads each picture under a mask drawn from (seed, draw), as in its pretraining."""
+    A BERT model reads each picture under a mask drawn from (options.seed, draw), as in its pretraining."""
     c = model.config
     shape = (c.n_layer + 1, len(tokens), c.width)
     # The memmap outlives this function, and an unnamed file goes with it.
     features = np.memmap(path or tempfile.TemporaryFile(), dtype=np.float32, mode="w+", shape=shape)  # noqa: SIM115
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + draw)
-    for rows, x in tqdm(list(batches(tokens, batch)), desc="features", unit="batch", leave=False):
-        masked = None if c.causal else model.draw_mask(x, generator).to(model.wte.device)
-        features[:, rows] = model.features(x.to(model.wte.device), masked).float().cpu().numpy()
+    generator = torch.Generator().manual_seed(options.seed * 1_000_003 + draw)
+    with tqdm(total=len(tokens), desc="features", unit="picture", leave=False) as progress, options.autocast(model):
+        for rows, x in options.batches(model, tokens):
+            masked = None if c.causal else model.draw_mask(x, generator).to(model.wte.device)
+            features[:, rows] = model.features(x.to(model.wte.device), masked).float().cpu().numpy()
+            progress.update(len(x))
     return features
 
 

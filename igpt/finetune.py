@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from igpt import data
-from igpt.source import Labelled, batches
+from igpt.source import Labelled
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,6 @@ class Options(Labelled):
     lr: float = 3e-4  # the paper: often 10 times below pretraining's, no cosine
     generative: float = 1.0  # weight of L_GEN; 0 turns it off
     augment: bool = False  # CIFAR's: reflect-pad 4, a random crop of the picture or of its mirror image
-    bf16: bool = False  # autocast
     out: Path | None = None  # export the best model here, with finetune.json
 
 
@@ -76,7 +75,7 @@ def one_epoch(model, optimizer, train, options: Options, epoch: int) -> dict:
         tokens = epoch_tokens(train, rows, options, seed=[options.seed, epoch, start]).to(device)
         labels = torch.from_numpy(train.labels[rows]).to(device)
         masked = None if model.config.causal else model.draw_mask(tokens)
-        with torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):
+        with options.autocast(model):
             h = model.trunk(tokens, masked)
             generative = model.mean_loss(model.nll(h, tokens), masked)
             classifying = F.cross_entropy(model.classify(h).float(), labels)
@@ -101,8 +100,9 @@ def epoch_tokens(train, rows, options: Options, seed) -> torch.Tensor:
 def accuracy_of(model, pictures, options: Options) -> float:
     """Share of pictures classified right. BERT inputs stay masked, under a mask that is the same every time."""
     generator, right = torch.Generator().manual_seed(options.seed), 0
-    for rows, tokens in batches(pictures.tokens, options.batch):
+    for rows, tokens in options.batches(model, pictures.tokens):
         masked = None if model.config.causal else model.draw_mask(tokens, generator).to(model.wte.device)
-        predicted = model.classify(model.trunk(tokens.to(model.wte.device), masked)).argmax(-1).cpu()
+        with options.autocast(model):
+            predicted = model.classify(model.trunk(tokens.to(model.wte.device), masked)).argmax(-1).cpu()
         right += int((predicted == torch.from_numpy(pictures.labels[rows])).sum())
     return right / len(pictures)

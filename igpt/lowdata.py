@@ -31,8 +31,8 @@ def run(options: Options) -> dict:
     draws = {k: [subset(train.labels, k, options.seed + i) for i in range(options.subsets)] for k in options.k}
     # Only the pictures that some subset needs are read.
     needed = np.unique(np.concatenate([rows for subsets in draws.values() for rows in subsets]))
-    x_train = features.layers(features.extract(model, train.tokens[needed], options.batch, seed=options.seed), layer)
-    x_test = features.layers(features.extract(model, test.tokens, options.batch, seed=options.seed), layer)
+    x_train = features.layers(features.extract(options, model, train.tokens[needed]), layer)
+    x_test = features.layers(features.extract(options, model, test.tokens), layer)
     y_test, classes, device = torch.from_numpy(test.labels), len(train.classes), model.wte.device
     report = {"layer": layer, "C": options.C, "subsets": options.subsets, "k": {}}
     for k, subsets in tqdm(draws.items(), desc="labels a class"):

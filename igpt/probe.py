@@ -16,7 +16,7 @@ from igpt.source import Labelled
 class Options(Labelled):
     """Probe every layer: fit on train, choose layer and C on valid, refit on both, report test."""
 
-    C: tuple[float, ...] = (0.001, 0.01, 0.1, 1.0)  # inverse regularisation, searched on the validation split
+    C: tuple[float, ...] = (0.001, 0.01, 0.1, 1.0, 10.0)  # inverse regularisation, searched on the validation split
     solver: Literal["lbfgs", "sgd"] = "lbfgs"  # sgd: the paper's recipe for ImageNet; C is then ignored
     lr: tuple[float, ...] = (30.0, 10.0, 3.0)  # of sgd, searched on the validation split
     steps: int = 10_000  # of sgd
@@ -40,7 +40,7 @@ def run(options: Options) -> dict:
         raise ValueError(f"join: got {options.join}, expected 1 to {len(every)}")
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
-    x_train, x_valid, x_test = (features.extract(model, s.tokens, options.batch, seed=options.seed) for s in sets)
+    x_train, x_valid, x_test = (features.extract(options, model, s.tokens) for s in sets)
     y_train, y_valid, y_test = (torch.from_numpy(s.labels) for s in sets)
     device, classes = model.wte.device, len(train.classes)
 
@@ -65,7 +65,7 @@ def run(options: Options) -> dict:
     classifier = fit(both, torch.cat([y_train, y_valid]), strength)
     votes = [classifier.predict(features.layers(x_test, chosen))]
     for draw in range(1, options.votes):
-        again = features.extract(model, test.tokens, options.batch, draw=draw, seed=options.seed)
+        again = features.extract(options, model, test.tokens, draw=draw)
         votes.append(classifier.predict(features.layers(again, chosen)))
     predicted = modal(torch.stack(votes).cpu(), classes, options.seed)
     report = {

@@ -22,14 +22,30 @@ class Source:
     labels: str | None = None  # which labels, where a set has several
     palette: Path | None = None  # palette.npy, kmeans_centers.npy or a directory with one; default: the model's own
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    batch: int = 64  # pictures at once
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"  # of the activations; auto: bf16 on a GPU, fp32 on a CPU
+    batch: int | None = None  # pictures at once; default: 64 on a GPU, 4 on a CPU, whose caches hold no more
     seed: int = 0
 
     def load_model(self, **overrides):
         """The model on its device; `overrides` replace Config fields that add parameters (classes)."""
+        if self.batch is not None and self.batch < 1:
+            raise ValueError(f"batch: got {self.batch}, expected at least 1")
         cuda = self.device == "cuda" or (self.device == "auto" and torch.cuda.is_available())
         model = ImageGPT.from_pretrained(self.model, device="cuda" if cuda else "cpu")
         return with_config(model, **overrides) if overrides else model
+
+    def autocast(self, model):
+        """The context in which the model computes in `dtype`; parameters of 16 bits stay what they are."""
+        device = model.wte.device.type
+        bf16 = self.dtype == "bf16" or (self.dtype == "auto" and device == "cuda")
+        return torch.autocast(device, torch.bfloat16, enabled=bf16)
+
+    def batches(self, model, tokens):
+        """(slice, int64 tensor on the CPU) of at most `batch` rows each; tokens (n, n_ctx) may be a memory map."""
+        size = (64 if model.wte.is_cuda else 4) if self.batch is None else self.batch
+        for start in range(0, len(tokens), size):
+            rows = slice(start, min(start + size, len(tokens)))
+            yield rows, torch.from_numpy(tokens[rows].astype(np.int64))
 
     def load_split(self, model, split: str) -> data.Pictures:
         """The Pictures of `split` with their tokens. Raises ValueError if they don't fit the model."""
@@ -79,13 +95,6 @@ class Labelled(Source):
 def spread(n: int, k: int) -> np.ndarray:
     """k of n rows, evenly apart: sets that are sorted by class keep every class."""
     return np.linspace(0, n - 1, k).astype(np.int64)
-
-
-def batches(tokens, size: int):
-    """(slice, int64 tensor) of at most `size` rows each; tokens may be a memory map."""
-    for start in range(0, len(tokens), size):
-        rows = slice(start, min(start + size, len(tokens)))
-        yield rows, torch.from_numpy(tokens[rows].astype(np.int64))
 
 
 def with_config(model, **overrides):

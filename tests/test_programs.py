@@ -80,9 +80,12 @@ def test_probe_of_joined_layers_and_sgd(here):
 def test_features_are_the_models(here):
     model = igpt.ImageGPT.from_pretrained(here / "ar")
     tokens = coloured(7, 1).tokens
-    found = features.extract(model, tokens, batch=3)
-    want = model.features(torch.from_numpy(tokens.astype(np.int64)))
-    torch.testing.assert_close(torch.from_numpy(np.array(found)), want.detach())
+    want = model.features(torch.from_numpy(tokens.astype(np.int64))).detach()
+    found = features.extract(probe.Options(**(where(here) | {"batch": 3})), model, tokens)
+    torch.testing.assert_close(torch.from_numpy(np.array(found)), want)
+    short = features.extract(probe.Options(**where(here), dtype="bf16"), model, tokens)
+    error = (torch.from_numpy(np.array(short)) - want).abs().max() / want.abs().max()
+    assert 0 < error < 2**-5, "bf16 rounds to 2**-9, a few times over on the way through the model"
 
 
 def test_lowdata(here):
@@ -124,7 +127,7 @@ def test_with_config_keeps_the_weights(here):
 
 def test_bad_input(here, tmp_path):
     for change, words in [
-        ({"only": (7,)}, "only: got layers"), ({"votes": 2}, "votes: got 2"), ({"join": 9}, "join: got 9"),
+        ({"only": (7,)}, "only: got layers"), ({"votes": 2}, "votes: got 2"), ({"join": 9}, "join: got 9"), ({"batch": 0}, "batch: got 0"),
         ({"model": str(here / "none")}, "none"),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=words):
