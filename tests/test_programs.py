@@ -127,7 +127,8 @@ def test_with_config_keeps_the_weights(here):
 
 def test_bad_input(here, tmp_path):
     for change, words in [
-        ({"only": (7,)}, "only: got layers"), ({"votes": 2}, "votes: got 2"), ({"join": 9}, "join: got 9"), ({"batch": 0}, "batch: got 0"),
+        ({"only": (7,)}, "only: got layers"), ({"votes": 2}, "votes: got 2"), ({"join": 9}, "join: got 9"),
+        ({"batch": 0}, "batch: got 0"),
         ({"model": str(here / "none")}, "none"),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=words):
