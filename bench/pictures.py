@@ -1,20 +1,38 @@
-"""Palette encoding of whole pictures: ours against Hugging Face's processor, in pictures a second."""
+"""Whole pictures on a CPU, in pictures a second: colours looked up, a palette fitted, a folder of files encoded; ours
+against Hugging Face's processor and scikit-learn's k-means."""
 
 import dataclasses
-from collections.abc import Iterator
+import functools
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
-from bench import cost
 from bench.cases import Case, palette_cube
+from bench.cost import Cost
 from bench.machine import ceilings, stamp
 from bench.measure import Run
 from bench.peers import importable
 from bench.rows import Row
 from bench.timing import Stats, interleaved
 from igpt import Palette, data
+from igpt.encode import encode_folder
+from igpt.fit_palette import mse
 
 SIDE = 32
+
+
+@dataclass(frozen=True)
+class Job:
+    """One way to do `count` pictures' work; a slow peer may do fewer (`done`), its time scaled up: it is linear."""
+
+    run: Callable[[], object]
+    note: str
+    done: int | None = None
 
 
 def pictures(count: int) -> np.ndarray:
@@ -23,45 +41,101 @@ def pictures(count: int) -> np.ndarray:
     return images[np.arange(count) % len(images)]
 
 
-def rows(run: Run, count: int = 4096, theirs: int = 256) -> Iterator[Row]:
-    """Ours with its table built, ours building it each time, and the processor (PIL variant) on fewer pictures, its
-    time scaled up: its time is linear in them."""
-    images, palette = pictures(count), Palette(palette_cube())
-    case = Case("palette pictures", count, SIDE * SIDE, 0, 0, "fp32", direction="fwd")
-    variants = {
-        "ours": lambda: palette.encode(images),
-        "ours, building": lambda: Palette(palette_cube()).encode(images),
-    }
-    notes = {
-        "ours": "the table, which fills as colours come, has seen these",
-        "ours, building": "a new palette each time: every table is built anew",
-    }
-    scale, absent = {}, []
-    if importable("transformers"):
-        from transformers.models.imagegpt.image_processing_pil_imagegpt import ImageGPTImageProcessorPil
+def processor(palette: Palette):
+    """Hugging Face's, without torchvision."""
+    from transformers.models.imagegpt.image_processing_pil_imagegpt import ImageGPTImageProcessorPil
 
-        processor = ImageGPTImageProcessorPil(
-            clusters=palette.centres.numpy(), size={"height": SIDE, "width": SIDE}, do_normalize=True
-        )
-        few = list(images[:theirs])
-        variants["hugging face"] = lambda: processor(few, return_tensors="np")
-        scale["hugging face"] = count / theirs
-        notes["hugging face"] = f"ImageGPTImageProcessorPil on {theirs} pictures, time scaled to {count}"
-    else:
-        absent.append("hugging face")
-    timed = interleaved(variants, run.timer, run.case_s, run.least)
-    times = {
-        name: Stats(t.median * (k := scale.get(name, 1.0)), t.p20 * k, t.p80 * k, t.runs) for name, t in timed.items()
+    size = {"height": SIDE, "width": SIDE}
+    return ImageGPTImageProcessorPil(clusters=palette.centres.numpy(), size=size, do_normalize=True)
+
+
+def lookup(run: Run, count: int = 4096, theirs: int = 256) -> Iterator[Row]:
+    """Palette.encode with its table built, and building it each time, against the processor (its PIL variant)."""
+    images, palette = pictures(count), Palette(palette_cube())
+    jobs = {
+        "ours": Job(lambda: palette.encode(images), "the table, which fills as colours come, has seen these"),
+        "ours, building": Job(
+            lambda: Palette(palette_cube()).encode(images), "a new palette each time: every table is built anew"
+        ),
     }
-    moved = cost.Cost(0, count * SIDE * SIDE * (3 + 8))
-    floor = ceilings("cpu").floor_ms(moved, "fp32")
+    if importable("transformers"):
+        convert, few = processor(palette), list(images[:theirs])
+        note = f"ImageGPTImageProcessorPil on {theirs} pictures, time scaled to {count}"
+        jobs["hugging face"] = Job(lambda: convert(few, return_tensors="np"), note, theirs)
+    bytes_ = count * SIDE * SIDE * (3 + 8)
+    yield from _rows(run, "palette pictures", count, jobs, "hugging face", "transformers", bytes_)
+
+
+def fit(run: Run, count: int = 256, k: int = 512) -> Iterator[Row]:
+    """Palette.fit against scikit-learn's KMeans with one k-means++ start, on the same pixels; notes say how near the
+    colours of each come to the pixels."""
+    images, found = pictures(count), {}
+    x = images.reshape(-1, 3) / 127.5 - 1
+
+    def ours():
+        found["ours"] = Palette.fit(images, k).centres.numpy()
+
+    def theirs():
+        from sklearn.cluster import KMeans
+
+        found["scikit-learn"] = KMeans(k, n_init=1, random_state=0).fit(x).cluster_centers_
+
+    jobs = {"ours": Job(ours, "Palette.fit")}
+    if importable("sklearn"):
+        jobs["scikit-learn"] = Job(theirs, f"KMeans(n_clusters={k}, n_init=1)")
+    for row in _rows(run, "palette fit", count, jobs, "scikit-learn", "scikit-learn", images.size):
+        if row.impl in found:
+            error = mse(Palette(found[row.impl]), images)
+            row = dataclasses.replace(row, note=f"{row.note}: mean squared error {error} (bytes squared)")
+        yield row
+
+
+def folder(run: Run, count: int = 4096, theirs: int = 256, side: int = 96) -> Iterator[Row]:
+    """igpt.encode_folder on PNG files of side x side, read, cropped, looked up and written, all cores, against
+    opening the files and the processor."""
+    palette = Palette(palette_cube())
+    with tempfile.TemporaryDirectory() as scratch:
+        source, out = Path(scratch, "pictures"), Path(scratch, "tokens")
+        source.mkdir()
+        paths = [source / f"{i:06}.png" for i in range(count)]
+        for image, path in zip(pictures(count), paths):
+            Image.fromarray(image).resize((side, side)).save(path)
+
+        def ours():
+            shutil.rmtree(out, ignore_errors=True)
+            encode_folder(source, out, palette, SIDE, progress=False)
+
+        jobs = {"ours": Job(ours, f"encode_folder of {side}x{side} PNG files, its processes' start included")}
+        if importable("transformers"):
+            convert = processor(palette)
+
+            def processed():
+                convert([Image.open(path) for path in paths[:theirs]], return_tensors="np")
+
+            note = f"Image.open and ImageGPTImageProcessorPil on {theirs} files, time scaled to {count}"
+            jobs["hugging face"] = Job(processed, note, theirs)
+        bytes_ = sum(path.stat().st_size for path in paths) + count * SIDE * SIDE * 2
+        yield from _rows(run, "encode folder", count, jobs, "hugging face", "transformers", bytes_)
+
+
+def _rows(run: Run, op: str, count: int, jobs: dict[str, Job], peer: str, package: str, bytes_: float) -> Iterator[Row]:
+    """The jobs timed in turns, each with its ratio to the peer; a row that says so if the peer's package is absent."""
+    case = Case(op, count, SIDE * SIDE, 0, 0, "fp32", direction="fwd")
+    row = functools.partial(Row, "model", **case.labels, **stamp("cpu"))
+    times = interleaved({name: job.run for name, job in jobs.items()}, run.timer, run.case_s, run.least)
+    for name, job in jobs.items():
+        scale, t = count / (job.done or count), times[name]
+        times[name] = Stats(t.median * scale, t.p20 * scale, t.p80 * scale, t.runs)
+    floor = ceilings("cpu").floor_ms(Cost(0, bytes_), "fp32")
     for name, t in times.items():
-        ratios = {"hugging face": times["hugging face"].median / t.median} if name != "hugging face" and scale else {}
-        yield Row(
-            "model", impl=name, **case.labels, **stamp("cpu"), median_ms=t.median, p20_ms=t.p20, p80_ms=t.p80,
-            runs=t.runs, bytes=moved.bytes, floor_ms=floor, pct_floor=100 * floor / t.median,
-            per_s=1e3 * count / t.median, unit="pictures", ratios=ratios, note=notes[name],
+        ratios = {peer: times[peer].median / t.median} if name != peer and peer in times else {}
+        yield row(
+            impl=name, median_ms=t.median, p20_ms=t.p20, p80_ms=t.p80, runs=t.runs, bytes=bytes_, floor_ms=floor,
+            pct_floor=100 * floor / t.median, per_s=1e3 * count / t.median, unit="pictures", ratios=ratios,
+            note=jobs[name].note,
         )  # fmt: skip
-    for name in absent:
-        row = Row("model", impl=name, **case.labels, **stamp("cpu"))
-        yield dataclasses.replace(row, note="absent: transformers is not installed")
+    if peer not in jobs:
+        yield row(impl=peer, note=f"absent: {package} is not installed")
+
+
+QUICK, ALL = (lookup,), (lookup, fit, folder)

@@ -32,9 +32,10 @@ def table(path: Path) -> str:
             if row.ratios:
                 name = f"{op} {case}" + ("" if impl == "ours" else f", {impl.removeprefix('ours').lstrip(', ')}")
                 against = [f"**{row.ratios[p]:.2f}x**" if p in row.ratios else "" for p in peers]
-                lines.append([name, number(row.median_ms), *against])
+                rate = f"{number(row.per_s)} {row.unit}" if row.per_s else ""
+                lines.append([name, number(row.median_ms), rate, *against])
     one = found[0]
-    head = ["case", "ours, ms", *(f"vs {peer}" for peer in peers)]
+    head = ["case", "ours, ms", "a second", *(f"vs {peer}" for peer in peers)]
     stamp = f"{one.gpu}; torch {one.torch}, Triton {one.triton}, commit {one.commit}, {one.date}. Medians, interleaved."
     return f"{columns(lines, head, markdown=True)}\n\n{stamp}\n"
 

@@ -107,7 +107,8 @@ def speeds(args, device: str, log: Log) -> None:
     presets, lengths, dtypes = args.preset, args.seq, args.dtype
     if args.suite in ("quick", "model", "full"):
         if not gpu:
-            log.take(pictures.rows(run))
+            for rows_of in pictures.QUICK if quick else pictures.ALL:
+                log.take(rows_of(run))
         chosen = models(presets, lengths, dtypes, gpu, quick)
         # In bf16 the quick suite compares with Hugging Face alone, to end in time.
         keep = (lambda name, c: c.dtype == "fp32" or name in ("ours", "hugging face")) if quick else (lambda *_: True)
@@ -123,10 +124,12 @@ def speeds(args, device: str, log: Log) -> None:
 
 
 def models(presets, lengths, dtypes, gpu: bool, quick: bool) -> list[ModelCase]:
-    """Whole-model cases: on a CPU one picture, forward and loss with gradients; on a GPU also the training step."""
+    """Whole-model cases: on a GPU forward and training step; on a CPU of one picture forward and loss with gradients,
+    and, but in the quick suite, a training step of the tiny preset."""
     directions = ("fwd", "step") if gpu else ("fwd", "fwd+bwd")
     T = 32768 if gpu else 0
-    return [
+    steps = [] if gpu or quick else [ModelCase("tiny", 16, N, dtype, "step") for N in lengths for dtype in dtypes]
+    return steps + [
         ModelCase(preset, max(1, T // N), N, dtype, direction)
         for preset in presets
         for N in lengths

@@ -14,7 +14,7 @@ _EXPORTS = {
     "ImageGPT": "model",
     "Palette": "palette",
 }
-_MODULES = ("config", "data", "hf", "model", "ops", "palette")
+_MODULES = ("config", "convert", "data", "hf", "model", "ops", "palette", "sample")
 
 __all__ = [*_EXPORTS, *_MODULES]
 

@@ -43,7 +43,7 @@ class Checkpoints:
         """The newest whole checkpoint; `latest` is asked first, then the folders, newest first."""
         pointer = self.folder / "latest"
         named = [self.folder / pointer.read_text().strip()] if pointer.is_file() else []
-        for path in named + sorted(self.folder.glob("step-[0-9]*"), key=step_of, reverse=True):
+        for path in named + self.all()[::-1]:
             if fault := damage(path):
                 warnings.warn(f"{path} is not taken: {fault}", stacklevel=2)
             else:
@@ -97,8 +97,12 @@ class Checkpoints:
             remove(self.folder / name)
         os.rename(path, self.folder / name)
         write_durably(self.folder / "latest", name)
-        for old in sorted(self.folder.glob("step-[0-9]*"), key=step_of)[: -self.keep]:
+        for old in self.all()[: -self.keep]:
             remove(old)
+
+    def all(self) -> list[Path]:
+        """step-N, by N; whatever else lies there is someone else's."""
+        return sorted((p for p in self.folder.glob("step-*") if p.name[5:].isdecimal()), key=step_of)
 
 
 def step_of(path: Path) -> int:
@@ -109,7 +113,11 @@ def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, or None: each file must be there, as long as it was."""
     if not (path / SIZES).is_file():
         return f"{SIZES} is missing"
-    for name, size in json.loads((path / SIZES).read_text()).items():
+    try:
+        sizes = json.loads((path / SIZES).read_text()).items()
+    except (ValueError, AttributeError):
+        return f"{SIZES} is not readable"
+    for name, size in sizes:
         if not (path / name).is_file():
             return f"{name} is missing"
         if (found := (path / name).stat().st_size) != size:

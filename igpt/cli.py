@@ -20,7 +20,7 @@ COMMANDS = {  # name: (module, what it does)
     "lowdata": ("lowdata", "few labels a class"),
     "sample": ("sample", "sample pictures"),
     "complete": ("complete", "complete pictures whose top is given"),
-    "convert": ("convert_model", "between our, Hugging Face's and OpenAI's checkpoints"),
+    "convert": ("convert_model", "a checkpoint of ours, Hugging Face's or OpenAI's to ours or Hugging Face's"),
 }
 USAGE = "usage: igpt COMMAND [OPTIONS]\n\nImage GPT: train, probe, complete, and measure it.\n\ncommands:\n"
 USAGE += "".join(f"  {name:<10} {does}\n" for name, (_, does) in COMMANDS.items())

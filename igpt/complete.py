@@ -4,12 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from igpt import grid, sample
 from igpt.crops import eval_crop, open_picture
-
-HIDDEN = 128  # grey: the pixels that the model has to make up
 
 
 @dataclass(frozen=True)
@@ -30,6 +27,7 @@ def run(options: Options) -> dict:
         raise ValueError(f"completions: got {options.completions}, expected at least 1")
     if not 0 < options.keep < 1:
         raise ValueError(f"keep: got {options.keep}, expected a fraction between 0 and 1, both excluded")
+    grid.prepare(options.out)
     model, palette, size = options.load()
     keep = round(options.keep * model.config.n_ctx)
     truth = palette.encode(np.stack([read(path, size[0], options.resize) for path in options.pictures]))
@@ -38,12 +36,8 @@ def run(options: Options) -> dict:
         model, len(asked), model.config.n_ctx - keep,
         lambda start, stop, **how: sample.complete(model, asked[start:stop], keep, **how),
     )  # fmt: skip
-    whole = palette.decode(truth, size)
-    hidden = whole.clone()
-    hidden.flatten(1, 2)[:, keep:] = HIDDEN
-    completed = palette.decode(completed, size).unflatten(0, (len(truth), -1))
-    rows = torch.cat([hidden[:, None], completed, whole[:, None]], 1)
-    path = grid.save(options.out, rows.flatten(0, 1), options.completions + 2, scale=options.scale)
+    images = grid.beside(palette.decode(truth, size), palette.decode(completed, size), keep)
+    path = grid.save(options.out, images, options.completions + 2, scale=options.scale)
     return {"out": str(path), "kept_pixels": keep, **report}
 
 

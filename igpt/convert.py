@@ -180,7 +180,18 @@ def _download(source: str) -> Path:
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise ValueError(f"source: no directory {source!r}; as a hub id it needs: pip install 'igpt[hf]'") from error
-    return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(HUB_FILES)))
+    try:
+        path = Path(snapshot_download(name, revision=revision or None, allow_patterns=list(HUB_FILES)))
+    except (OSError, ValueError, RuntimeError) as error:  # the hub's own errors are OSErrors
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"source: there is no directory {source!r}, and as a hub id it failed: {reason}") from error
+    if (path / CONFIG).is_file() and not any(path.glob("*.safetensors")):
+        raise ValueError(
+            f"source: {source!r} has no safetensors on the hub, and a pickle, which can run code when loaded, is never "
+            "fetched. Name a revision that has them (org/name@refs/pr/N), or, where you trust the pickle, download it "
+            f"and convert it once with\n{SAFELY}"
+        )
+    return path
 
 
 def shapes(config: Config) -> dict[str, tuple[int, ...]]:

@@ -1,4 +1,4 @@
-"""The program `igpt convert`: checkpoints between our format, Hugging Face's and OpenAI's."""
+"""The program `igpt convert`: from our, Hugging Face's and OpenAI's checkpoints to ours and Hugging Face's."""
 
 from dataclasses import dataclass
 from pathlib import Path

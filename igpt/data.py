@@ -82,6 +82,8 @@ def find_parts(spec: str, labels: str | None, picture_folder) -> dict:
         return found
     path = Path(spec)
     if not path.is_dir():
+        if found := openai(path, labels):  # folder/prefix, as run.py's --data_path
+            return found
         raise ValueError(f"spec: got {spec!r}, expected 'builtin:emoji', a folder, or one of {sorted(known)}:path")
     for reader in FORMATS.values():
         if found := reader(path, labels):

@@ -182,8 +182,17 @@ def available_bytes(device: torch.device) -> int:
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
         line = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
-        return int(line.split()[1]) * 1024
+        return min(int(line.split()[1]) * 1024, container_bytes())
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def container_bytes(group: Path = Path("/sys/fs/cgroup")) -> int:
+    """What the control group that a container runs in may still take; without a limit, any."""
+    try:
+        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        return sys.maxsize if limit == "max" else int(limit) - int(used)
+    except OSError:
+        return sys.maxsize
 
 
 def check_memory(model, batch: int, bytes_per_element: int):

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from igpt import data, grid, sample, train
-from igpt.complete import HIDDEN
 from igpt.model import ImageGPT
 
 BATCH, LR = 8, 0.004  # many small steps: what counts in a few minutes is their number
@@ -80,12 +79,8 @@ def complete(export: str, options: Options, path: Path) -> None:
     keep = test.n_ctx // 2
     asked = truth.repeat_interleave(COMPLETIONS, 0)
     tokens = sample.complete(model, asked, keep, temperature=TEMPERATURE, seed=options.seed)
-    whole = test.palette.decode(truth, test.size)
-    hidden = whole.clone()
-    hidden.flatten(1, 2)[:, keep:] = HIDDEN
-    completed = test.palette.decode(tokens, test.size).unflatten(0, (ROWS, COMPLETIONS))
-    rows = torch.cat([hidden[:, None], completed, whole[:, None]], 1)
-    grid.save(path, rows.flatten(0, 1), columns=2 * (COMPLETIONS + 2), scale=96 // options.size)
+    images = grid.beside(test.palette.decode(truth, test.size), test.palette.decode(tokens, test.size), keep)
+    grid.save(path, images, columns=2 * (COMPLETIONS + 2), scale=96 // options.size)
 
 
 def curve(metrics: Path, path: Path) -> None:

@@ -11,14 +11,15 @@ from igpt.source import Source
 
 
 @torch.no_grad()
-def extract(options: Source, model, tokens: np.ndarray, path: Path | None = None, *, draw: int = 0):
-    """Features fp32 (L + 1, n, d) of tokens (n, n_ctx), a numpy memmap at `path` (default: a temporary file).
+def extract(options: Source, model, tokens: np.ndarray, folder: Path | None = None, *, draw: int = 0):
+    """Features fp32 (L + 1, n, d) of tokens (n, n_ctx), a numpy memmap of an unnamed file in `folder` (default: the
+    system's temporary one).
 
     A BERT model reads each picture under a mask drawn from (options.seed, draw), as in its pretraining."""
     c = model.config
     shape = (c.n_layer + 1, len(tokens), c.width)
-    # The memmap outlives this function, and an unnamed file goes with it.
-    features = np.memmap(path or tempfile.TemporaryFile(), dtype=np.float32, mode="w+", shape=shape)  # noqa: SIM115
+    # The memmap outlives this function, and its file goes with it.
+    features = np.memmap(tempfile.TemporaryFile(dir=folder), dtype=np.float32, mode="w+", shape=shape)  # noqa: SIM115
     generator = torch.Generator().manual_seed(options.seed * 1_000_003 + draw)
     with tqdm(total=len(tokens), desc="features", unit="picture", leave=False) as progress, options.autocast(model):
         for rows, x in options.batches(model, tokens):

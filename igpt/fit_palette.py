@@ -9,6 +9,7 @@ import torch
 
 from igpt import data
 from igpt.palette import Palette
+from igpt.source import device_of, spread
 
 
 @dataclass(frozen=True)
@@ -29,22 +30,19 @@ def run(options: Options) -> dict:
         raise ValueError(f"limit: got {options.limit}, expected at least 1")
     if not options.out.parent.is_dir():
         raise ValueError(f"out: {options.out} is in no folder that exists")
+    device = device_of(options.device)
     sets = [data.load(options.data, split, size=options.size) for split in ("train", "valid")]
     for pictures in sets:
         if pictures.images is None:
             raise ValueError(f"data: {pictures.name} holds tokens only, expected pictures")
-    train, valid = (spread(pictures.images, options.limit) for pictures in sets)
-    cuda = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
-    palette = Palette.fit(torch.from_numpy(train).cuda() if cuda else train, options.k, options.seed)
+    train, valid = (p.images[spread(len(p), min(len(p), options.limit))] for p in sets)
+    pixels = torch.from_numpy(train).to(device) if device.type == "cuda" else train
+    palette = Palette.fit(pixels, options.k, options.seed)
     palette.save(options.out)
     return {
         "out": str(options.out), "k": options.k, "fingerprint": palette.fingerprint, "pictures": len(train),
         "mse": mse(palette, train), "valid_mse": mse(palette, valid),
     }  # fmt: skip
-
-
-def spread(images: np.ndarray, limit: int) -> np.ndarray:
-    return images[np.linspace(0, len(images) - 1, min(limit, len(images))).astype(int)]
 
 
 def mse(palette: Palette, images: np.ndarray) -> float:

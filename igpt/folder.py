@@ -72,7 +72,7 @@ def read_folder(root: Path, size: int, crop: str, resample: str, seed: int, skip
         except ValueError as error:
             if skip_bad:
                 return None
-            raise ValueError(f"{error} (skip_bad leaves such pictures out)") from error
+            raise ValueError(f"{error} (igpt encode --skip-bad leaves such pictures out)") from error
 
     with ThreadPoolExecutor() as threads:
         images = list(threads.map(one, range(len(names))))

@@ -1,11 +1,13 @@
 """Many small pictures as one PNG."""
 
+import os
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
-BACKGROUND = 255
+BACKGROUND, HIDDEN = 255, 128
 
 
 def tile(images, columns: int, gap: int = 2) -> np.ndarray:
@@ -22,6 +24,24 @@ def tile(images, columns: int, gap: int = 2) -> np.ndarray:
         y, x = gap + i // columns * (H + gap), gap + i % columns * (W + gap)
         sheet[y : y + H, x : x + W] = image
     return sheet
+
+
+def beside(truth, completed, keep: int):
+    """Rows of a grid: the first `keep` pixels of each picture with the rest in grey, its completions, the picture.
+
+    truth uint8 (B, H, W, 3) and completed (B * n, H, W, 3), tensors -> (B * (n + 2), H, W, 3)."""
+    given = truth.clone()
+    given.flatten(1, 2)[:, keep:] = HIDDEN
+    completed = completed.unflatten(0, (len(truth), -1))
+    return torch.cat([given[:, None], completed, truth[:, None]], 1).flatten(0, 1)
+
+
+def prepare(path) -> None:
+    """Make the folder of a file to come. Raises ValueError if the file could not be written, before there is one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"out: cannot write a file at {path}")
 
 
 def save(path, images, columns: int, gap: int = 2, scale: int = 1) -> Path:

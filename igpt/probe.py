@@ -1,5 +1,6 @@
 """The program `igpt probe`: a linear classifier on frozen features, layer by layer (paper section 4.2, appendix)."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,8 +19,8 @@ class Options(Labelled):
 
     C: tuple[float, ...] = (0.001, 0.01, 0.1, 1.0, 10.0)  # inverse regularisation, searched on the validation split
     solver: Literal["lbfgs", "sgd"] = "lbfgs"  # sgd: the paper's recipe for ImageNet; C is then ignored
-    lr: tuple[float, ...] = (30.0, 10.0, 3.0)  # of sgd, searched on the validation split
-    steps: int = 10_000  # of sgd
+    lr: tuple[float, ...] = (30.0, 10.0, 3.0)  # of sgd on features of length 1, searched on the validation split
+    steps: int = 10_000  # of sgd (paper's ImageNet probes: 1,000,000)
     standardise: bool = True  # features to mean 0 and deviation 1 over the training set (lbfgs)
     join: int = 1  # join this many layers around the best one (XL's 15360 features: 5)
     votes: int = 1  # BERT: masks a test picture is read under; the modal prediction counts, ties at random (paper: 5)
@@ -38,9 +39,11 @@ def run(options: Options) -> dict:
         raise ValueError(f"votes: got {options.votes}, expected 1, or more for a BERT model")
     if not 1 <= options.join <= len(every):
         raise ValueError(f"join: got {options.join}, expected 1 to {len(every)}")
+    if not all(value > 0 for value in (*options.C, *options.lr, options.steps)):
+        raise ValueError(f"C, lr, steps: got {options.C}, {options.lr}, {options.steps}, expected positive numbers")
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
-    x_train, x_valid, x_test = (features.extract(options, model, s.tokens) for s in sets)
+    x_train, x_valid, x_test = (features.extract(options, model, s.tokens, options.out) for s in sets)
     y_train, y_valid, y_test = (torch.from_numpy(s.labels) for s in sets)
     device, classes = model.wte.device, len(train.classes)
 
@@ -65,7 +68,7 @@ def run(options: Options) -> dict:
     classifier = fit(both, torch.cat([y_train, y_valid]), strength)
     votes = [classifier.predict(features.layers(x_test, chosen))]
     for draw in range(1, options.votes):
-        again = features.extract(options, model, test.tokens, draw=draw)
+        again = features.extract(options, model, test.tokens, options.out, draw=draw)
         votes.append(classifier.predict(features.layers(again, chosen)))
     predicted = modal(torch.stack(votes).cpu(), classes, options.seed)
     report = {
@@ -93,6 +96,7 @@ def write(report: dict, out: Path) -> None:
 
     (out / "probe.json").write_text(json.dumps(report, indent=1) + "\n")
     if importlib.util.find_spec("matplotlib") is None:
+        print("no probe.png: matplotlib is not installed (pip install 'igpt[viz]')", file=sys.stderr)
         return
     from matplotlib.figure import Figure
 

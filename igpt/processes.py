@@ -18,6 +18,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 
 from igpt.config import Config
 from igpt.model import ImageGPT
+from igpt.source import device_of
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,7 @@ def processes(device: str = "auto") -> Iterator[Processes]:
     """The processes that torchrun started, or this one alone; device "auto", "cpu" or "cuda".
 
     Raises ValueError for "cuda" without a GPU."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: got 'cuda', but there is no GPU; expected 'cpu' or 'auto'")
-    cuda = device != "cpu" and torch.cuda.is_available()
+    cuda = device_of(device).type == "cuda"
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     here = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if cuda:

@@ -30,6 +30,8 @@ def complete(model, tokens_BN, keep: int, **options) -> torch.Tensor:
     weights       None (the parameters' dtype), "bf16", or "int8" with one scale an output channel.
     cache_dtype   None (fp32 on a CPU, the weights' dtype on a GPU), "fp32", "bf16" or "fp8".
     progress      called after each position with the number of pixels just drawn, B.
+    decoder       one that decoder_of made for this model and batch (weights and cache_dtype are then its own): what it
+                  prepares, on a GPU a CUDA graph, is not prepared again.
 
     Raises ValueError for a bad option, a keep of 0 or all, tokens of another size or range, a BERT model, and a batch
     whose cache doesn't fit, before any work."""
@@ -61,10 +63,14 @@ def log_likelihood(model, tokens_BN, *, weights: str | None = None, cache_dtype:
 def _continue(
     model, kept_BK, *, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
     seed: int = 0, first: int = 0, weights: str | None = None, cache_dtype: str | None = None, progress=None,
+    decoder=None,
 ):  # fmt: skip
     n_ctx, device, (B, keep) = model.config.n_ctx, model.wte.device, kept_BK.shape
     sampler = Sampler(temperature, top_k, top_p, seed, first).check(model.config.vocab)
-    decoder = decoder_of(model, B, weights=weights, cache_dtype=cache_dtype)
+    if decoder is None:
+        decoder = decoder_of(model, B, weights=weights, cache_dtype=cache_dtype)
+    elif decoder.batch != B:
+        raise ValueError(f"decoder: got one for {decoder.batch} pictures, expected {B}")
     tokens = torch.zeros(B, n_ctx, dtype=torch.int64, device=device)
     tokens[:, :keep] = kept_BK
     with torch.autocast(device.type, enabled=False):
@@ -94,9 +100,12 @@ class Sampling:
         """(model, palette, (height, width)). Raises ValueError if they don't fit together."""
         from igpt.model import ImageGPT
         from igpt.palette import Palette
+        from igpt.source import device_of
 
-        cuda = self.device == "cuda" or (self.device == "auto" and torch.cuda.is_available())
-        model = ImageGPT.from_pretrained(self.model, device="cuda" if cuda else "cpu")
+        for name in ("batch", "scale"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
+        model = ImageGPT.from_pretrained(self.model, device=device_of(self.device))
         side = math.isqrt(model.config.n_ctx)
         if side * side != model.config.n_ctx:
             raise ValueError(f"model: got n_ctx {model.config.n_ctx}, expected a square number of pixels")
@@ -109,17 +118,16 @@ class Sampling:
         """sample(start, stop, **options) -> tokens, for slices of n pictures of which `pixels` are drawn each."""
         from tqdm import tqdm
 
-        if self.batch < 1:
-            raise ValueError(f"batch: got {self.batch}, expected at least 1")
         weights = self.weights or ("bf16" if model.wte.is_cuda and model.wte.dtype == torch.float32 else None)
         drawn = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p, "seed": self.seed}
-        stored = {"weights": weights, "cache_dtype": self.cache_dtype}
-        began, done = time.perf_counter(), []
+        began, done, decoder = time.perf_counter(), [], None
         form = "{percentage:3.0f}%|{bar}| {n:.2f}/{total:.0f} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
         with tqdm(total=n * pixels, unit=" pictures", unit_scale=1 / pixels, bar_format=form) as bar:
             for start in range(0, n, self.batch):
                 stop = min(start + self.batch, n)
-                done.append(sample(start, stop, first=start, progress=bar.update, **drawn, **stored).cpu())
+                if decoder is None or decoder.batch != stop - start:
+                    decoder = decoder_of(model, stop - start, weights=weights, cache_dtype=self.cache_dtype)
+                done.append(sample(start, stop, first=start, progress=bar.update, decoder=decoder, **drawn).cpu())
         seconds = time.perf_counter() - began
         return torch.cat(done), {"pictures": n, "seconds": round(seconds, 3), "pictures_per_s": round(n / seconds, 4)}
 
@@ -136,6 +144,9 @@ class Options(Sampling):
 def run(options: Options) -> dict:
     if options.n < 1:
         raise ValueError(f"n: got {options.n}, expected at least 1")
+    if options.columns is not None and options.columns < 1:
+        raise ValueError(f"columns: got {options.columns}, expected at least 1")
+    grid.prepare(options.out)
     model, palette, size = options.load()
     tokens, report = options.run_batches(
         model, options.n, model.config.n_ctx, lambda start, stop, **how: generate(model, stop - start, **how)

@@ -20,6 +20,7 @@ class Source:
     model: str  # our directory, a Hugging Face directory or hub id, or an OpenAI checkpoint prefix
     data: str  # builtin:emoji, a folder, a token set, CIFAR, STL-10, IDX or OpenAI's npy sets (igpt.data.load)
     labels: str | None = None  # which labels, where a set has several
+    holdout: float = 0.1  # part of train that is valid, where the set has no valid of its own (paper's ImageNet: 0.04)
     palette: Path | None = None  # palette.npy, kmeans_centers.npy or a directory with one; default: the model's own
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "bf16", "fp32"] = "auto"  # of the activations; auto: bf16 on a GPU, fp32 on a CPU
@@ -30,8 +31,7 @@ class Source:
         """The model on its device; `overrides` replace Config fields that add parameters (classes)."""
         if self.batch is not None and self.batch < 1:
             raise ValueError(f"batch: got {self.batch}, expected at least 1")
-        cuda = self.device == "cuda" or (self.device == "auto" and torch.cuda.is_available())
-        model = ImageGPT.from_pretrained(self.model, device="cuda" if cuda else "cpu")
+        model = ImageGPT.from_pretrained(self.model, device=device_of(self.device))
         return with_config(model, **overrides) if overrides else model
 
     def autocast(self, model):
@@ -50,22 +50,18 @@ class Source:
     def load_split(self, model, split: str) -> data.Pictures:
         """The Pictures of `split` with their tokens. Raises ValueError if they don't fit the model."""
         side = math.isqrt(model.config.n_ctx)
-        pictures = data.load(self.data, split, size=side, labels=self.labels)
+        pictures = data.load(self.data, split, size=side, labels=self.labels, holdout=self.holdout)
         if not len(pictures):
             raise ValueError(f"data: {pictures.name} has no pictures")
         if pictures.n_ctx != model.config.n_ctx:
             raise ValueError(f"data: got {pictures.n_ctx} pixels a picture, expected the model's {model.config.n_ctx}")
-        # Tokens are of the palette that made them; pictures are encoded with the model's.
-        pictures = pictures.encoded(self.load_palette(model) if pictures.images is not None else None)
+        palette = Palette.load(self.palette) if self.palette else model.palette
+        if palette is None and pictures.images is not None:
+            raise ValueError(f"palette: {self.model} came without one, expected --palette")
+        pictures = pictures.encoded(palette)  # tokens of another palette are refused
         if pictures.vocab != model.config.vocab:
             raise ValueError(f"data: got tokens of {pictures.vocab} colours, expected the model's {model.config.vocab}")
         return pictures
-
-    def load_palette(self, model) -> Palette:
-        palette = Palette.load(self.palette) if self.palette else model.palette
-        if palette is None:
-            raise ValueError(f"palette: {self.model} came without one, expected --palette")
-        return palette
 
 
 @dataclass(frozen=True)
@@ -90,6 +86,13 @@ class Labelled(Source):
         if "test" in sets:
             sizes["test"] = min(self.limit_test or len(sets["test"]), len(sets["test"]))
         return [pictures.rows(spread(len(pictures), sizes[split])) for split, pictures in sets.items()]
+
+
+def device_of(name: str) -> torch.device:
+    """The device "auto", "cpu" or "cuda" stands for. Raises ValueError for "cuda" without a GPU."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: got 'cuda', but there is no GPU; expected 'cpu' or 'auto'")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def spread(n: int, k: int) -> np.ndarray:

@@ -64,14 +64,16 @@ def finish(folder: Path, size: tuple[int, int], rows: int, labels, classes, pale
 
 
 def save_tokens(pictures: Pictures, folder, palette: Palette | None = None) -> dict:
-    """Writes pictures as a token set that `load` reads (with their labels), and returns its meta.json."""
+    """Writes pictures as a token set that `load` reads (with their labels), and returns its meta.json.
+
+    Raises ValueError if the folder holds tokens already."""
     pictures = pictures.encoded(palette)
     if pictures.palette is None:
         raise ValueError(f"palette: {pictures.name} has none of its own; expected the one that made its tokens")
     folder = Path(folder)
+    if (folder / "tokens.npy").exists():
+        raise ValueError(f"folder: {folder} holds a token set already; expected a new folder")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "meta.json").unlink(missing_ok=True)
-    (folder / "labels.npy").unlink(missing_ok=True)
     np.save(folder / "tokens.npy", np.asarray(pictures.tokens), allow_pickle=False)
     return finish(folder, pictures.size, len(pictures), pictures.labels, pictures.classes, pictures.palette,
                   {"source": pictures.name})

@@ -9,6 +9,7 @@ learning rate. So a run that was killed goes on from its last checkpoint as if n
 
 import math
 import signal
+import sys
 import threading
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -53,6 +54,7 @@ class Options:
     heads: int | None = None  # default: the preset's
     norm: Literal["rms", "layer"] = "rms"  # as OpenAI's code has it (not centred), or as the paper writes it
     size: int | None = None  # pictures become size x size; default: 32, or the token set's own
+    holdout: float = 0.1  # part of train that is valid, where the set has no valid of its own (paper's ImageNet: 0.04)
     palette: Path | None = None  # palette.npy or kmeans_centers.npy; default: the set's own
     steps: int | None = None  # updates; default: the paper's 1,000,000 (xl 2,000,000; tiny 1000)
     batch: int | None = None  # pictures an update, over all processes; default: the paper's 128 (xl 64; tiny 16)
@@ -124,10 +126,13 @@ def run(options: Options) -> dict:
                 "micro-batches"
             )
         palette = None if options.palette is None else Palette.load(options.palette)
-        train, valid = (data.load(options.data, s, size=options.size).encoded(palette) for s in ("train", "valid"))
+        train, valid = (data.load(options.data, s, size=options.size, holdout=options.holdout).encoded(palette)
+                        for s in ("train", "valid"))
         for pictures in (train, valid):
             if not len(pictures):
                 raise ValueError(f"data: {pictures.name} has no pictures")
+        if options.sample_every and options.objective == "ar" and train.palette is None and us.first:
+            print(f"no sample grids: {options.data} came without a palette", file=sys.stderr)
         return Training(options, us, micro, train, valid.rows(slice(options.valid_pictures))).run(stopped)
 
 

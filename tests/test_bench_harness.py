@@ -122,8 +122,16 @@ def test_eager_and_ours_are_one_model():
 
 
 def test_pictures_against_the_processor():
-    found = {r.impl: r for r in pictures.rows(lying_run(), count=8, theirs=2)}
+    found = {r.impl: r for r in pictures.lookup(lying_run(), count=8, theirs=2)}
     assert found["hugging face"].median_ms == 4.0 and found["ours"].ratios == {"hugging face": 4.0}
+    found = {r.impl: r for r in pictures.folder(lying_run(), count=8, theirs=2, side=40)}
+    assert found["hugging face"].median_ms == 4.0 and found["ours"].ratios == {"hugging face": 4.0}
+
+
+def test_a_palette_fit_says_how_good_it_is():
+    found = {r.impl: r for r in pictures.fit(lying_run(), count=4, k=16)}
+    ours, theirs = (float(found[name].note.split("error ")[1].split()[0]) for name in ("ours", "scikit-learn"))
+    assert 0 < ours <= 1.02 * theirs
 
 
 def test_correctness_rows_can_be_red(monkeypatch):
@@ -165,7 +173,7 @@ def quiet(monkeypatch, correct_rows):
     monkeypatch.setattr(run, "finish", lambda *_: None)
     monkeypatch.setattr(run.measure, "timers", lambda device: (gpu.LyingTimer(), gpu.LyingTimer()))
     monkeypatch.setattr(run, "models", lambda *_: [ModelCase("tiny", 1, 32, "fp32", "fwd")])
-    monkeypatch.setattr(run.pictures, "rows", lambda run: iter(()))
+    monkeypatch.setattr(run.pictures, "QUICK", ())
     monkeypatch.setattr(run.cases, "speed", lambda *_: [SMALL])
 
 

@@ -77,7 +77,7 @@ def test_what_is_written_is_the_state_at_the_start(tmp_path):
     assert checkpoints.load(*state) == 1 and same(state, kept)
 
 
-@pytest.mark.parametrize("harm", ["truncated", "a file lost", "files.json lost", "pointer to nowhere"])
+@pytest.mark.parametrize("harm", ["truncated", "a file lost", "files.json lost", "files.json torn", "pointer to nowhere"])
 def test_a_damaged_checkpoint_is_not_taken(tmp_path, harm):
     states = saved(tmp_path, 1, 2)
     newest, expected = tmp_path / "step-2", 1
@@ -88,6 +88,8 @@ def test_a_damaged_checkpoint_is_not_taken(tmp_path, harm):
         (newest / ".metadata").unlink()
     elif harm == "files.json lost":
         (newest / "files.json").unlink()
+    elif harm == "files.json torn":
+        (newest / "files.json").write_text("{")
     else:
         (tmp_path / "latest").write_text("step-77")
         expected = 2
@@ -99,13 +101,14 @@ def test_a_damaged_checkpoint_is_not_taken(tmp_path, harm):
 
 def test_what_a_kill_left_behind_is_swept(tmp_path):
     saved(tmp_path, 1)
+    (tmp_path / "step-9-backup").mkdir()  # someone's copy: neither taken nor removed
     for name in (".writing-step-2", ".removing-step-0"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__0_0.distcp").write_bytes(b"half")
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         assert Checkpoints(tmp_path, ALONE).latest() == tmp_path / "step-1"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-1"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-1", "step-9-backup"]
 
 
 def test_an_empty_folder_is_step_0(tmp_path):

@@ -248,6 +248,19 @@ def test_hub_ids(hf_dir, tmp_path, monkeypatch):
     name, options = asked[0]
     assert (name, options["revision"]) == ("openai/imagegpt-small", "refs/pr/1")
     assert not any(pattern in ("*.bin", "pytorch_model.bin") for pattern in options["allow_patterns"])
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    (pickled / "config.json").write_text("{}")
+    monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: str(pickled))
+    with pytest.raises(ValueError, match="(?s)no safetensors on the hub.*weights_only=True"):
+        convert.load("openai/imagegpt-small")
+
+    def unreachable(*_, **__):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(hub, "snapshot_download", unreachable)
+    with pytest.raises(ValueError, match="no directory 'runs/none', and as a hub id it failed: ConnectionError"):
+        convert.load("runs/none")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ValueError, match="pip install"):
         convert.load("openai/imagegpt-small")

@@ -154,7 +154,8 @@ def test_openai(tmp_path, dtype):
         assert np.array_equal(pictures.tokens, ids[part]) and pictures.tokens.dtype == np.uint16
         assert pictures.labels.tolist() == list(range(len(ids[part]))) and len(pictures.classes) == 10
         assert pictures.size == (32, 32) and pictures.vocab == 512
-    assert len(data.load(f"openai:{tmp_path}/cifar10", "train+valid")) == 9
+    for spec in (f"openai:{tmp_path}/cifar10", f"{tmp_path}/cifar10"):  # the latter as run.py's --data_path
+        assert len(data.load(spec, "train+valid")) == 9
     np.save(tmp_path / "imagenet_trX.npy", ids["tr"])
     with pytest.raises(ValueError, match=r"got sets \['cifar10', 'imagenet'\], expected one; name it: openai:"):
         data.load(str(tmp_path))

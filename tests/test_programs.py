@@ -148,5 +148,31 @@ def test_bad_input(here, tmp_path):
     narrow = coloured(20, 1)
     narrow = dataclasses.replace(narrow, vocab=8, tokens=narrow.tokens % 8, palette=Palette(np.eye(8, 3)))
     data.save_tokens(narrow, tmp_path / "wide")
-    with pytest.raises(ValueError, match="tokens of 8 colours"):
+    with pytest.raises(ValueError, match="holds tokens of Palette.8 colours"):
         evaluate.run(evaluate.Options(**(where(here) | {"data": str(tmp_path / "wide"), "split": "train"})))
+
+
+def test_tokens_of_another_palette_are_refused(here, tmp_path):
+    """As many colours, but others: the ids fit, and mean something else."""
+    other = Palette(-palette().centres)
+    other.save(tmp_path / "other.npy")
+    with pytest.raises(ValueError, match="palette: got Palette"):
+        evaluate.run(evaluate.Options(**where(here), palette=tmp_path / "other.npy"))
+    model = igpt.ImageGPT.from_pretrained(here / "ar")
+    model.palette = other
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="holds tokens of Palette"):
+        evaluate.run(evaluate.Options(**(where(here) | {"model": str(tmp_path / "model")})))
+
+
+def test_a_gpu_that_is_not_there_is_refused(here, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="device: got 'cuda', but there is no GPU"):
+        evaluate.run(evaluate.Options(**(where(here) | {"device": "cuda"})))
+
+
+def test_settings_of_the_solver_are_checked_before_the_features(here, monkeypatch):
+    monkeypatch.setattr(features, "extract", None)
+    for change in ({"C": (0.1, -1.0)}, {"lr": (0.0,)}, {"steps": 0}):
+        with pytest.raises(ValueError, match="C, lr, steps: got"):
+            probe.run(probe.Options(**where(here), **change))

@@ -1,6 +1,7 @@
 """Decoding against the full forward, drawing against probabilities, seeds, bad input, and the two programs."""
 
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from PIL import Image
 from bench import sampling
 from bench.budget import compare
 from bench.cost import H200
-from igpt import ImageGPT, Palette, complete, decode, draw, sample
+from igpt import ImageGPT, Palette, complete, decode, draw, grid, sample
 
 HEAD_DIMS = (64, 96, 128)
 FORMS = {
@@ -408,12 +409,12 @@ def test_complete_program(checkpoint):
     for row, file in zip(cells, files):
         truth = np.asarray(Image.open(file))
         assert np.array_equal(row[-1], truth)
-        assert np.array_equal(row[0, :2], truth[:2]) and (row[0, 2:] == complete.HIDDEN).all()
+        assert np.array_equal(row[0, :2], truth[:2]) and (row[0, 2:] == grid.HIDDEN).all()
         assert all(np.array_equal(cell[:2], truth[:2]) for cell in row[1:-1])
         assert not np.array_equal(row[1], row[2])
 
 
-def test_programs_refuse(checkpoint):
+def test_programs_refuse(checkpoint, monkeypatch):
     Image.new("RGB", (9, 5)).save(checkpoint / "wide.png")
     wide = {"pictures": (checkpoint / "wide.png",), "out": checkpoint / "c.png", "completions": 1}
     with pytest.raises(ValueError, match=r"wide.png: got 9 x 5, expected 4 x 4, or --resize"):
@@ -422,8 +423,32 @@ def test_programs_refuse(checkpoint):
     for bad in ({"keep": 0.0}, {"keep": 1.0}, {"keep": 0.01}, {"completions": 0}, {"pictures": ()}, {"batch": 0}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             complete.run(complete.Options(str(checkpoint), **{**wide, "resize": True, **bad}))
+    monkeypatch.setattr(sample.Sampling, "load", None)  # what follows is refused before a model is read
+    for bad in ({"columns": 0}, {"out": checkpoint}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            sample.run(sample.Options(str(checkpoint), **bad))
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="scale: got 0"):
+        sample.run(sample.Options(str(checkpoint), scale=0))
     (checkpoint / "palette.npy").unlink()
     with pytest.raises(ValueError, match=r"palette: .* came without one, expected --palette"):
         sample.run(sample.Options(str(checkpoint)))
     with pytest.raises(ValueError, match="n: got 0"):
         sample.run(sample.Options(str(checkpoint), n=0, out=Path("never.png")))
+
+
+def test_a_container_s_limit_counts(tmp_path):
+    assert decode.container_bytes(tmp_path) == sys.maxsize
+    (tmp_path / "memory.current").write_text("300\n")
+    for limit, left in (("max", sys.maxsize), ("1000", 700)):
+        (tmp_path / "memory.max").write_text(limit + "\n")
+        assert decode.container_bytes(tmp_path) == left
+
+
+def test_a_decoder_is_used_again_and_fits():
+    model = small(16)
+    decoder = decode.decoder_of(model, 2)
+    want = sample.generate(model, 2, seed=3)
+    assert all(torch.equal(sample.generate(model, 2, seed=3, decoder=decoder), want) for _ in range(2))
+    with pytest.raises(ValueError, match="decoder: got one for 2 pictures, expected 3"):
+        sample.generate(model, 3, decoder=decoder)
