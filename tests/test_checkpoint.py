@@ -77,7 +77,9 @@ def test_what_is_written_is_the_state_at_the_start(tmp_path):
     assert checkpoints.load(*state) == 1 and same(state, kept)
 
 
-@pytest.mark.parametrize("harm", ["truncated", "a file lost", "files.json lost", "files.json torn", "pointer to nowhere"])
+@pytest.mark.parametrize(
+    "harm", ["truncated", "a file lost", "files.json lost", "files.json torn", "pointer to nowhere"]
+)
 def test_a_damaged_checkpoint_is_not_taken(tmp_path, harm):
     states = saved(tmp_path, 1, 2)
     newest, expected = tmp_path / "step-2", 1

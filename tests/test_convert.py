@@ -252,7 +252,7 @@ def test_hub_ids(hf_dir, tmp_path, monkeypatch):
     pickled.mkdir()
     (pickled / "config.json").write_text("{}")
     monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: str(pickled))
-    with pytest.raises(ValueError, match="(?s)no safetensors on the hub.*weights_only=True"):
+    with pytest.raises(ValueError, match=r"(?s)no safetensors on the hub.*weights_only=True"):
         convert.load("openai/imagegpt-small")
 
     def unreachable(*_, **__):

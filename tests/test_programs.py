@@ -148,7 +148,7 @@ def test_bad_input(here, tmp_path):
     narrow = coloured(20, 1)
     narrow = dataclasses.replace(narrow, vocab=8, tokens=narrow.tokens % 8, palette=Palette(np.eye(8, 3)))
     data.save_tokens(narrow, tmp_path / "wide")
-    with pytest.raises(ValueError, match="holds tokens of Palette.8 colours"):
+    with pytest.raises(ValueError, match=r"holds tokens of Palette\(8 colours"):
         evaluate.run(evaluate.Options(**(where(here) | {"data": str(tmp_path / "wide"), "split": "train"})))
 
 

@@ -404,8 +404,8 @@ def test_complete_program(checkpoint):
     options = {"pictures": tuple(files), "completions": 3, "scale": 1, "out": checkpoint / "c.png"}
     report = complete.run(complete.Options(str(checkpoint), **options))
     assert report["kept_pixels"] == 8 and report["pictures"] == 6
-    grid = np.asarray(Image.open(report["out"]))
-    cells = grid[2:, 2:].reshape(2, 6, 5, 6, 3).transpose(0, 2, 1, 3, 4)[:, :, :4, :4]
+    sheet = np.asarray(Image.open(report["out"]))
+    cells = sheet[2:, 2:].reshape(2, 6, 5, 6, 3).transpose(0, 2, 1, 3, 4)[:, :, :4, :4]
     for row, file in zip(cells, files):
         truth = np.asarray(Image.open(file))
         assert np.array_equal(row[-1], truth)
