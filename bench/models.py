@@ -16,6 +16,7 @@ from bench.cases import DTYPES, tokens
 from bench.peers import Absent, compiled, importable
 from igpt import ImageGPT
 from igpt.config import PRESETS
+from igpt.hf import apply_igpt_kernels
 from igpt.kernels import reference
 
 DIRECTIONS = ("fwd", "fwd+bwd", "step")
@@ -134,10 +135,12 @@ def runner(case: ModelCase, model, logits: Callable, loss: Callable, device: str
 
 def build(name: str, case: ModelCase, device: str):
     """The timed call of one implementation, or Absent."""
-    if name == "hugging face":
+    if name in ("hugging face", "hugging face patched"):
         model = hugging_face(case, device)
         if isinstance(model, Absent):
             return model
+        if name == "hugging face patched":
+            apply_igpt_kernels(model)
         logits = hugging_face_logits
     elif name == "ours":
         return runner(case, ours(case, device), ImageGPT.__call__, ImageGPT.loss, device)
@@ -160,6 +163,7 @@ def build(name: str, case: ModelCase, device: str):
 NOTES = {
     "ours": "",
     "hugging face": "attention scale as shipped: divides by int(sqrt(head dim)), right only for 64; dropout off",
+    "hugging face patched": "igpt.hf.apply_igpt_kernels on the same",
     "eager": "kernels/reference.py on our weights",
     "torch.compile": "SDPA (cuDNN first on a GPU) and the reference, compiled block by block",
 }

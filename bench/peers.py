@@ -166,7 +166,7 @@ ATTENTION = {
 OTHERS = {"eager": eager, "torch.compile": compiled_reference, "torch path": torch_path, "liger": liger}
 
 
-NAMES = tuple({**ATTENTION, **OTHERS, "hugging face": None})
+NAMES = (*dict.fromkeys([*ATTENTION, *OTHERS]), "hugging face", "hugging face patched")
 
 
 def of(case: Case) -> dict[str, Callable]:

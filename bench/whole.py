@@ -78,6 +78,8 @@ def _rows(variants: dict, fitted: dict, peak: dict, run: Run) -> Iterator[Row]:
             default = "hugging face", "fp32"
             if dtype != "fp32" and default in timed:
                 ratios["hugging face fp32"] = token_ms(default) / token_ms(key)
+        elif name == "hugging face patched" and ("hugging face", dtype) in timed:
+            ratios = {"hugging face": token_ms(("hugging face", dtype)) / token_ms(key)}
         useful = models.flops(case) / (timed[key].median / 1e3) / ceilings(run.device).flops[dtype]
         yield dataclasses.replace(
             row, ratios=ratios, per_s=1e3 / token_ms(key), unit="tokens", mfu=useful, peak_gb=peak.get(key)
