@@ -48,10 +48,9 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class Machine:
-    """Limits of one multiprocessor (CUDA C programming guide; CDNA3 guide): bytes a block may ask for, bytes in all,
-    resident warps and blocks, registers, registers given out at a time to a warp."""
+    """Limits of one multiprocessor (CUDA C programming guide; CDNA3 guide): bytes of shared memory, resident warps
+    and blocks, registers, registers given out at a time to a warp. tiles.SHARED_BYTES: what one block may ask for."""
 
-    shared_per_block: int
     shared: int
     warps: int
     blocks: int
@@ -60,11 +59,11 @@ class Machine:
 
 
 MACHINES = {
-    "portable": Machine(101376, 102400, 48, 24),
-    "sm_80": Machine(166912, 167936, 64, 32),
-    "sm_90": Machine(232448, 233472, 64, 32),
-    "sm_100": Machine(232448, 233472, 64, 32),
-    "gfx942": Machine(65536, 65536, 32, 32, registers=4 * 512 * 64, granule=8 * 64),
+    "portable": Machine(102400, 48, 24),
+    "sm_80": Machine(167936, 64, 32),
+    "sm_90": Machine(233472, 64, 32),
+    "sm_100": Machine(233472, 64, 32),
+    "gfx942": Machine(65536, 32, 32, registers=4 * 512 * 64, granule=8 * 64),
 }
 
 
@@ -240,8 +239,8 @@ def problems(row: CompileRow, needs_wgmma: bool = True) -> list[str]:
         found.append("a product without wgmma")
     if row.stack or row.spill_loads or row.spill_stores:
         found.append(f"spills: {row.stack} bytes of stack, {row.spill_loads} loads, {row.spill_stores} stores")
-    if row.shared > MACHINES[row.arch].shared_per_block:
-        found.append(f"{row.shared} bytes of shared memory, {MACHINES[row.arch].shared_per_block} exist")
+    if row.shared > (there := tiles.SHARED_BYTES[row.arch]):
+        found.append(f"{row.shared} bytes of shared memory, {there} exist")
     return found
 
 

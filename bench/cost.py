@@ -136,7 +136,7 @@ def logits(config, B, N, e) -> Cost:
 
 def pairs(v: dict) -> float:
     """Pairs of positions in one of our attention launches, by its arguments' names."""
-    return v.get("HEADS", v.get("BATCH_HEADS")) * (v["N"] * (v["N"] + 1) / 2 if v["IS_CAUSAL"] else v["N"] ** 2)
+    return v["HEADS"] * (v["N"] * (v["N"] + 1) / 2 if v["IS_CAUSAL"] else v["N"] ** 2)
 
 
 def head_dim(v: dict) -> int:
@@ -153,7 +153,7 @@ ATTENTION_PRODUCTS = {
 # The other kernels with products.
 PRODUCTS = {
     "gemm.product_kernel": lambda v: 2 * v["M"] * v["N"] * v["K"],
-    "head_loss.forward_kernel": lambda v: 2 * v["T"] * v["d"] * v["V"],
+    "head_loss.head_loss_kernel": lambda v: 2 * v["T"] * v["d"] * v["V"],
 }
 
 

@@ -83,7 +83,7 @@ def searches() -> Iterator[Search]:
     blocks |= {"BLOCK_N": (128, 256), "BLOCK_K": (32, 64), "num_stages": (3, 4)}
     yield Search("PRODUCT", (2,), "product_kernel", case, blocks)
     case = Case("head_loss", 32, 1024, H, D, "bf16", direction="fwd", preset="m")
-    yield Search("HEAD_LOSS", (2,), "forward_kernel", case, blocks)
+    yield Search("HEAD_LOSS", (2,), "head_loss_kernel", case, blocks)
     case = Case("embed", 32, 1024, H, D, "bf16", direction="bwd", preset="m")
     yield Search("EMBEDDING_BACKWARD", (2,), "table_backward_kernel", case, blocks | {"BLOCK_N": (64, 128)})
     for table, kernel, direction in (

@@ -11,8 +11,9 @@ s, m, l and the sum of p v are fp32, p enters its product in the inputs' dtype. 
 log2(e) rides in the scale. Saved for backward: q, k, v, out and lse, fp32 (B, H, N), in base 2. Blocks that the mask
 does not cut run in a loop of their own, without it. No atomics: every run gives the same bits.
 
-FLOPs: 4 B H N^2 D, half of it if causal. Bytes: 4 B N H D elements and 4 B H N; the products outweigh them from
-N of about 2 * 790 TFLOP/s / 4.3 TB/s on an H200, so attention here is bound by products and exponentials.
+FLOPs: 4 B H N^2 D, half of it if causal. Bytes: 4 B N H D elements and 4 B H N. On an H200, 790 TFLOP/s and 4.3 TB/s,
+the products in 16 bits outweigh them from N of about 370, if causal 730: attention is bound by products and
+exponentials.
 """
 
 import torch
@@ -22,6 +23,7 @@ import triton.language as tl
 from . import tiles
 from .attention_backward import attention_backward
 from .heads import (
+    HEAD_COUNTS,
     add_product,
     head_of,
     heads_in_group,
@@ -39,7 +41,7 @@ from .primitives import LOG2E, check_device
 MAX_HEAD_DIM = 128  # wider accumulators would not fit the registers
 
 
-@triton.jit
+@triton.jit(do_not_specialize=HEAD_COUNTS)
 def attention_forward_kernel(
     q, q_tail, q_strides, k, k_tail, k_strides, v, v_tail, v_strides, out, out_strides, lse,
     scale_log2, N, H, HEADS, GROUP,
@@ -84,7 +86,7 @@ def attention_forward(q, k, v, causal: bool, scale: float) -> tuple[torch.Tensor
     """out (B, N, H, D) contiguous, lse fp32 (B, H, N) in base 2."""
     B, N, H, D = q.shape
     if tiles.warp_specialised(q):
-        from . import attention_hopper  # Gluon needs a GPU's driver, so only where it runs
+        from . import attention_hopper  # Gluon is imported only where its rows are on
 
         if attention_hopper.fits(q, k, v, scale):
             return attention_hopper.attention_forward_hopper(q, k, v, causal, scale)
@@ -92,6 +94,7 @@ def attention_forward(q, k, v, causal: bool, scale: float) -> tuple[torch.Tensor
     lse = torch.empty((B, H, N), dtype=torch.float32, device=q.device)
     if out.numel():
         tile = tiles.attention_tile(tiles.ATTENTION_FORWARD, q, all(map(is_aligned, (q, k, v))))
+        tiles.require("attention_forward_kernel", tile, q, 2 * tile.BLOCK_N * D)
         attention_forward_kernel[(triton.cdiv(N, tile.BLOCK_M) * B * H,)](
             **view_args("q", q, tile.BLOCK_M, tile.tma),
             **view_args("k", k, tile.BLOCK_N, tile.tma),

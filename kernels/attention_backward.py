@@ -23,6 +23,7 @@ import triton.language as tl
 
 from . import tiles
 from .heads import (
+    HEAD_COUNTS,
     add_product,
     add_tile,
     head_of,
@@ -40,7 +41,7 @@ from .heads import (
 from .primitives import LOG2E
 
 
-@triton.jit
+@triton.jit(do_not_specialize=HEAD_COUNTS)
 def attention_dq_kernel(
     q, q_tail, q_strides, k, k_tail, k_strides, v, v_tail, v_strides,
     out, out_tail, out_strides, dout, dout_tail, dout_strides, lse, delta, dq, dq_strides,
@@ -81,7 +82,7 @@ def attention_dq_kernel(
     store_tile(dq, start_m, scale_tile(b_dq, scale), N, BLOCK_M, D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=HEAD_COUNTS)
 def attention_dkdv_kernel(
     q, q_tail, q_strides, k, k_tail, k_strides, v, v_tail, v_strides, dout, dout_tail, dout_strides,
     dq_sum, dq_sum_tail, dq_sum_strides, lse, delta, dk, dk_strides, dv, dv_strides,
@@ -129,7 +130,7 @@ def attention_dkdv_kernel(
     store_tile(dv, start_n, b_dv, N, BLOCK_N, D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=HEAD_COUNTS)
 def attention_delta_kernel(
     out, out_strides, dout, dout_strides, delta, N, H, HEADS, D: tl.constexpr, BLOCK_M: tl.constexpr
 ):
@@ -141,7 +142,7 @@ def attention_delta_kernel(
     tl.store(delta + i_bh.to(tl.int64) * N + o_m, row_dots(b_out, b_dout), mask=o_m < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=HEAD_COUNTS)
 def attention_finish_dq_kernel(
     dq_sum, dq_sum_strides, dq, dq_strides, scale, N, H, HEADS, D: tl.constexpr, BLOCK_M: tl.constexpr
 ):
@@ -160,6 +161,7 @@ def attention_backward(dout, q, k, v, out, lse, dq, dk, dv, causal: bool, scale:
         return attention_backward_one_pass(dout, q, k, v, out, lse, dq, dk, dv, causal, scale)
     delta = torch.empty_like(lse)
     tile = tiles.attention_tile(tiles.ATTENTION_DQ, q, aligned)
+    tiles.require("attention_dq_kernel", tile, q, 2 * tile.BLOCK_N * q.shape[3])
     attention_dq_kernel[(triton.cdiv(q.shape[1], tile.BLOCK_M) * lse.shape[0] * lse.shape[1],)](
         **_views(dout, q, k, v, tile), **view_args("out", out, tile.BLOCK_M, tile.tma),
         lse=lse, delta=delta, dq=dq, dq_strides=dq.stride()[:3], **_shape(q, scale),
@@ -188,6 +190,7 @@ def attention_backward_one_pass(dout, q, k, v, out, lse, dq, dk, dv, causal: boo
 
 
 def _dkdv(dout, q, k, v, lse, delta, dk, dv, dq_sum, causal, scale, tile) -> None:
+    tiles.require("attention_dkdv_kernel", tile, q, 2 * tile.BLOCK_M * q.shape[3])
     attention_dkdv_kernel[(triton.cdiv(q.shape[1], tile.BLOCK_N) * lse.shape[0] * lse.shape[1],)](
         **_views(dout, q, k, v, tile),
         **view_args("dq_sum", dq_sum, tile.BLOCK_M, tile.tma),

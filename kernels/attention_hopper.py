@@ -29,20 +29,20 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from .heads import HEAD_COUNTS, heads_in_group
 from .primitives import LOG2E
 from .tiles import ATTENTION_HOPPER, multiprocessors
 
 BLOCK = 128  # query rows of a tile (two consumers of 64), and keys of a block
-L2_BYTES = 32 << 20  # of the 50 MB: what keys and values of a group of heads may take
 CONSUMER_REGISTERS, PRODUCER_REGISTERS = 232, 40
 
 
 @gluon.jit
-def tile_of(t, M_TILES, BATCH_HEADS, GROUP, H):
+def tile_of(t, M_TILES, HEADS, GROUP, H):
     """(query tile, batch, head) of the t-th tile: groups of heads, within a group the longest rows first."""
     group = t // (GROUP * M_TILES)
     r = t - group * GROUP * M_TILES
-    size = gl.minimum(GROUP, BATCH_HEADS - group * GROUP)
+    size = gl.minimum(GROUP, HEADS - group * GROUP)
     i_m = M_TILES - 1 - r // size
     i_bh = group * GROUP + r % size
     return i_m, i_bh // H, i_bh % H
@@ -50,7 +50,7 @@ def tile_of(t, M_TILES, BATCH_HEADS, GROUP, H):
 
 @gluon.jit
 def producer(
-    descs, tails, rings, tail_rings, bars, N, H, M_TILES, BATCH_HEADS, GROUP,
+    descs, tails, rings, tail_rings, bars, N, H, M_TILES, HEADS, GROUP,
     D1: gl.constexpr, D2: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, IS_CAUSAL: gl.constexpr,
 ):  # fmt: skip
     q_desc, k_desc, v_desc = descs
@@ -62,8 +62,8 @@ def producer(
     KV_BYTES: gl.constexpr = BLOCK * (D1 + D2) * 2
     step = 0
     tile = 0
-    for t in range(gl.program_id(0), M_TILES * BATCH_HEADS, gl.num_programs(0)):
-        i_m, i_b, i_h = tile_of(t, M_TILES, BATCH_HEADS, GROUP, H)
+    for t in range(gl.program_id(0), M_TILES * HEADS, gl.num_programs(0)):
+        i_m, i_b, i_h = tile_of(t, M_TILES, HEADS, GROUP, H)
         row = i_b * N
         for c in gl.static_range(2):
             mbarrier.wait(q_empty.index(c), (tile & 1) ^ 1)
@@ -107,7 +107,7 @@ def issue_scores(q, q2, k, k2, D2: gl.constexpr, BLOCK: gl.constexpr, LAYOUT: gl
 
 @gluon.jit
 def consumer(
-    c: gl.constexpr, out_desc, out_tail, p_lse, rings, tail_rings, bars, scale_log2, N, H, M_TILES, BATCH_HEADS, GROUP,
+    c: gl.constexpr, out_desc, out_tail, p_lse, rings, tail_rings, bars, scale_log2, N, H, M_TILES, HEADS, GROUP,
     D1: gl.constexpr, D2: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, IS_CAUSAL: gl.constexpr,
 ):  # fmt: skip
     q_ring, k_ring, v_ring = rings
@@ -127,8 +127,8 @@ def consumer(
     q, q2 = q_ring.index(c), q_ring2.index(c)
     step = 0
     tile = 0
-    for t in range(gl.program_id(0), M_TILES * BATCH_HEADS, gl.num_programs(0)):
-        i_m, i_b, i_h = tile_of(t, M_TILES, BATCH_HEADS, GROUP, H)
+    for t in range(gl.program_id(0), M_TILES * HEADS, gl.num_programs(0)):
+        i_m, i_b, i_h = tile_of(t, M_TILES, HEADS, GROUP, H)
         mbarrier.wait(q_full.index(c), tile & 1)
         slot = step % STAGES
         phase = (step // STAGES) & 1
@@ -199,10 +199,10 @@ def consumer(
         tile += 1
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=HEAD_COUNTS)
 def attention_hopper_kernel(
     q_desc, k_desc, v_desc, out_desc, q_tail, k_tail, v_tail, out_tail, p_lse, scale_log2,
-    N, H, M_TILES, BATCH_HEADS, GROUP,
+    N, H, M_TILES, HEADS, GROUP,
     D1: gl.constexpr, D2: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, IS_CAUSAL: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -238,15 +238,15 @@ def attention_hopper_kernel(
     gl.warp_specialize(
         [
             (consumer, (
-                0, out_desc, out_tail, p_lse, rings, tail_rings, bars, scale_log2, N, H, M_TILES, BATCH_HEADS, GROUP,
+                0, out_desc, out_tail, p_lse, rings, tail_rings, bars, scale_log2, N, H, M_TILES, HEADS, GROUP,
                 D1, D2, BLOCK, STAGES, IS_CAUSAL,
             )),
             (consumer, (
-                1, out_desc, out_tail, p_lse, rings, tail_rings, bars, scale_log2, N, H, M_TILES, BATCH_HEADS, GROUP,
+                1, out_desc, out_tail, p_lse, rings, tail_rings, bars, scale_log2, N, H, M_TILES, HEADS, GROUP,
                 D1, D2, BLOCK, STAGES, IS_CAUSAL,
             )),
             (producer, (
-                descs, tails, rings, tail_rings, bars, N, H, M_TILES, BATCH_HEADS, GROUP,
+                descs, tails, rings, tail_rings, bars, N, H, M_TILES, HEADS, GROUP,
                 D1, D2, BLOCK, STAGES, IS_CAUSAL,
             )),
         ],
@@ -296,10 +296,9 @@ def attention_forward_hopper(q, k, v, causal: bool, scale: float) -> tuple[torch
         return describe(q, 64, width), describe(k, BLOCK, width), describe(v, BLOCK, width), describe(out, 64, width)
 
     M_TILES = N // BLOCK
-    group = max(1, min(B * H, L2_BYTES // (2 * N * D * q.element_size())))
     lead, tail = four(D1), four(D2 or D1)
     attention_hopper_kernel[(min(multiprocessors(q.device), M_TILES * B * H),)](
-        *lead, *tail, lse, scale * LOG2E.value, N, H, M_TILES, B * H, group,
+        *lead, *tail, lse, scale * LOG2E.value, N, H, M_TILES, B * H, heads_in_group(q),
         D1=D1, D2=D2, BLOCK=BLOCK, STAGES=tile.num_stages, IS_CAUSAL=causal,
         CONSUMER_REGISTERS=CONSUMER_REGISTERS, PRODUCER_REGISTERS=PRODUCER_REGISTERS, num_warps=tile.num_warps,
     )  # fmt: skip

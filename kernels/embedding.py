@@ -39,7 +39,7 @@ def table_row(tokens, masked, o_r, R, N, V, HAS_SOS: tl.constexpr, HAS_MASK: tl.
 
 
 @triton.jit
-def forward_kernel(
+def embed_kernel(
     tokens, wte, wpe, sos, masked, h, R, N, V, d,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, HAS_SOS: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
@@ -98,7 +98,7 @@ def launch_forward(tokens, wte, wpe, sos, masked):
     h = torch.empty((B, N, d), dtype=wte.dtype, device=wte.device)
     BLOCK_R, BLOCK_D = 8, 256
     if B * N:
-        forward_kernel[(triton.cdiv(B * N, BLOCK_R), triton.cdiv(d, BLOCK_D))](
+        embed_kernel[(triton.cdiv(B * N, BLOCK_R), triton.cdiv(d, BLOCK_D))](
             tokens=tokens.contiguous(), wte=wte.contiguous(), wpe=wpe.contiguous(), sos=sos,
             masked=None if masked is None else masked.contiguous(), h=h, R=B * N, N=N, V=V, d=d,
             BLOCK_R=BLOCK_R, BLOCK_D=BLOCK_D, HAS_SOS=sos is not None, HAS_MASK=masked is not None, num_warps=4,

@@ -31,13 +31,12 @@ from . import rows, tiles
 from .primitives import quick_gelu, quick_gelu_grad
 from .rows import load_rows, store_rows
 
-FORMS = ("plain", "folded")
 PIECE = 128  # columns of one pass of the epilogue, and of one partial sum
 GROUP_M = 8
 
 
 @triton.jit
-def load_tile(p, i_row, i_col, rows, cols, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, USE_TMA: tl.constexpr):
+def load_block(p, i_row, i_col, rows, cols, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, USE_TMA: tl.constexpr):
     """[BLOCK_R, BLOCK_C] of a contiguous [rows, cols], 0 outside of it."""
     if USE_TMA:
         return p.load([i_row, i_col])
@@ -48,7 +47,7 @@ def load_tile(p, i_row, i_col, rows, cols, BLOCK_R: tl.constexpr, BLOCK_C: tl.co
 
 
 @triton.jit
-def store_tile(p, b, i_row, i_col, rows, cols, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, USE_TMA: tl.constexpr):
+def store_block(p, b, i_row, i_col, rows, cols, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, USE_TMA: tl.constexpr):
     if USE_TMA:
         p.store([i_row, i_col], b.to(p.dtype))
     else:
@@ -68,7 +67,7 @@ def finish_piece(
     if HAS_ROW:
         b_row = tl.load(row + o_m, mask=o_m < M, other=0.0)[:, None]
     if EPILOGUE == "gelu_grad" or EPILOGUE == "norm_grad":
-        b_u = load_tile(u, i_row, i_col, M, N, BLOCK_M, BLOCK_C, USE_TMA).to(tl.float32)
+        b_u = load_block(u, i_row, i_col, M, N, BLOCK_M, BLOCK_C, USE_TMA).to(tl.float32)
     if EPILOGUE == "gelu_grad":
         b_y *= quick_gelu_grad(b_u)
         if HAS_PARTIALS:
@@ -83,12 +82,12 @@ def finish_piece(
         if HAS_BIAS:
             b_y += tl.load(bias + o_n, mask=o_n < N, other=0.0).to(tl.float32)[None, :]
     if HAS_R:
-        b_y += load_tile(r, i_row, i_col, M, N, BLOCK_M, BLOCK_C, USE_TMA).to(tl.float32)
+        b_y += load_block(r, i_row, i_col, M, N, BLOCK_M, BLOCK_C, USE_TMA).to(tl.float32)
     if EPILOGUE == "gelu":
         if HAS_Z:
-            store_tile(z, b_y, i_row, i_col, M, N, BLOCK_M, BLOCK_C, USE_TMA)
+            store_block(z, b_y, i_row, i_col, M, N, BLOCK_M, BLOCK_C, USE_TMA)
         b_y = quick_gelu(b_y)
-    store_tile(y, b_y, i_row, i_col, M, N, BLOCK_M, BLOCK_C, USE_TMA)
+    store_block(y, b_y, i_row, i_col, M, N, BLOCK_M, BLOCK_C, USE_TMA)
     if HAS_PARTIALS:
         if EPILOGUE == "linear":
             b_sum = tl.sum(b_y * b_y, 1)
@@ -112,11 +111,11 @@ def product_kernel(
         i_col = (i_tile % (GROUP_M * tiles_n) // group) * BLOCK_N
         b_acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for i_k in range(0, tl.cdiv(K, BLOCK_K)):
-            b_a = load_tile(a, i_row, i_k * BLOCK_K, M, K, BLOCK_M, BLOCK_K, USE_TMA)
+            b_a = load_block(a, i_row, i_k * BLOCK_K, M, K, BLOCK_M, BLOCK_K, USE_TMA)
             if IS_KN:
-                b_b = load_tile(b, i_k * BLOCK_K, i_col, K, N, BLOCK_K, BLOCK_N, USE_TMA)
+                b_b = load_block(b, i_k * BLOCK_K, i_col, K, N, BLOCK_K, BLOCK_N, USE_TMA)
             else:
-                b_b = load_tile(b, i_col, i_k * BLOCK_K, N, K, BLOCK_N, BLOCK_K, USE_TMA).T
+                b_b = load_block(b, i_col, i_k * BLOCK_K, N, K, BLOCK_N, BLOCK_K, USE_TMA).T
             b_acc = tl.dot(b_a, b_b, b_acc, input_precision=PRECISION)
         # In two halves, the epilogue's own tiles fit beside the accumulator.
         if BLOCK_N == BLOCK_C:
@@ -177,8 +176,8 @@ def is_aligned(*weights) -> bool:
 
 def check_form(name: str, form: str | None, *weights, centred: bool = False) -> str:
     """`form` as custom ops take it, "" for the table's choice. Raises ValueError for an unknown or impossible one."""
-    if form not in (None, *FORMS):
-        raise ValueError(f"{name}: form: got {form!r}, expected None or one of {FORMS}")
+    if form not in (None, "plain", "folded"):
+        raise ValueError(f"{name}: form: got {form!r}, expected None, 'plain' or 'folded'")
     if form == "folded" and centred:
         raise ValueError(f"{name}: form: got 'folded' with centred=True: a large mean would cancel; expected 'plain'")
     if form == "folded" and not is_aligned(*weights):
@@ -219,6 +218,7 @@ def product(a, b, *, is_kn=False, epilogue="linear", row=None, bias=None, u=None
     (M, K), N = a.shape, b.shape[is_kn]
     y = torch.empty((M, N), dtype=a.dtype, device=a.device)
     tile = tiles.product_tile(tiles.arch(a.device), a.element_size(), epilogue, K)
+    tiles.require("product_kernel", tile, a, (tile.BLOCK_M + tile.BLOCK_N) * tile.BLOCK_K)
 
     def argument(t, *block):
         return TensorDescriptor(t, list(t.shape), [t.shape[1], 1], list(block)) if tile.tma and t is not None else t

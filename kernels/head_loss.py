@@ -28,12 +28,12 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import rows, tiles
-from .gemm import load_tile, store_tile
+from .gemm import dense, load_block, store_block
 from .primitives import check_device
 
 
 @triton.jit
-def forward_kernel(
+def head_loss_kernel(
     x, weight, targets, nll, rstd, lse, shifted, maxima, T, d, V, eps,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     IS_FOLDED: tl.constexpr, HAS_GRAD: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
@@ -49,8 +49,8 @@ def forward_kernel(
         b_logits = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         b_squares = tl.zeros([BLOCK_M], tl.float32)
         for i_k in range(0, d, BLOCK_K):
-            b_x = load_tile(x, i_m, i_k, T, d, BLOCK_M, BLOCK_K, USE_TMA)  # [BLOCK_M, BLOCK_K]
-            b_w = load_tile(weight, i_n, i_k, V, d, BLOCK_N, BLOCK_K, USE_TMA)  # [BLOCK_N, BLOCK_K]
+            b_x = load_block(x, i_m, i_k, T, d, BLOCK_M, BLOCK_K, USE_TMA)  # [BLOCK_M, BLOCK_K]
+            b_w = load_block(weight, i_n, i_k, V, d, BLOCK_N, BLOCK_K, USE_TMA)  # [BLOCK_N, BLOCK_K]
             b_logits = tl.dot(b_x, b_w.T, b_logits, input_precision=PRECISION)
             if IS_FOLDED:
                 b_wide = b_x.to(tl.float32)
@@ -67,7 +67,7 @@ def forward_kernel(
         b_sum = b_sum * tl.exp(b_max - b_new_max) + tl.sum(b_exp, 1)
         b_max = b_new_max
         if HAS_GRAD:
-            store_tile(shifted, b_exp, i_m, i_n, T, V, BLOCK_M, BLOCK_N, USE_TMA)
+            store_block(shifted, b_exp, i_m, i_n, T, V, BLOCK_M, BLOCK_N, USE_TMA)
             tl.store(maxima + o_m.to(tl.int64) * tl.cdiv(V, BLOCK_N) + i_n // BLOCK_N, b_max, mask=m_m)
     b_lse = b_max + tl.log(b_sum)
     b_nll = tl.where((b_target >= 0) & (b_target < V), b_lse - b_picked, float("nan"))
@@ -101,7 +101,8 @@ def launch_forward(x, norm_weight, head_weight, targets, eps: float, centred: bo
     """x [T, d] -> nll [T], the norm's stats, and for backward (empty unless has_grad) lse [T], shifted [T, V] and
     maxima [T, chunks]."""
     (T, d), V = x.shape, head_weight.shape[0]
-    tile = tiles.head_loss_tile(tiles.arch(x.device), x.element_size(), x.shape[1], V)
+    tile = tiles.head_loss_tile(tiles.arch(x.device), x.element_size(), d, V)
+    tiles.require("head_loss_kernel", tile, x, (tile.BLOCK_M + tile.BLOCK_N) * tile.BLOCK_K)
 
     def new(*shape, dtype=torch.float32, exists=True):
         return torch.empty(shape if exists else 0, dtype=dtype, device=x.device)
@@ -114,13 +115,13 @@ def launch_forward(x, norm_weight, head_weight, targets, eps: float, centred: bo
         weight = head_weight
     else:
         weight = norm_weight * head_weight
-    x, weight = x.contiguous(), weight.contiguous()
+    x, weight = dense(x), dense(weight)
 
     def matrix(t, *block):
         return TensorDescriptor.from_tensor(t, block) if tile.tma and t.numel() else t
 
     if T:
-        forward_kernel[(triton.cdiv(T, tile.BLOCK_M),)](
+        head_loss_kernel[(triton.cdiv(T, tile.BLOCK_M),)](
             x=matrix(x, tile.BLOCK_M, tile.BLOCK_K), weight=matrix(weight, tile.BLOCK_N, tile.BLOCK_K),
             targets=targets, nll=nll, rstd=stats, lse=lse, shifted=matrix(shifted, tile.BLOCK_M, tile.BLOCK_N),
             maxima=maxima, T=T, d=d, V=V, eps=eps,

@@ -17,6 +17,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 # What the rows that one group of heads streams may take of L2 (40 MB on A100, 50 on H100 and H200).
 L2_BYTES = 16 << 20
 
+# Arguments that a model's head count decides. Triton would compile anew for one that is 1 or that 16 divides, and no
+# address here gains from knowing: H = 2 and H = 16 share a binary.
+HEAD_COUNTS = ["H", "HEADS", "GROUP"]
+
 
 @triton.constexpr_function
 def head_width(D):

@@ -33,13 +33,20 @@ def quick_gelu_grad(x):
 def check_device(name: str, *tensors: torch.Tensor | None) -> None:
     """Kernels run on a GPU or, with TRITON_INTERPRET=1 set before import, in the interpreter. Never silently elsewhere.
 
-    Raises ValueError if a tensor is neither on a GPU nor (interpreted) on the CPU, or if devices differ."""
+    Raises ValueError if a tensor is neither on a GPU nor (interpreted) on the CPU, if devices differ, or if they are a
+    GPU other than the current one, where Triton would launch."""
     devices = {t.device for t in tensors if t is not None}
     if len(devices) > 1:
         raise ValueError(f"{name}: tensors on several devices {sorted(map(str, devices))}; expected one")
-    kind = next(iter(devices)).type
+    device = next(iter(devices))
+    kind = device.type
     if kind not in ("cuda", "meta") and not (kind == "cpu" and INTERPRETED):
         raise ValueError(
             f"{name}: the Triton kernels need a GPU (got tensors on {kind}), or TRITON_INTERPRET=1 in the environment "
             "before igpt is imported; use impl='torch' or impl='auto' here"
+        )
+    if kind == "cuda" and device.index != (current := torch.cuda.current_device()):
+        raise ValueError(
+            f"{name}: got tensors on {device}, expected the current device, cuda:{current}, where Triton launches; "
+            "see torch.cuda.set_device"
         )

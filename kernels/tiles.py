@@ -14,6 +14,8 @@ import torch
 from .interpreter import INTERPRETED
 
 ARCHS = ("portable", "sm_80", "sm_90", "sm_100", "gfx942")
+# Bytes of shared memory that a block may ask for; portable: the least of them, an Ada or consumer Ampere card's 99 KB.
+SHARED_BYTES = {"portable": 101376, "sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,16 @@ def arch(device: torch.device) -> str:
     if device.type != "cuda" or INTERPRETED:
         return "portable"
     return _device_arch(device.index if device.index is not None else torch.cuda.current_device())
+
+
+def require(kernel: str, tile: Tile, x: torch.Tensor, elements: int) -> None:
+    """Refuse a tile that cannot fit: raise ValueError if what its loop keeps in flight, `elements` of x's dtype a step,
+    alone exceeds the shared memory. Before anything is compiled, and never for a tile that fits."""
+    machine = arch(x.device)
+    stages = tile.num_stages if tile.tma else tile.num_stages - 1  # a plain load's last stage lies in registers
+    needed, there = stages * elements * x.element_size(), SHARED_BYTES[machine]
+    if needed > there:
+        raise ValueError(f"{kernel}: {tile} keeps {needed} bytes in shared memory, {machine} has {there} for a block")
 
 
 @functools.cache

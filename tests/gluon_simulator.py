@@ -300,7 +300,8 @@ def load(path, package: str, policy: str = "producer first", seed: int = 0, edit
     host = types.ModuleType("host")
     host.TensorDescriptor = Descriptor
     gluon = types.ModuleType("gluon")
-    gluon.jit, gluon.language = Kernel, gl
+    gluon.jit = lambda function=None, **options: Kernel(function) if function else Kernel
+    gluon.language = gl
     root = "triton.experimental.gluon"
     experimental = types.ModuleType("triton.experimental")
     experimental.gluon = gluon

@@ -185,8 +185,6 @@ def test_no_image_or_head_sees_another(D, family, device):
         assert torch.equal(before[0, :, ::2], after[0, :, ::2])
 
 
-
-
 @pytest.mark.parametrize("D", [64, 96])
 def test_causal_never_leaks(D, family, device):
     """Later keys and values change no bit of earlier outputs; earlier queries give later keys exact zeros."""
@@ -323,6 +321,18 @@ def test_every_architecture_has_tiles(arch, table):
                     # TMA carries no unaligned view; the loops of the causal kernels need tiles that divide each other.
                     assert not tile.tma or (aligned and dtype != torch.float32)
                     assert max(tile.BLOCK_M, tile.BLOCK_N) % min(tile.BLOCK_M, tile.BLOCK_N) == 0
+
+
+@pytest.mark.parametrize("table, kernel", [
+    ("ATTENTION_FORWARD", "attention_forward_kernel"), ("ATTENTION_DQ", "attention_dq_kernel"),
+    ("ATTENTION_DKDV", "attention_dkdv_kernel"),
+])  # fmt: skip
+def test_a_tile_that_cannot_fit_is_refused(table, kernel, device, monkeypatch):
+    """By name and before any launch: two streamed operands of 512 rows and 64 columns, 2 stages of them."""
+    monkeypatch.setitem(getattr(tiles, table), ("sm_90", 64), tiles.Tile(512, 512, num_stages=2, tma=True))
+    q = draw(1, 16, 1, 64, device=device)
+    with tiles.target("sm_90"), pytest.raises(ValueError, match=f"{kernel}: Tile.* 262144 bytes .* sm_90 has 232448"):
+        attention(q.requires_grad_(), q, q, True).sum().backward()
 
 
 def test_alignment():

@@ -89,6 +89,14 @@ def test_same_bits_every_run_and_every_grid(device, monkeypatch):
         assert torch.equal(y, results[0][0]) and torch.equal(partials, results[0][1])
 
 
+def test_a_tile_that_cannot_fit_is_refused(device, monkeypatch):
+    monkeypatch.setitem(tiles.PRODUCT, ("gfx942", 2), tiles.Tile(256, 256, 64, num_stages=3))
+    a = drawn(0, 16, 64, dtype=torch.bfloat16).to(device)
+    message = r"product_kernel: Tile.* 131072 bytes .* gfx942 has 65536"
+    with tiles.target("gfx942"), pytest.raises(ValueError, match=message):
+        gemm.product(a, a)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_unfold_gain(dtype, device, poison_empty):
     dw, weight, gain = (drawn(s, *size, dtype=dtype).to(device) for s, size in enumerate([[70, 100]] * 2 + [[100]]))

@@ -74,6 +74,24 @@ def test_strided_input_and_narrow_targets(device, poison_empty):
         check(inputs)
 
 
+@pytest.mark.parametrize("centred", [False, True], ids=["rms", "layer"])
+def test_any_address(centred, device):
+    """TMA asks for addresses that 16 divides: operands that start elsewhere, contiguous or not, are copied."""
+    inputs = make(20, 32, 64, torch.bfloat16, device)
+    shifted = {name: torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape) for name, t in inputs.items()}
+    assert all(shifted[name].data_ptr() % 16 for name in DIFF)
+    with tiles.target("sm_90"):
+        assert torch.equal(head_loss(**shifted, centred=centred), head_loss(**inputs, centred=centred))
+
+
+def test_a_tile_that_cannot_fit_is_refused(device, monkeypatch):
+    monkeypatch.setitem(tiles.HEAD_LOSS, ("sm_80", 2), tiles.Tile(256, 512, 128, num_stages=2))
+    inputs = make(20, 32, 64, torch.bfloat16, device)
+    message = r"head_loss_kernel: Tile.* 196608 bytes .* sm_80 has 166912"
+    with tiles.target("sm_80"), pytest.raises(ValueError, match=message):
+        head_loss(**inputs)
+
+
 def test_positions_without_weight_get_no_gradient(device, poison_empty):
     """BERT: dnll is 0 at unmasked positions."""
     inputs = make(48, 32, 64, torch.float32, device)

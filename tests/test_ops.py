@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from bench.budget import against_fp64
 from igpt import cpu, cpu_attention, ops
 from igpt.kernels import reference
+from igpt.kernels.primitives import check_device
 
 
 def rand(*shape, dtype=torch.float32, scale=1.0, seed=0):
@@ -199,3 +201,12 @@ TOKENS = torch.zeros(1, 4, dtype=torch.long)
 def test_bad_input_is_named(call, words):
     with pytest.raises(ValueError, match=words):
         call()
+
+
+def test_tensors_on_another_gpu_than_the_current_one_are_refused(monkeypatch):
+    """Triton launches on the current device, whatever its operands' one."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    first, second = (types.SimpleNamespace(device=torch.device("cuda", i)) for i in range(2))
+    check_device("norm", first)
+    with pytest.raises(ValueError, match="norm: got tensors on cuda:1, expected the current device, cuda:0"):
+        check_device("norm", second)
