@@ -14,8 +14,9 @@ from bench.cases import FOLDED_OPS, PIXEL_OPS, ROW_OPS, Case, shapes
 from igpt import ImageGPT
 from igpt.decode_kernels import KernelDecoder
 from igpt.draw import Sampler
+from igpt.kernels.attention_backward import attention_backward_one_pass
 from igpt.kernels.palette import palette_sums
-from igpt.kernels.tiles import ARCHS
+from igpt.kernels.tiles import ARCHS, ATTENTION_ONE_PASS
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,21 @@ def forward_and_backward(case: Case) -> None:
             out.backward(torch.empty_like(out))
 
 
-def decode_step(preset: str, B: int) -> None:
+def one_pass_backward(H: int, D: int) -> None:
+    """The choice that no row is on for: five products, dq by TMA's reduction."""
+    q, k, v = meta(32, 1024, 3, H, D).unbind(2)
+    out, dout, dq, dk, dv = (meta(32, 1024, H, D) for _ in range(5))
+    lse = meta(32, H, 1024, dtype=torch.float32)
+    attention_backward_one_pass(dout, q, k, v, out, lse, dq, dk, dv, causal=True, scale=D**-0.5)
+
+
+def decode_step(
+    preset: str, B: int, weights: str | None = None, cache: str = "bf16", sampler: Sampler | None = None, **config
+) -> None:
     """One token of B pictures by the decoding kernels."""
     with torch.no_grad():
-        model = ImageGPT.from_preset(preset, impl="triton", device="meta", dtype=torch.bfloat16)
-        KernelDecoder(model, B).draw(Sampler())
+        model = ImageGPT.from_preset(preset, impl="triton", device="meta", dtype=torch.bfloat16, **config)
+        KernelDecoder(model, B, weights=weights, cache_dtype=cache).draw(sampler or Sampler())
 
 
 def of(case: Case, name: str, quick: bool = False, archs: tuple[str, ...] = ARCHS) -> CompileCase:
@@ -82,9 +93,21 @@ def cases() -> Iterator[CompileCase]:
         for causal in (True, False):
             case = Case("attention_hopper", 32, 1024, H, D, "bf16", causal)
             yield of(case, f"D{D} bf16{'' if causal else ' full'}", causal, ("sm_90",))
+        if D in ATTENTION_ONE_PASS:
+            run = functools.partial(one_pass_backward, H, D)
+            yield CompileCase(f"attention D{D} bf16 one pass", run, archs=("sm_90",))
     for preset, B in (("s", 1), ("s", 128), ("m", 16), ("l", 16)):
         run = functools.partial(decode_step, preset, B)
         yield CompileCase(f"decode {preset} B{B}", run, quick=preset == "s", small_products=("linear_kernel",))
+    has_fp8 = "portable", "sm_90", "sm_100"  # sm_80 has none; gfx942 has another format and converts in software
+    for name, archs, options in (
+        ("int8", ARCHS, {"weights": "int8"}),
+        ("fp8 cache", has_fp8, {"cache": "fp8"}),
+        ("layer norm, biases", ARCHS, {"norm": "layer", "bias": True}),
+        ("top_k top_p", ARCHS, {"sampler": Sampler(top_k=64, top_p=0.9)}),
+    ):
+        run = functools.partial(decode_step, "s", 16, **options)
+        yield CompileCase(f"decode s B16 {name}", run, archs=archs, small_products=("linear_kernel",))
     for op in PIXEL_OPS:
         yield of(Case(op, 32, 1024, 1, 64, "fp32"), "V512", True)
     colours, weight = meta(1 << 20, 3, dtype=torch.uint8), meta(1 << 20, dtype=torch.int64)

@@ -297,7 +297,8 @@ def embedding_backward_tile(arch: str, element_bytes: int, d: int) -> Tile:
 # One decoding step's products (kernels/decode_linear.py): (architecture, bytes of an operand, rows up to) -> BLOCK_M
 # rows, BLOCK_N output features, BLOCK_K columns a step. Few features a program, so that every multiprocessor has one.
 DECODE_LINEAR = {
-    ("portable", 2, 16): Tile(16, 16, 256, num_warps=4, num_stages=3),
+    ("portable", 2, 16): Tile(16, 16, 128, num_warps=4, num_stages=4),
+    ("sm_90", 2, 16): Tile(16, 16, 256, num_warps=4, num_stages=3),
     ("portable", 2, 32): Tile(32, 32, 128, num_warps=4, num_stages=3),
     ("portable", 2, 64): Tile(64, 32, 64, num_warps=4, num_stages=3),
     ("sm_90", 2, 64): Tile(64, 32, 128, num_warps=4, num_stages=3),

@@ -108,3 +108,36 @@ assert any("attention_dkdv" in n for n in names) and any("norm_forward" in n for
 assert sum(r.bytes for r in rows if r.kernel == "zeros") < 0.01 * sum(r.bytes for r in rows)
 """)
     assert done.returncode == 0, done.stderr
+
+
+def test_head_counts_share_a_binary():
+    """Triton specialises an integer that is 1 or that 16 divides: H, its products and the groups are exempt."""
+    done = child("-c", """
+from bench import compile as c
+from bench.cases import Case
+from bench.compile_cases import of
+for op in "attention", "attention_hopper":
+    cases = [of(Case(op, B, 1024, H, 64, "bf16"), f"H{H}") for B, H in ((1, 1), (3, 2), (32, 16))]
+    functions = [job.row.function for job in c.plan(cases, ["sm_90"])[0]]
+    assert len(functions) == len(set(functions)) == (3 if op == "attention" else 1), functions
+""")
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_hopper_forward_overlaps_its_products():
+    """Its own binary: no spill, wgmma that ptxas has not serialised, and waits that leave a product in flight."""
+    done = child("-c", """
+import triton
+from bench import compile as c
+from bench.compile_cases import cases
+from bench.gate import waits_left
+triton.knobs.compilation.always_compile = triton.knobs.nvidia.dump_ptxas_log = True
+jobs, _ = c.plan([x for x in cases() if x.name.startswith("attention_hopper")], ["sm_90"])
+assert len(jobs) == 6, jobs  # D = 64, 96, 128, causal and full
+for job in jobs:
+    row = c.judged(job, c.compile_launch(job.launch))
+    assert row.ok and row.stack == 0 and row.wgmma >= 48 and waits_left(row) >= 2, row
+""")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Compiling entry function") == 6, done.stdout  # or there is no log to read
+    assert "serialized" not in done.stdout
