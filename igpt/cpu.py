@@ -6,7 +6,8 @@ that torch.compile emits). Why not autograd: on a CPU each fresh 8 MB tensor cos
 here reuses its buffers, and the activation and the residual ride in the products' epilogues where oneDNN has one.
 
 For fp32 and bf16 in eager mode; igpt/ops.py sends everything else to plain PyTorch. Saved for backward: x, the rows'
-reciprocal deviation, and the MLP's pre-activation and activation. Statistics and the norm's gradients are fp32.
+reciprocal deviation, the MLP's pre-activation and, unless `recompute`, activation. Statistics and the norm's gradients
+are fp32.
 """
 
 import torch
@@ -113,13 +114,13 @@ class NormMLP(Function):
     the sum with the residual. Without `training` nothing is kept and silu runs in the product's epilogue."""
 
     @staticmethod
-    def forward(ctx, x, gain, w_fc, w_proj, b_fc, b_proj, eps, centred, training):
+    def forward(ctx, x, gain, w_fc, w_proj, b_fc, b_proj, eps, centred, training, recompute):
         n, rstd = _normalise(x, gain * QUICK_GELU, eps, centred)
         bias = None if b_fc is None else b_fc * QUICK_GELU
         if training:
             pre = product(n, w_fc, bias)
             hidden = torch.nn.functional.silu(pre)
-            ctx.save_for_backward(x, gain, rstd, w_fc, w_proj, pre, hidden)
+            ctx.save_for_backward(x, gain, rstd, w_fc, w_proj, pre, None if recompute else hidden)
             ctx.has_bias, ctx.centred = (b_fc is not None, b_proj is not None), centred
         else:
             hidden = product(n, w_fc, bias, "swish")
@@ -131,6 +132,7 @@ class NormMLP(Function):
     @once_differentiable
     def backward(ctx, dy):
         x, gain, rstd, w_fc, w_proj, pre, hidden = ctx.saved_tensors
+        hidden = torch.nn.functional.silu(pre) if hidden is None else hidden
         dz = dy * (1 / QUICK_GELU)
         dw_proj = product(dz.t(), hidden.t())
         dpre = product(dz, w_proj.t())
@@ -141,4 +143,4 @@ class NormMLP(Function):
         db_fc = dpre.sum(0).mul_(QUICK_GELU) if ctx.has_bias[0] else None
         db_proj = dy.sum(0) if ctx.has_bias[1] else None
         dx, dgain = dx.add_(dy).to(x.dtype), dgain.mul_(QUICK_GELU).to(gain.dtype)
-        return dx, dgain, dw_fc, dw_proj, db_fc, db_proj, None, None, None
+        return dx, dgain, dw_fc, dw_proj, db_fc, db_proj, None, None, None, None

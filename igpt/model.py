@@ -53,11 +53,12 @@ class MLP(nn.Module):
         self.b_fc = nn.Parameter(torch.empty(inner)) if config.bias else None
         self.b_proj = nn.Parameter(torch.empty(d)) if config.bias else None
 
-    def forward(self, h_BNd, impl: str):
+    def forward(self, h_BNd, impl: str, recompute: bool = False):
         c = self.config
         return ops.norm_mlp(
-            h_BNd, self.norm, self.fc, self.proj, self.b_fc, self.b_proj, eps=c.norm_eps, centred=c.centred, impl=impl
-        )
+            h_BNd, self.norm, self.fc, self.proj, self.b_fc, self.b_proj,
+            eps=c.norm_eps, centred=c.centred, recompute=recompute, impl=impl,
+        )  # fmt: skip
 
 
 class Block(nn.Module):
@@ -66,13 +67,13 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.mlp = MLP(config)
 
-    def forward(self, h_BNd, impl: str):
-        return self.mlp(self.attn(h_BNd, impl), impl)
+    def forward(self, h_BNd, impl: str, recompute: bool = False):
+        return self.mlp(self.attn(h_BNd, impl), impl, recompute)
 
 
 class ImageGPT(nn.Module):
-    """The model. `impl` ("auto", "triton", "torch") is how every operation runs (igpt/ops.py); `recompute` drops each
-    block's activations in training and computes them again in backward.
+    """The model. `impl` ("auto", "triton", "torch") is how every operation runs (igpt/ops.py); `recompute` is what
+    training drops and computes again in backward: "none", each "mlp"'s activation, or all of each "block".
 
     Activations have the parameters' dtype or, under torch.autocast, autocast's, the residual stream included; losses
     and log-probabilities are at least fp32. Raises ValueError for tokens of a wrong shape, dtype or range."""
@@ -81,7 +82,7 @@ class ImageGPT(nn.Module):
         super().__init__()
         if impl not in ops.IMPLS:
             raise ValueError(f"impl: got {impl!r}, expected one of {ops.IMPLS}")
-        self.config, self.impl, self.recompute = config, impl, False
+        self.config, self.impl, self.recompute = config, impl, "none"
         self.palette = None  # the Palette that came with the weights, if one did; save_pretrained passes it on
         d = config.width
         with torch.device(device if device is not None else torch.get_default_device()):
@@ -168,10 +169,10 @@ class ImageGPT(nn.Module):
             for block in self.blocks:
                 if each is not None:
                     each(h, block.attn.norm)
-                if self.recompute and torch.is_grad_enabled():
+                if self.recompute == "block" and torch.is_grad_enabled():
                     h = checkpoint(block, h, self.impl, use_reentrant=False)
                 else:
-                    h = block(h, self.impl)
+                    h = block(h, self.impl, self.recompute == "mlp")
         return h
 
     def normed(self, h, weight):

@@ -16,6 +16,7 @@ import os
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from igpt import cpu, cpu_attention
 from igpt.kernels import reference
@@ -135,9 +136,12 @@ def linear_residual(a, weight, residual, bias=None, *, impl: str = "auto"):
 
 
 def norm_mlp(
-    x, norm_weight, w_fc, w_proj, b_fc=None, b_proj=None, *, eps: float = 1e-5, centred: bool = False, impl="auto"
-):
-    """x + quick_gelu(norm(x) @ w_fc^T + b_fc) @ w_proj^T + b_proj: (..., d), w_fc (inner, d), w_proj (d, inner)."""
+    x, norm_weight, w_fc, w_proj, b_fc=None, b_proj=None,
+    *, eps: float = 1e-5, centred: bool = False, recompute: bool = False, impl: str = "auto",
+):  # fmt: skip
+    """x + quick_gelu(norm(x) @ w_fc^T + b_fc) @ w_proj^T + b_proj: (..., d), w_fc (inner, d), w_proj (d, inner).
+
+    recompute: backward makes quick_gelu's result again from its argument, so that only one (..., inner) is kept."""
     _floating("x", x)
     d = x.shape[-1]
     _shape("norm_weight", norm_weight, (d,))
@@ -147,16 +151,21 @@ def norm_mlp(
     _shape("b_proj", b_proj, (d,))
     norm_weight, w_fc, w_proj, b_fc, b_proj = _cast(x.dtype, norm_weight, w_fc, w_proj, b_fc, b_proj)
     if resolve(impl, x):
-        return norm_mlp_kernel.norm_mlp(x, norm_weight, w_fc, w_proj, b_fc, b_proj, eps, centred)
+        return norm_mlp_kernel.norm_mlp(x, norm_weight, w_fc, w_proj, b_fc, b_proj, eps, centred, recompute=recompute)
     if cpu.suits(x):
         training = torch.is_grad_enabled()
-        return _rows(cpu.NormMLP, x, norm_weight, w_fc, w_proj, b_fc, b_proj, eps, centred, training)
+        return _rows(cpu.NormMLP, x, norm_weight, w_fc, w_proj, b_fc, b_proj, eps, centred, training, recompute)
     n = norm(x, norm_weight, eps=eps, centred=centred, impl="torch")
     # quick_gelu(h) = silu(1.702 h) / 1.702: both constants ride in the products' alpha, the residual in beta, so that
     # of the elementwise passes only silu is left.
     bias = None if b_fc is None else reference.QUICK_GELU * b_fc
-    hidden = F.silu(_addmm(bias, n, w_fc, alpha=reference.QUICK_GELU), inplace=not torch.is_grad_enabled())
-    return _addmm(x if b_proj is None else x + b_proj, hidden, w_proj, alpha=1 / reference.QUICK_GELU)
+    pre = _addmm(bias, n, w_fc, alpha=reference.QUICK_GELU)
+
+    def out(pre):
+        hidden = F.silu(pre, inplace=not torch.is_grad_enabled())
+        return _addmm(x if b_proj is None else x + b_proj, hidden, w_proj, alpha=1 / reference.QUICK_GELU)
+
+    return checkpoint(out, pre, use_reentrant=False) if recompute and torch.is_grad_enabled() else out(pre)
 
 
 def embed(tokens, wte, wpe, sos=None, masked=None, *, dtype: torch.dtype | None = None, impl: str = "auto"):

@@ -67,7 +67,7 @@ class Options:
     seed: int = 0  # of the first weights, the order of the pictures and the masks
     dtype: Literal["auto", "bf16", "fp32"] = "auto"  # of the activations; auto: bf16 on a GPU, fp32 on a CPU
     accumulate: int = 1  # micro-batches an update, to need less memory
-    recompute: bool = False  # forget each block's activations and compute them again in the backward pass
+    recompute: Literal["none", "mlp", "block"] = "none"  # what to forget of each block and make again in backward
     impl: Literal["auto", "triton", "torch"] = "auto"  # Triton kernels or PyTorch; auto: kernels on a GPU
     device: Literal["auto", "cpu", "cuda"] = "auto"
     log_every: int = 10  # updates between lines of metrics.jsonl

@@ -185,9 +185,10 @@ def test_thirty_steps_agree_with_triton(objective):
     assert errors.ours_max <= 2 * errors.eager_max + torch.finfo(torch.float32).eps * exact.max(), errors
 
 
-def test_recompute_gives_the_same_gradients():
+@pytest.mark.parametrize("recompute", ["mlp", "block"])
+def test_recompute_gives_the_same_gradients(recompute):
     a, b = small(), small()
-    b.recompute = True
+    b.recompute = recompute
     tokens = tokens_for(a)
     a.loss(tokens).backward()
     b.loss(tokens).backward()

@@ -53,6 +53,23 @@ def test_norm_mlp_and_norm_linear_on_the_torch_path(rows, d, inner, dtype, bias,
         assert errors.ok, errors
 
 
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_recomputing_the_mlp_changes_no_bit_and_keeps_less(dtype, impl):
+    """bf16 on the torch path is igpt/cpu.py's, fp16 is plain PyTorch's."""
+    inputs = {name: t.requires_grad_() for name, t in block_inputs(33, 48, 192, dtype, True).items()}
+
+    def run(recompute):
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+            y = ops.norm_mlp(**inputs, recompute=recompute, impl=impl)
+        gradients = torch.autograd.grad(y.float().square().sum(), list(inputs.values()))
+        return [y, *gradients], saved.count(2 * 33 * 192)
+
+    (kept, wide), (again, fewer) = run(False), run(True)
+    assert fewer < wide and all(map(torch.equal, kept, again))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_norm_and_linear_residual_on_the_torch_path(dtype):
     inputs = {"x": rand(3, 7, 50, dtype=dtype), "weight": rand(50, dtype=dtype)}

@@ -121,7 +121,7 @@ def test_sigterm_saves_and_exits_0(unbroken, tmp_path):
 def test_accumulated_and_recomputed_steps_are_the_same_steps(unbroken, tmp_path):
     train.run(options(tmp_path / "accumulated", accumulate=4, steps=12))
     assert agree(curve(tmp_path / "accumulated"), curve(unbroken[0]))
-    train.run(options(tmp_path / "recomputed", recompute=True, steps=12))
+    train.run(options(tmp_path / "recomputed", recompute="block", steps=12))
     assert curve(tmp_path / "recomputed") == curve(unbroken[0])
 
 
