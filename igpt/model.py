@@ -16,6 +16,7 @@ from igpt import ops
 from igpt.config import Config, preset
 
 MASK_PROBABILITY = 0.15
+RECOMPUTE = ("none", "mlp", "block")
 
 
 class Attention(nn.Module):
@@ -161,6 +162,8 @@ class ImageGPT(nn.Module):
         """The residual stream after the last block, (B, N, d), before the final norm.
 
         `each(h)` is called with every block's input: the hook of `features`."""
+        if self.recompute not in RECOMPUTE:
+            raise ValueError(f"recompute: got {self.recompute!r}, expected one of {RECOMPUTE}")
         device = tokens_BN.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.wte.dtype
         # Every op casts its parameters to the stream's dtype; autocast's own casts would only do it twice.

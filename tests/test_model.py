@@ -221,6 +221,7 @@ def test_full_graph_compile():
         (lambda m: m(torch.full((1, 4), 32)), "32"),
         (lambda m: m(torch.full((1, 4), -1)), "-1"),
         (lambda m: m.loss(torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 4, dtype=torch.bool)), "masked"),
+        (lambda m: setattr(m, "recompute", True) or m(torch.zeros(1, 4, dtype=torch.long)), "recompute: got True"),
         (lambda m: igpt.ImageGPT.from_preset("huge"), "preset"),
         (lambda m: igpt.ImageGPT.from_preset("tiny", impl="cuda"), "impl"),
     ],
