@@ -24,6 +24,7 @@ from igpt.kernels import reference
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # Linux only; elsewhere the torch path is all there is
 if HAS_TRITON:
     from igpt.kernels import attention as attention_kernel
+    from igpt.kernels import decode_attention as decode_attention_kernel
     from igpt.kernels import embedding as embedding_kernel
     from igpt.kernels import head_loss as head_loss_kernel
     from igpt.kernels import norm as norm_kernel
@@ -82,6 +83,30 @@ def attention(q, k=None, v=None, *, causal: bool, scale: float | None = None, im
     q, k, v = q.unbind(2) if packed else (q, k, v)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale).transpose(1, 2)
+
+
+def decode_attention(qkv, k_cache, v_cache, position, scale: float | None = None, *, impl: str = "auto"):
+    """Attention of one new position, whose key and value are written into the caches: qkv (B, 3, H, D), caches (B, H,
+    n_ctx, D) of any float dtype -> (B, H, D).
+
+    position: one integer in [0, n_ctx) on qkv's device, which the kernels never bring to the host; scale defaults to
+    1/sqrt(D)."""
+    if qkv.dim() != 4 or qkv.shape[1] != 3 or not qkv.is_floating_point():
+        raise ValueError(f"qkv: got {qkv.dtype} {tuple(qkv.shape)}, expected floats (B, 3, H, D)")
+    B, _, H, D = qkv.shape
+    _shape("k_cache", k_cache, (B, H, None, D))
+    _shape("v_cache", v_cache, tuple(k_cache.shape))
+    if resolve(impl, qkv):
+        return decode_attention_kernel.decode_attention(qkv, k_cache, v_cache, position, scale)
+    n = int(position)
+    if not 0 <= n < k_cache.shape[2]:
+        raise ValueError(f"position: got {n}, expected an integer in [0, {k_cache.shape[2]})")
+    q, *new = qkv.unbind(1)
+    for cache, x in zip((k_cache, v_cache), new):
+        top = torch.finfo(cache.dtype).max
+        cache[:, :, n] = x.clamp(-top, top) if cache.element_size() == 1 else x  # a cast to fp8 overflows to NaN
+    k, v = (cache[:, :, : n + 1].to(qkv.dtype) for cache in (k_cache, v_cache))
+    return F.scaled_dot_product_attention(q[:, :, None], k, v, scale=scale)[:, :, 0]
 
 
 def norm(x, weight, *, eps: float = 1e-5, centred: bool = False, impl: str = "auto"):

@@ -8,7 +8,7 @@ import types
 import pytest
 import torch
 
-from bench.budget import against_fp64
+from bench.budget import against_fp64, compare
 from igpt import cpu, cpu_attention, ops
 from igpt.kernels import reference
 from igpt.kernels.primitives import check_device
@@ -92,6 +92,23 @@ def test_attention_on_the_torch_path(dtype, causal):
         lambda qkv: reference.attention(*qkv.unbind(2), causal), inputs, ("qkv",),
     ):  # fmt: skip
         assert errors.ok, errors
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("position", [0, 17, 39])
+def test_decode_attention(impl, position, device):
+    """A step with a cache is the last row of attention over all positions so far, and leaves its key and value."""
+    qkv = rand(2, position + 1, 3, 2, 16).to(device)
+    k_cache, v_cache = torch.full((2, 2, 2, 40, 16), torch.nan, device=device)
+    for cache, part in ((k_cache, qkv[:, :-1, 1]), (v_cache, qkv[:, :-1, 2])):
+        cache[:, :, :position] = part.transpose(1, 2)
+    at = torch.tensor([position], dtype=torch.int32, device=device)
+    out = ops.decode_attention(qkv[:, -1], k_cache, v_cache, at, impl=impl)
+    want = reference.attention(*qkv.double().unbind(2), True)[:, -1]
+    eager = reference.attention(*qkv.unbind(2), True)[:, -1]
+    assert (errors := compare("out", out, eager, want)).ok, errors
+    assert torch.equal(k_cache[:, :, : position + 1], qkv[:, :, 1].transpose(1, 2))
+    assert torch.equal(v_cache[:, :, : position + 1], qkv[:, :, 2].transpose(1, 2))
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -205,6 +222,9 @@ TOKENS = torch.zeros(1, 4, dtype=torch.long)
         (lambda: ops.attention(QKV[:, :, 0], QKV[:, :2, 1], QKV[:, :, 2], causal=True), "k: got"),
         (lambda: ops.attention(QKV[:, :, 0], QKV[:, :, 1].half(), QKV[:, :, 2], causal=True), "k: got torch.float16"),
         (lambda: ops.attention(QKV.long(), causal=True), "q: got torch.int64"),
+        (lambda: ops.decode_attention(X, X, X, TOKENS), "qkv: got torch.float32"),
+        (lambda: ops.decode_attention(QKV[:, 0], QKV, X, TOKENS), "k_cache: got shape"),
+        (lambda: ops.decode_attention(QKV[:, 0], *torch.zeros(2, 1, 2, 9, 16), torch.tensor(9)), "position: got 9"),
         (lambda: ops.embed(TOKENS + 9, torch.zeros(9, 8), torch.zeros(4, 8)), r"values in \[9, 9\]"),
         (lambda: ops.embed(TOKENS, torch.zeros(9, 8), torch.zeros(3, 8)), "1 <= N <= 3"),
         (lambda: ops.embed(TOKENS, torch.zeros(9, 8), torch.zeros(4, 8), masked=TOKENS), "masked: got torch.int64"),
