@@ -194,7 +194,7 @@ ATTENTION_FORWARD = {
     ("gfx942", 64): Tile(128, 64, num_warps=8, num_stages=2),
     ("gfx942", 96): Tile(128, 32, num_warps=8, num_stages=2),
     ("gfx942", 128): Tile(128, 64, num_warps=8, num_stages=2),
-    ("fp32", 96): Tile(32, 32, num_warps=8, num_stages=2),
+    ("fp32", 64): Tile(32, 32, num_warps=8, num_stages=2),
     ("fp32", 128): Tile(32, 16, num_warps=8, num_stages=2),
     ("unaligned", 128): Tile(64, 64, num_warps=8, num_stages=1),
 }
