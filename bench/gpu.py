@@ -54,11 +54,12 @@ class Job:
             chosen = list(dict.fromkeys(dataclasses.replace(c, **small) for c in chosen))
         self.log.take(measure.operations(chosen, self.run(peers)))
 
-    def models(self, chosen: list[ModelCase]) -> None:
+    def models(self, chosen: list[ModelCase], peers: str) -> None:
+        run = self.run(peers)
         if self.rehearse:
             chosen = [ModelCase("tiny", 1, 64, "fp32", c.direction) for c in chosen[:1]]
-        # A rehearsal leaves torch.compile out: it would wait for a C++ compiler.
-        run = self.run("hugging face,eager") if self.rehearse else dataclasses.replace(self.run(), case_s=2.0, least=3)
+        else:
+            run = dataclasses.replace(run, case_s=2.0, least=3)
         self.log.take(whole.whole(chosen, run))
 
 
@@ -82,9 +83,9 @@ def rehearsed(run: measure.Run) -> measure.Run:
 
 
 def compiled(job: Job) -> None:
-    """Fill Triton's cache for this GPU; the binaries' evidence comes with it."""
+    """Fill Triton's cache with what the stages below launch on this GPU; the binaries' evidence comes with it."""
     arch = "sm_90" if job.rehearse else tune.this_arch()
-    quick = ["--quick", "--case", "palette"] if job.rehearse else []
+    quick = ["--quick", "--case", "palette"] if job.rehearse else ["--cases", "bench.gpu_cases"]
     command = [sys.executable, "-m", "bench.compile", "--arch", arch, "--workers", str(os.cpu_count() or 1)]
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     subprocess.run([*command, *quick, "--out", str(job.log.path)], cwd=ROOT, env=env, stdout=sys.stderr)
@@ -94,7 +95,7 @@ def correct(job: Job) -> None:
     chosen = cases.correctness(quick=job.rehearse, gpu=not job.rehearse)
     if job.rehearse:
         chosen = [dataclasses.replace(c, N=16) for c in chosen if c.D == 64 and c.causal]
-    job.log.take(correctness.run(chosen, job.device, job.seconds))
+    job.log.take(correctness.run(chosen, job.device, job.seconds - 20))
     size = (48, "tiny") if job.rehearse else (1024, "s")
     job.log.take([correctness.whole_model(job.device, "bf16", *size)])
 
@@ -111,12 +112,12 @@ def sanitized(job: Job) -> None:
 
 
 def attention(job: Job) -> None:
-    """Every head dim and length, forward and backward, causal; then full. torch.compile adds nothing to SDPA here."""
-    for causal, lengths in ((True, LENGTHS), (False, LENGTHS[:1])):
-        job.operations([
-            Case("attention", max(1, TOKENS // N), N, *cases.shapes(preset), "bf16", causal, direction, preset)
-            for direction in ("fwd", "bwd") for N in lengths for preset in PRESETS
-        ], "sdpa,sdpa cudnn,sdpa flash,sdpa efficient,flex,flash-attn 4,ours gluon")  # fmt: skip
+    """Every head dim, forward and backward, at each length causal, then full. torch.compile adds nothing to SDPA."""
+    sizes = [(N, True) for N in LENGTHS] + [(LENGTHS[0], False)]
+    job.operations([
+        Case("attention", max(1, TOKENS // N), N, *cases.shapes(preset), "bf16", causal, direction, preset)
+        for N, causal in sizes for direction in ("fwd", "bwd") for preset in PRESETS
+    ], "sdpa,sdpa cudnn,sdpa flash,sdpa efficient,flash-attn 4,ours gluon")  # fmt: skip
 
 
 def others(job: Job) -> None:
@@ -125,26 +126,43 @@ def others(job: Job) -> None:
     ops = ("norm_mlp", "head_loss", "norm_linear", "linear_residual", "embed", "norm")
     chosen = [
         Case(op, *size, *cases.shapes(preset), "bf16", True, direction, preset)
-        for op in ops for preset in PRESETS for direction in ("fwd", "bwd")
+        for op in ops for preset in PRESETS for direction in ("fwd", "bwd", *(["fwd+bwd"] if op == "head_loss" else []))
     ]  # fmt: skip
     pixels = [Case(op, 4096, 1024, 1, 64, "fp32") for op in cases.PIXEL_OPS]
-    job.operations([*pixels, *chosen], "torch path,liger")
+    job.operations([*chosen, *pixels], "torch path,liger")
+
+
+def formed(job: Job) -> None:
+    """Plain or folded, by operation and width: the rows of tiles.FORMS."""
+    arch = "portable" if job.rehearse else tune.this_arch()
+    run = job.run()
+    with job.log.path.with_name("tiles.txt").open("a") as file:
+        for line in tune.forms(arch, job.device, run.timer, 0.0 if job.rehearse else job.seconds / 2, job.rehearse):
+            print(line, file=file, flush=True)
+            job.log.say(line)
 
 
 def autotuned(job: Job) -> None:
-    """torch.compile max-autotune on the operations it could win."""
+    """What compiles for long: torch.compile max-autotune on the operations it could win, M first; FlexAttention."""
     size = TOKENS // 1024, 1024
-    job.operations([
-        Case(op, *size, *cases.shapes(preset), "bf16", True, direction, preset)
-        for preset in PRESETS for op in ("norm_mlp", "head_loss") for direction in ("fwd", "bwd")
-    ], "torch.compile")  # fmt: skip
+
+    def chosen(ops: tuple[str, ...], presets: tuple[str, ...]) -> list[Case]:
+        return [
+            Case(op, *size, *cases.shapes(preset), "bf16", True, direction, preset)
+            for preset in presets for op in ops for direction in ("fwd", "bwd")
+        ]  # fmt: skip
+
+    job.operations(chosen(("norm_mlp", "head_loss"), ("m",)), "torch.compile")
+    job.operations(chosen(("attention",), PRESETS), "flex")
+    job.operations(chosen(("norm_mlp", "head_loss"), ("s", "l")), "torch.compile")
 
 
 def steps(job: Job) -> None:
-    """Whole training steps, the presets at 1024 first."""
-    job.models([
-        ModelCase(preset, max(1, STEP_TOKENS // N), N, "bf16", "step") for N in LENGTHS for preset in PRESETS
-    ])
+    """Whole training steps against Hugging Face, the presets at 1024 first; then against torch.compile at 1024."""
+    chosen = [ModelCase(preset, max(1, STEP_TOKENS // N), N, "bf16", "step") for N in LENGTHS for preset in PRESETS]
+    job.models(chosen, "hugging face")
+    if not job.rehearse:  # it would wait for a C++ compiler
+        job.models(chosen[: len(PRESETS)], "torch.compile")
 
 
 def sampled(job: Job) -> None:
@@ -172,15 +190,16 @@ class Stage:
 
 # Seconds a stage may take; what one leaves, the later ones have.
 STAGES = {
-    "compiled": Stage(compiled, 60),
+    "compiled": Stage(compiled, 50),
     "correct": Stage(correct, 75),
-    "deterministic": Stage(deterministic, 20),
-    "attention": Stage(attention, 100),
-    "steps": Stage(steps, 110),
-    "sampled": Stage(sampled, 80),
-    "others": Stage(others, 60),
-    "sanitized": Stage(sanitized, 40),
-    "autotuned": Stage(autotuned, 60),
+    "deterministic": Stage(deterministic, 25),
+    "attention": Stage(attention, 80),
+    "steps": Stage(steps, 100),
+    "sampled": Stage(sampled, 50),
+    "others": Stage(others, 40),
+    "formed": Stage(formed, 20),
+    "sanitized": Stage(sanitized, 30),
+    "autotuned": Stage(autotuned, 50),
     "searched": Stage(searched, 1000),
 }
 
@@ -198,7 +217,8 @@ def stage(name: str, log: Log, seconds: float) -> None:
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        log.say(f"stage {name}: ended at its time limit; its rows so far are kept")
+        log.notes.append(f"stage {name}: ended at its time limit; its rows so far are kept")
+        log.say(log.notes[-1])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -220,16 +240,16 @@ def main(argv: list[str] | None = None) -> int:
         seconds = min(STAGES[name].seconds, end - time.monotonic())
         log.say(f"stage {name}: {seconds:.0f} s")
         if seconds < 5:
-            log.broken.append(f"stage {name}: no time was left")
+            log.notes.append(f"stage {name}: no time was left")
         elif args.rehearse:
             STAGES[name].run(Job(log, seconds, True))
         else:
             stage(name, log, seconds)
-        report.write(log.rows(), failures(log), args.out)
+        report.write(log.rows(), failures(log), args.out, "\n\n".join(log.notes))
     found, failed = log.rows(), failures(log)
     for title, text in report.sections(found, markdown=False):
         print(f"\n{title}\n{text}")
-    path = report.write(found, failed, args.out)
+    path = report.write(found, failed, args.out, "\n\n".join(log.notes))
     print(json.dumps({"ok": not failed, "rows": len(found), "failed": failed, "report": str(path)}))
     return 1 if failed else 0
 

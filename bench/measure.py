@@ -27,7 +27,7 @@ class Run:
     peers: str = "all"
     case_s: float = 2.0
     deadline: float = float("inf")
-    red: frozenset[str] = frozenset()
+    red: frozenset[tuple[str, str]] = frozenset()  # subjects whose correctness is red
     errors: dict[tuple, tuple[float, float]] = field(default_factory=dict)
     least: int = 3
     clock: Callable[[], float] = time.monotonic
@@ -35,6 +35,11 @@ class Run:
     @property
     def late(self) -> bool:
         return self.clock() > self.deadline
+
+
+def subject(x: Row | Case) -> tuple[str, str]:
+    """What a correctness row speaks for: an operation in one form, and a dtype."""
+    return f"{x.op} {x.form}".strip(), x.dtype
 
 
 def timers(device: str) -> tuple[Callable, Callable]:
@@ -61,15 +66,17 @@ def call(fn: Callable, inputs: dict, diff: tuple[str, ...], direction: str) -> C
 
 
 def warmed(build: Callable[[], object]) -> Callable | Absent:
-    """The variant after a call (three on a GPU, to settle its clock), or why it cannot run here. A GPU's fault shows
-    at the synchronisation."""
+    """The variant after a call (on a GPU up to three within a moment, to settle its clock), or why it cannot run here.
+    A GPU's fault shows at the synchronisation."""
     try:
         variant = build()
         if not isinstance(variant, Absent):
-            for _ in range(3 if torch.cuda.is_available() else 1):
-                variant()
-            if torch.cuda.is_available():
+            start = time.monotonic()
+            variant()
+            for _ in range(2 if torch.cuda.is_available() else 0):
                 torch.cuda.synchronize()
+                if time.monotonic() - start < 0.3:
+                    variant()
         return variant
     except FAULTS as fault:
         return Absent(f"raised {type(fault).__name__}: {str(fault).splitlines()[0][:200] if str(fault) else ''}")
@@ -106,8 +113,8 @@ def rows_of(case: Case, variants: dict, run: Run, extra: Callable) -> Iterator[R
 def operations(cases: Iterable[Case], run: Run) -> Iterator[Row]:
     """Rows of single operations. One whose correctness is red has no speed."""
     for case in cases:
-        if case.op in run.red or run.late:
-            why = "its correctness is red" if case.op in run.red else "no time was left"
+        if subject(case) in run.red or run.late:
+            why = "its correctness is red" if subject(case) in run.red else "no time was left"
             yield Row("kernels", impl="ours", **case.labels, **stamp(run.device), note=f"not timed: {why}")
             continue
         inputs = case.inputs(run.device)
@@ -117,10 +124,11 @@ def operations(cases: Iterable[Case], run: Run) -> Iterator[Row]:
         variants = {}
         for name, build in builders.items():
             made = build(case, run.device)
-            if name == "ours gluon" and "attention_hopper" in run.red:
+            if name == "ours gluon" and ("attention_hopper", case.dtype) in run.red:
                 made = Absent("its correctness is red")
             if not isinstance(made, Absent):
-                made = warmed(functools.partial(call, made, inputs, case.diff, case.direction))
+                given, diff = peers.operands(name, case, inputs)
+                made = warmed(functools.partial(call, made, given, diff, case.direction))
             variants[name] = made
 
         def with_error(row, name, case=case):

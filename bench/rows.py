@@ -12,7 +12,8 @@ class Row:
     err_vs_fp64 is the largest error over the output and every gradient, each relative to its own fp64 maximum, and
     eager_err_vs_fp64 that of eager PyTorch in the same dtype. ratios: this row's speed over each peer's in the same
     run (2.0: twice as quick). pct_floor: floor_ms over median_ms. mfu counts cost.model's FLOPs without attention's
-    recomputed product. A correctness row that is not ok takes the speeds of its operation away."""
+    recomputed product, over a GPU's data sheet, elsewhere over the measured ceiling. A correctness row that is not ok
+    takes the speeds of its operation away."""
 
     suite: str
     op: str

@@ -5,6 +5,7 @@ if every correctness row holds and everything that sm_90 would run compiles clea
 """
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -35,6 +36,7 @@ class Log:
         self.path, self.start = out / "rows.jsonl", time.monotonic()
         self.path.open("w" if fresh else "a").close()
         self.broken: list[str] = []
+        self.notes: list[str] = []
 
     def say(self, text: str) -> None:
         print(f"[{time.monotonic() - self.start:4.0f} s] {text}", file=sys.stderr, flush=True)
@@ -88,12 +90,12 @@ def prepared(log: Log, device: str, seconds: float, peers: str, quick: bool = Fa
     for row in log.rows():
         if isinstance(row, rows.Row) and row.suite == "correctness":
             if not row.ok:
-                red.add(row.op)
+                red.add(measure.subject(row))
             elif row.err_vs_fp64 is not None:
                 known = errors.get((row.op, row.dtype), (0.0, 0.0))
                 errors[row.op, row.dtype] = max(known, (row.err_vs_fp64, row.eager_err_vs_fp64))
     if any(name.startswith("bench.correctness") for name in log.broken):
-        red |= set(cases.OPS)
+        red |= set(itertools.product(cases.OPS, cases.DTYPES))
     return measure.Run(
         device, *measure.timers(device), peers=peers, case_s=2.0 if quick or device == "cuda" else 5.0,
         deadline=time.monotonic() + seconds, red=frozenset(red), errors=errors, least=2 if quick else 3,

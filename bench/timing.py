@@ -54,7 +54,7 @@ class CudaTimer:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self.flush.zero_()
         if self.lead:
-            torch.cuda._sleep(1_000_000)
+            torch.cuda._sleep(4_000_000)
         start.record()
         fn()
         end.record()

@@ -1,12 +1,13 @@
 """The harness that times: rehearsed on a CPU with clocks that lie, so that a GPU's first run dies of no typo."""
 
+import itertools
 import json
 
 import pytest
 import torch
 
 from bench import checks, correctness, gpu, measure, pictures, report, rows, run, timing, whole
-from bench.cases import OPS, Case
+from bench.cases import DTYPES, OPS, Case
 from bench.cost import Ceilings
 from bench.models import PEERS, ModelCase, build
 from bench.peers import Absent, chosen
@@ -80,9 +81,9 @@ def test_operations_have_ratios_floors_and_reasons():
 
 
 def test_red_correctness_shows_no_speed():
-    (row,) = measure.operations([SMALL], lying_run(red=frozenset(["norm"])))
+    (row,) = measure.operations([SMALL], lying_run(red=frozenset([("norm", "fp32")])))
     assert row.median_ms is None and row.flops == 0 and "correctness is red" in row.note
-    (row,) = whole.whole([ModelCase("tiny", 1, 32, "fp32", "fwd")], lying_run(red=frozenset(["norm"])))
+    (row,) = whole.whole([ModelCase("tiny", 1, 32, "fp32", "fwd")], lying_run(red=frozenset([("norm", "fp32")])))
     assert row.median_ms is None
 
 
@@ -202,7 +203,7 @@ def test_a_child_that_dies_is_a_failure(tmp_path):
 
     run.finish(log, "correctness", Died())
     assert "exit code -11" in run.failures(log)[0]
-    assert run.prepared(log, "cpu", 1.0, "all").red == set(OPS)
+    assert run.prepared(log, "cpu", 1.0, "all").red == set(itertools.product(OPS, DTYPES))
 
 
 def test_report_has_every_section(tmp_path):
@@ -219,11 +220,27 @@ def test_report_has_every_section(tmp_path):
     assert (tmp_path / "kernels.png").stat().st_size > 1000
 
 
-@pytest.mark.parametrize("name", ["correct", "deterministic", "attention", "steps", "others", "sanitized", "autotuned"])
+@pytest.mark.parametrize("name", sorted(gpu.STAGES.keys() - {"searched"}))
 def test_gpu_stages_are_rehearsed(name, tmp_path, capsys):
     assert gpu.main(["--rehearse", "--only", name, "--out", str(tmp_path)]) == 0
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert last["ok"] and last["rows"] > 0
+    assert last["ok"] and (last["rows"] > 0 or "FORMS" in (tmp_path / "tiles.txt").read_text())
+
+
+def test_a_sanitizer_that_fails_is_red_and_one_that_hangs_leaves_nothing_behind(tmp_path):
+    tool = tmp_path / "tool"
+    for script, ok, said in (("exit 1", False, ""), ("exit 9", False, ""), ("sleep 60 & wait", True, "not finished")):
+        tool.write_text(f"#!/bin/sh\n{script}\n")
+        tool.chmod(0o755)
+        found = list(checks.sanitizer(1.0, str(tool)))
+        assert [row.ok for row in found] == [ok] * 2 and all(said in row.note for row in found)
+
+
+def test_what_is_off_or_of_another_dtype_takes_no_speed_away():
+    others = frozenset([("attention_hopper", "fp32"), ("norm_mlp folded", "fp32"), ("norm", "bf16"), ("step", "fp32")])
+    assert next(measure.operations([SMALL], lying_run(red=others, peers="eager"))).median_ms
+    cases = [ModelCase("tiny", 1, 32, "fp32", "fwd")]
+    assert next(whole.whole(cases, lying_run(red=others, peers="eager"))).median_ms
 
 
 def test_tile_search_is_rehearsed(tmp_path, capsys):
