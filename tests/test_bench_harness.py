@@ -221,9 +221,9 @@ def test_report_has_every_section(tmp_path):
 
 
 @pytest.mark.parametrize("name", sorted(gpu.STAGES.keys() - {"searched"}))
-def test_gpu_stages_are_rehearsed(name, tmp_path, capsys):
+def test_gpu_stages_are_rehearsed(name, tmp_path, capfd):
     assert gpu.main(["--rehearse", "--only", name, "--out", str(tmp_path)]) == 0
-    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    last = json.loads(capfd.readouterr().out.splitlines()[-1])
     assert last["ok"] and (last["rows"] > 0 or "FORMS" in (tmp_path / "tiles.txt").read_text())
 
 
