@@ -1,3 +1,5 @@
+"""Logistic regression on raw grey pixels by the probe's protocol: `python reports/raw_pixels.py DATA`."""
+
 import sys
 
 import torch
@@ -6,12 +8,15 @@ from igpt import data, logistic
 from igpt.source import spread
 
 
-def split(name, k):
+def split(name, count=None):
+    """(pixels in [0, 1], labels) of `count` pictures, evenly spread over a split of DATA, as `igpt probe` takes them."""
     pictures = data.load(sys.argv[1], name)
-    rows = spread(len(pictures), k or len(pictures))
+    rows = spread(len(pictures), count or len(pictures))
     return torch.from_numpy(pictures.images[rows, :, :, 0]).flatten(1) / 255, torch.from_numpy(pictures.labels[rows])
 
-(x, y), (a, b), (t, u) = split("train", 10_000), split("valid", 1111), split("test", None)
-found = {C: logistic.fit(x, y, 10, C).accuracy(a, b) for C in (0.001, 0.01, 0.1, 1.0, 10.0)}
-C = max(found, key=found.get)
-print(found, C, logistic.fit(torch.cat([x, a]), torch.cat([y, b]), 10, C).accuracy(t, u))
+
+train, valid, test = split("train", 10_000), split("valid", 1111), split("test")
+found = {C: logistic.fit(*train, 10, C).accuracy(*valid) for C in (0.001, 0.01, 0.1, 1.0, 10.0)}
+best = max(found, key=found.get)
+both = [torch.cat(pair) for pair in zip(train, valid)]
+print(f"validation {found}, C {best}, test {logistic.fit(*both, 10, best).accuracy(*test):.4f}")
