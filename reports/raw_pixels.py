@@ -9,7 +9,7 @@ from igpt.source import spread
 
 
 def split(name, count=None):
-    """(pixels in [0, 1], labels) of `count` pictures, evenly spread over a split of DATA, as `igpt probe` takes them."""
+    """(pixels in [0, 1], labels) of `count` pictures, evenly spread over a split, as `igpt probe` takes them."""
     pictures = data.load(sys.argv[1], name)
     rows = spread(len(pictures), count or len(pictures))
     return torch.from_numpy(pictures.images[rows, :, :, 0]).flatten(1) / 255, torch.from_numpy(pictures.labels[rows])
