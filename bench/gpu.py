@@ -191,15 +191,15 @@ class Stage:
 # Seconds a stage may take; what one leaves, the later ones have.
 STAGES = {
     "compiled": Stage(compiled, 50),
-    "correct": Stage(correct, 75),
-    "deterministic": Stage(deterministic, 25),
-    "attention": Stage(attention, 80),
-    "steps": Stage(steps, 100),
-    "sampled": Stage(sampled, 50),
-    "others": Stage(others, 40),
+    "correct": Stage(correct, 70),
+    "deterministic": Stage(deterministic, 20),
+    "attention": Stage(attention, 75),
+    "steps": Stage(steps, 95),
+    "sampled": Stage(sampled, 45),
+    "others": Stage(others, 35),
     "formed": Stage(formed, 20),
-    "sanitized": Stage(sanitized, 30),
-    "autotuned": Stage(autotuned, 50),
+    "sanitized": Stage(sanitized, 25),
+    "autotuned": Stage(autotuned, 45),
     "searched": Stage(searched, 1000),
 }
 
