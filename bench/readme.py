@@ -15,6 +15,8 @@ from bench.report import columns, number
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"(<!-- rows: (\S+) -->\n).*?(<!-- end rows -->)", re.S)
 SUITES = ("model", "sampling")
+SHOWN = ("hugging face", "hugging face fp32", "torch.compile")  # peers with a column of their own
+OWN = "hugging face patched"  # ours again, in its clothes: a row, and no rival
 
 
 def table(path: Path) -> str:
@@ -25,17 +27,19 @@ def table(path: Path) -> str:
     cases: dict[tuple, dict[str, rows.Row]] = defaultdict(dict)
     for row in found:
         cases[row.op, row.case][row.impl] = row
-    peers = list(dict.fromkeys(peer for by in cases.values() for r in by.values() for peer in r.ratios))
     lines = []
     for (op, case), by_impl in cases.items():
         for impl, row in by_impl.items():
             if row.ratios:
-                name = f"{op} {case}" + ("" if impl == "ours" else f", {impl.removeprefix('ours').lstrip(', ')}")
-                against = [f"**{row.ratios[p]:.2f}x**" if p in row.ratios else "" for p in peers]
+                # A preset says how many heads it has, and how wide.
+                name = f"{op} {re.sub(' H[0-9]+ D[0-9]+ d[0-9]+', '', case) if row.preset else case}"
+                name += "" if impl == "ours" else f", {impl.removeprefix('ours').lstrip(', ')}"
                 rate = f"{number(row.per_s)} {row.unit}" if row.per_s else ""
-                lines.append([name, number(row.median_ms), rate, *against])
+                against = [f"**{row.ratios[p]:.2f}x**" if p in row.ratios else "" for p in SHOWN]
+                others = ", ".join(f"{r:.2f}x {p}" for p, r in row.ratios.items() if p not in (*SHOWN, OWN))
+                lines.append([name, number(row.median_ms), rate, *against, others])
     one = found[0]
-    head = ["case", "ours, ms", "a second", *(f"vs {peer}" for peer in peers)]
+    head = ["case", "ms", "a second", *(f"vs {peer}" for peer in SHOWN), "and"]
     stamp = f"{one.gpu}; torch {one.torch}, Triton {one.triton}, commit {one.commit}, {one.date}. Medians, interleaved."
     return f"{columns(lines, head, markdown=True)}\n\n{stamp}\n"
 
