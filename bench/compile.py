@@ -251,6 +251,7 @@ class Job:
     launch: Launch
     row: CompileRow
     work: predict.Work
+    cases: set[str]  # all that launch it; the row is named by the first
     needs_wgmma: bool = True
 
 
@@ -310,7 +311,7 @@ def _failure(exitcode: int, log: Path, late: bool) -> str:
 
 def plan(cases: Iterable, archs: Iterable[str]) -> tuple[list[Job], list[CompileRow]]:
     """Jobs for every case on every architecture, each binary once, and red rows of launchers that raised."""
-    jobs, broken, seen, names = [], [], set(), Counter()
+    jobs, broken, seen, names = [], [], {}, Counter()
     for arch in archs:
         for case in cases:
             if arch not in case.archs:
@@ -327,8 +328,8 @@ def plan(cases: Iterable, archs: Iterable[str]) -> tuple[list[Job], list[Compile
                 broken.append(dataclasses.replace(row, note="the launcher launched nothing"))
             for launch in launches:
                 if launch.key in seen:
+                    seen[launch.key].cases.add(case.name)
                     continue
-                seen.add(launch.key)
                 named = dataclasses.replace(
                     row, kernel=launch.file, function=launch.name, tile=launch.tile, variant=launch.variant
                 )
@@ -336,7 +337,8 @@ def plan(cases: Iterable, archs: Iterable[str]) -> tuple[list[Job], list[Compile
                 if names[named.key] > 1:
                     named = dataclasses.replace(named, variant=f"{named.variant} #{names[named.key]}")
                 work = predict.work(f"{launch.file}.{launch.name}", launch.values)
-                jobs.append(Job(launch, named, work, launch.name not in case.small_products))
+                seen[launch.key] = Job(launch, named, work, {case.name}, launch.name not in case.small_products)
+                jobs.append(seen[launch.key])
     return jobs, broken
 
 
@@ -369,10 +371,12 @@ def main(argv: list[str] | None = None, progress: Callable[[str], None] = lambda
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--out", type=Path, help="append rows as JSON lines to this file as they come")
     args = parser.parse_args(argv)
-    cases = importlib.import_module(args.cases).cases()
-    chosen = [c for c in cases if args.case in c.name and (c.quick or not args.quick)]
-    jobs, rows = plan(chosen, args.arch)
-    jobs = [job for job in jobs if args.kernel in job.row.kernel]
+    cases = list(importlib.import_module(args.cases).cases())
+    chosen = {c.name for c in cases if args.case in c.name and (c.quick or not args.quick)}
+    # All are planned, whatever is chosen: a binary that several share has one name, which the gate knows it by.
+    jobs, rows = plan(cases, args.arch)
+    jobs = [job for job in jobs if args.kernel in job.row.kernel and job.cases & chosen]
+    rows = [row for row in rows if row.case in chosen]
     with args.out.open("a", buffering=1) if args.out else contextlib.nullcontext() as out:
         total = len(jobs) + len(rows)
         for row in [*rows] if out else []:

@@ -240,7 +240,7 @@ def main(argv: list[str] | None = None) -> int:
         seconds = min(STAGES[name].seconds, end - time.monotonic())
         log.say(f"stage {name}: {seconds:.0f} s")
         if seconds < 5:
-            log.notes.append(f"stage {name}: no time was left")
+            log.broken.append(f"stage {name}: no time was left")
         elif args.rehearse:
             STAGES[name].run(Job(log, seconds, True))
         else:
