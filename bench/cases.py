@@ -162,11 +162,29 @@ def _qkv(c: Case, draw: Draw) -> dict:
     return {"qkv": qkv.view(c.B, c.N, 3, c.H, c.D)}
 
 
-def _hopper(c: Case, qkv):
-    """The warp-specialised forward: Gluon, sm_90 alone."""
-    from igpt.kernels.attention_hopper import attention_forward_hopper
+class Hopper(torch.autograd.Function):
+    """The warp-specialised attention, whatever the tile tables chose: Gluon, sm_90 alone."""
 
-    return attention_forward_hopper(*qkv.unbind(2), c.causal, c.D**-0.5)[0]
+    @staticmethod
+    def forward(ctx, qkv, causal):
+        from igpt.kernels.attention_hopper import attention_forward_hopper
+
+        out, lse = attention_forward_hopper(*qkv.unbind(2), causal, qkv.shape[-1] ** -0.5)
+        ctx.save_for_backward(qkv, out, lse)
+        ctx.causal = causal
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        from igpt.kernels.attention_backward import delta_of
+        from igpt.kernels.attention_hopper_backward import attention_backward_hopper
+
+        qkv, out, lse = ctx.saved_tensors
+        dout, dqkv = dout.contiguous(), torch.empty_like(qkv)
+        attention_backward_hopper(
+            dout, *qkv.unbind(2), lse, delta_of(out, dout), *dqkv.unbind(2), ctx.causal, qkv.shape[-1] ** -0.5
+        )
+        return dqkv, None
 
 
 OPS = {
@@ -179,9 +197,10 @@ OPS = {
     ),
     "attention_hopper": Op(
         inputs=_qkv,
-        ours=lambda c, impl: functools.partial(_hopper, c),
+        ours=lambda c, impl: lambda qkv: Hopper.apply(qkv, c.causal),
         reference=lambda c: lambda qkv: reference.attention(*qkv.unbind(2), c.causal),
         cost=lambda c, e: cost.attention(c.B, c.N, c.H, c.D, e, c.causal, c.direction),
+        diff=("qkv",),
     ),
     "norm": Op(
         inputs=lambda c, draw: {"x": draw.stream(), "weight": draw.gain()},
@@ -270,10 +289,16 @@ def correctness(quick: bool, gpu: bool) -> list[Case]:
         found += [replace(c, form="folded") for c in found if c.op in FOLDED_OPS and c.dtype == dtype]
         if dtype == "bf16":  # first what speeds are shown of, should the time not do for all
             found += [Case(op, 2, 1024, 1, 64, "fp32") for op in PIXEL_OPS]
-            if gpu and torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0):
-                hopper = Case("attention_hopper", 2, 1024, 4, 64, "bf16")
-                found += [replace(hopper, D=D, causal=causal) for D in (64, 96, 128) for causal in (True, False)]
+            found += hopper() if gpu else []
     return found
+
+
+def hopper() -> list[Case]:
+    """The warp-specialised attention, where the GPU at hand can run it."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+        return []
+    forms = [(D, causal) for D in (64, 96, 128) for causal in (True, False)]
+    return [Case("attention_hopper", 2, 1024, 4, D, "bf16", causal, "fwd+bwd") for D, causal in forms]
 
 
 def shapes(preset: str) -> tuple[int, int]:

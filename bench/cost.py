@@ -143,12 +143,13 @@ def head_dim(v: dict) -> int:
     return v["D"] if "D" in v else v["D1"] + v["D2"]
 
 
-# Attention's kernels: how many products of (pairs, D) each makes.
+# Attention's kernels: how many products of (pairs, D) each makes, by its arguments' names.
 ATTENTION_PRODUCTS = {
-    "attention_forward_kernel": 2,
-    "attention_hopper_kernel": 2,
-    "attention_dq_kernel": 3,
-    "attention_dkdv_kernel": 4,
+    "attention_forward_kernel": lambda v: 2,
+    "attention_hopper_kernel": lambda v: 2,
+    "attention_dq_kernel": lambda v: 3,
+    "attention_dkdv_kernel": lambda v: 5 if v["HAS_DQ"] else 4,
+    "attention_hopper_backward_kernel": lambda v: 4 if v["OWNS_KEYS"] else 3,
 }
 # The other kernels with products.
 PRODUCTS = {
@@ -172,5 +173,5 @@ def launch(name: str, values: dict) -> Cost:
     """One launch of ours, "file.function", by its arguments: the products' FLOPs, and each tensor's bytes once."""
     flops = PRODUCTS[name](values) if name in PRODUCTS else 0.0
     if products := ATTENTION_PRODUCTS.get(name.rsplit(".", 1)[-1]):
-        flops = 2 * products * head_dim(values) * pairs(values)
+        flops = 2 * products(values) * head_dim(values) * pairs(values)
     return Cost(float(flops), moved(values.values()))

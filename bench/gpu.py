@@ -103,6 +103,7 @@ def correct(job: Job) -> None:
 def deterministic(job: Job) -> None:
     sizes = (1, 32, 1, 64) if job.rehearse else (4, 1024, 8, 64)
     chosen = [Case(op, *sizes, "bf16") for op in ("attention", *cases.ROW_OPS)]
+    chosen += cases.hopper()
     job.log.take(checks.determinism(chosen, job.device, runs=2 if job.rehearse else 20))
     job.log.take(checks.step(job.device))
 

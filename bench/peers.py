@@ -149,11 +149,9 @@ def liger(case: Case, device: str):
 
 
 def gluon(case: Case, device: str):
-    """Our warp-specialised forward, whatever the tile table chose."""
+    """Our warp-specialised attention, whatever the tile tables chose."""
     if device != "cuda" or torch.cuda.get_device_capability() != (9, 0):
         return Absent("it runs on sm_90 alone")
-    if case.direction != "fwd":
-        return Absent("a forward")
     return replace(case, op="attention_hopper").ours()
 
 

@@ -85,10 +85,10 @@ def attention_forward_kernel(
 def attention_forward(q, k, v, causal: bool, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """out (B, N, H, D) contiguous, lse fp32 (B, H, N) in base 2."""
     B, N, H, D = q.shape
-    if tiles.warp_specialised(q):
-        from . import attention_hopper  # Gluon is imported only where its rows are on
+    if tiles.warp_specialised(tiles.ATTENTION_HOPPER, q):
+        from . import attention_hopper, hopper  # Gluon is imported only where its rows are on
 
-        if attention_hopper.fits(q, k, v, scale):
+        if hopper.fits(q, k, v):
             return attention_hopper.attention_forward_hopper(q, k, v, causal, scale)
     out = torch.empty((B, N, H, D), dtype=q.dtype, device=q.device)
     lse = torch.empty((B, H, N), dtype=torch.float32, device=q.device)

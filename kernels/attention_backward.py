@@ -11,7 +11,8 @@ in fp32: no atomics, and every run gives the same bits. p and ds enter their pro
 The other form, `attention_backward_one_pass`, makes p and ds once, over blocks of keys, and adds each block's part of
 dq to an fp32 sum in memory: five products instead of seven, 8 B N H D bytes a block of keys through L2, and a sum whose
 order, so whose last bits, differ from run to run. A row of tiles.ATTENTION_ONE_PASS selects it, never where torch is
-asked for deterministic algorithms.
+asked for deterministic algorithms. A row of tiles.ATTENTION_HOPPER_BACKWARD selects attention_hopper_backward.py, the
+same two kernels warp-specialised.
 
 Queries past N read q, dout, lse and delta as zero, so that they add p dout = 0 and ds = 0. Keys past N only touch
 gradients past N where the product sums over queries; where it sums over keys (dq) they are masked.
@@ -39,6 +40,8 @@ from .heads import (
     zero_tile,
 )
 from .primitives import LOG2E
+
+ROWS = 64  # of a program that only streams them
 
 
 @triton.jit(do_not_specialize=HEAD_COUNTS)
@@ -159,6 +162,14 @@ def attention_backward(dout, q, k, v, out, lse, dq, dk, dv, causal: bool, scale:
     aligned = all(map(is_aligned, (dout, q, k, v)))
     if aligned and tiles.one_pass(q):
         return attention_backward_one_pass(dout, q, k, v, out, lse, dq, dk, dv, causal, scale)
+    if tiles.warp_specialised(tiles.ATTENTION_HOPPER_BACKWARD, q):
+        from . import attention_hopper_backward, hopper  # Gluon is imported only where its rows are on
+
+        if hopper.fits(dout, q, k, v, dq, dk, dv):
+            delta = delta_of(out, dout)
+            return attention_hopper_backward.attention_backward_hopper(
+                dout, q, k, v, lse, delta, dq, dk, dv, causal, scale
+            )
     delta = torch.empty_like(lse)
     tile = tiles.attention_tile(tiles.ATTENTION_DQ, q, aligned)
     tiles.require("attention_dq_kernel", tile, q, 2 * tile.BLOCK_N * q.shape[3])
@@ -177,16 +188,22 @@ def attention_backward_one_pass(dout, q, k, v, out, lse, dq, dk, dv, causal: boo
     B, N, H, D = q.shape
     tile = tiles.ATTENTION_ONE_PASS[D]
     dq_sum = torch.zeros((B, N, H, D), dtype=torch.float32, device=q.device)
-    delta = torch.empty_like(lse)
-    grid = (triton.cdiv(N, tile.BLOCK_M) * B * H,)
-    shape = {"N": N, "H": H, "HEADS": B * H, "D": D, "BLOCK_M": tile.BLOCK_M, "num_warps": tile.num_warps}
-    attention_delta_kernel[grid](
-        out=out, out_strides=out.stride()[:3], dout=dout, dout_strides=dout.stride()[:3], delta=delta, **shape
-    )
-    _dkdv(dout, q, k, v, lse, delta, dk, dv, dq_sum, causal, scale, tile)
-    attention_finish_dq_kernel[grid](
-        dq_sum=dq_sum, dq_sum_strides=dq_sum.stride()[:3], dq=dq, dq_strides=dq.stride()[:3], scale=scale, **shape
-    )
+    _dkdv(dout, q, k, v, lse, delta_of(out, dout), dk, dv, dq_sum, causal, scale, tile)
+    attention_finish_dq_kernel[(triton.cdiv(N, ROWS) * B * H,)](
+        dq_sum=dq_sum, dq_sum_strides=dq_sum.stride()[:3], dq=dq, dq_strides=dq.stride()[:3],
+        scale=scale, N=N, H=H, HEADS=B * H, D=D, BLOCK_M=ROWS, num_warps=4,
+    )  # fmt: skip
+
+
+def delta_of(out, dout) -> torch.Tensor:
+    """delta = rowsum(dout out) of views (B, N, H, D): fp32 (B, H, N)."""
+    B, N, H, D = out.shape
+    delta = torch.empty((B, H, N), dtype=torch.float32, device=out.device)
+    attention_delta_kernel[(triton.cdiv(N, ROWS) * B * H,)](
+        out=out, out_strides=out.stride()[:3], dout=dout, dout_strides=dout.stride()[:3], delta=delta,
+        N=N, H=H, HEADS=B * H, D=D, BLOCK_M=ROWS, num_warps=4,
+    )  # fmt: skip
+    return delta
 
 
 def _dkdv(dout, q, k, v, lse, delta, dk, dv, dq_sum, causal, scale, tile) -> None:

@@ -12,8 +12,7 @@ whose keys and values fit L2 together.
 Cost for B H heads, causal: 2 B H N^2 D FLOPs; bytes 4 B N H D elements once. At D = 64 a 64 x 128 tile asks 512 cycles
 of products and 512 of exp2, so without this overlap the kernel could not pass half of the peak.
 
-D = 96 is a chunk of 64 and a chunk of 32 columns, for widths are powers of two and padding would add a third.
-Deterministic. Needs N % 128 == 0, fp16 or bf16 and 16-byte aligned rows (`fits`); `attention.py` does all else.
+Deterministic. Needs what `hopper.fits` asks for; attention.py does all else.
 Compiled only: no GPU has run this yet, so the rows of tiles.ATTENTION_HOPPER are off.
 """
 
@@ -27,25 +26,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from . import tiles
 from .heads import HEAD_COUNTS, heads_in_group
+from .hopper import CONSUMER_REGISTERS, PRODUCER_REGISTERS, TILE, chunks, describe, issue_dots, require, tile_of
 from .primitives import LOG2E
-from .tiles import ATTENTION_HOPPER, multiprocessors
-
-BLOCK = 128  # query rows of a tile (two consumers of 64), and keys of a block
-CONSUMER_REGISTERS, PRODUCER_REGISTERS = 232, 40
-
-
-@gluon.jit
-def tile_of(t, M_TILES, HEADS, GROUP, H):
-    """(query tile, batch, head) of the t-th tile: groups of heads, within a group the longest rows first."""
-    group = t // (GROUP * M_TILES)
-    r = t - group * GROUP * M_TILES
-    size = gl.minimum(GROUP, HEADS - group * GROUP)
-    i_m = M_TILES - 1 - r // size
-    i_bh = group * GROUP + r % size
-    return i_m, i_bh // H, i_bh % H
 
 
 @gluon.jit
@@ -96,16 +81,6 @@ def producer(
 
 
 @gluon.jit
-def issue_scores(q, q2, k, k2, D2: gl.constexpr, BLOCK: gl.constexpr, LAYOUT: gl.constexpr):
-    """S = Q K^T, in flight: [64, BLOCK]."""
-    zero = gl.zeros([BLOCK // 2, BLOCK], gl.float32, LAYOUT)
-    s = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
-    if D2 > 0:
-        s = warpgroup_mma(q2, k2.permute((1, 0)), s, is_async=True)
-    return s
-
-
-@gluon.jit
 def consumer(
     c: gl.constexpr, out_desc, out_tail, p_lse, rings, tail_rings, bars, scale_log2, N, H, M_TILES, HEADS, GROUP,
     D1: gl.constexpr, D2: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, IS_CAUSAL: gl.constexpr,
@@ -124,6 +99,7 @@ def consumer(
     dtype: gl.constexpr = q_ring.dtype
     o_row = gl.arange(0, ROWS, gl.SliceLayout(1, S_LAYOUT))
     o_col = gl.arange(0, BLOCK, gl.SliceLayout(0, S_LAYOUT))
+    zero = gl.zeros([ROWS, BLOCK], gl.float32, S_LAYOUT)
     q, q2 = q_ring.index(c), q_ring2.index(c)
     step = 0
     tile = 0
@@ -133,7 +109,7 @@ def consumer(
         slot = step % STAGES
         phase = (step // STAGES) & 1
         mbarrier.wait(k_full.index(slot), phase)
-        s = issue_scores(q, q2, k_ring.index(slot), k_ring2.index(slot), D2, BLOCK, S_LAYOUT)
+        s = issue_dots(q, q2, k_ring.index(slot), k_ring2.index(slot), zero, D2)
         s = warpgroup_mma_wait(0, deps=[s])
         mbarrier.arrive(k_empty.index(slot), count=1)
         s = s * scale_log2
@@ -149,7 +125,7 @@ def consumer(
         for _ in range(1, blocks):
             next_slot = (step + 1) % STAGES
             mbarrier.wait(k_full.index(next_slot), ((step + 1) // STAGES) & 1)
-            s = issue_scores(q, q2, k_ring.index(next_slot), k_ring2.index(next_slot), D2, BLOCK, S_LAYOUT)
+            s = issue_dots(q, q2, k_ring.index(next_slot), k_ring2.index(next_slot), zero, D2)
             mbarrier.wait(v_full.index(slot), phase)
             b_p = gl.convert_layout(p, P_LAYOUT)
             o = warpgroup_mma(b_p, v_ring.index(slot), o, is_async=True)
@@ -255,51 +231,23 @@ def attention_hopper_kernel(
     )  # fmt: skip
 
 
-def fits(q, k, v, scale: float) -> bool:
-    """Whether this kernel computes attention of q, k, v (B, N, H, D): see the head of this file."""
-    B, N, _, D = q.shape
-    return (
-        D in (64, 96, 128)
-        and N % BLOCK == 0
-        and q.dtype in (torch.float16, torch.bfloat16)
-        and scale > 0
-        and all(
-            t.stride()[1:] == (t.stride(1), D, 1)
-            and (B == 1 or t.stride(0) == N * t.stride(1))
-            and t.stride(1) % 8 == 0
-            and t.data_ptr() % 16 == 0
-            for t in (q, k, v)
-        )
-    )
-
-
 def attention_forward_hopper(q, k, v, causal: bool, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """out (B, N, H, D) contiguous, lse fp32 (B, H, N) in base 2. Raises ValueError if the tensors do not fit."""
-    if not fits(q, k, v, scale):
-        raise ValueError(
-            f"q, k, v: got {q.dtype} {tuple(q.shape)} with strides {q.stride()}, {k.stride()}, {v.stride()} and scale "
-            f"{scale}; expected fp16 or bf16, D 64, 96 or 128, N a multiple of {BLOCK}, heads side by side, scale > 0"
-        )
+    require(scale, q=q, k=k, v=v)
     B, N, H, D = q.shape
+    tile = tiles.ATTENTION_HOPPER[D]
+    tiles.require("attention_hopper_kernel", tile, q, 2 * tile.BLOCK_N * D)
     out = torch.empty((B, N, H, D), dtype=q.dtype, device=q.device)
     lse = torch.empty((B, H, N), dtype=torch.float32, device=q.device)
-    D1, D2 = (64, 32) if D == 96 else (D, 0)
-    tile = ATTENTION_HOPPER[D]
-    dtype = gl.bfloat16 if q.dtype == torch.bfloat16 else gl.float16
-
-    def describe(t, rows, width):
-        view = t.as_strided((B * N, H * D), (t.stride(1), 1))
-        layout = gl.NVMMASharedLayout.get_default_for([rows, width], dtype)
-        return TensorDescriptor.from_tensor(view, [rows, width], layout)
+    D1, D2 = chunks(D)
 
     def four(width):
-        return describe(q, 64, width), describe(k, BLOCK, width), describe(v, BLOCK, width), describe(out, 64, width)
+        return [describe(t, rows, width) for t, rows in ((q, TILE // 2), (k, TILE), (v, TILE), (out, TILE // 2))]
 
-    M_TILES = N // BLOCK
-    lead, tail = four(D1), four(D2 or D1)
-    attention_hopper_kernel[(min(multiprocessors(q.device), M_TILES * B * H),)](
-        *lead, *tail, lse, scale * LOG2E.value, N, H, M_TILES, B * H, heads_in_group(q),
-        D1=D1, D2=D2, BLOCK=BLOCK, STAGES=tile.num_stages, IS_CAUSAL=causal,
+    M_TILES = N // TILE
+    attention_hopper_kernel[(min(tiles.multiprocessors(q.device), M_TILES * B * H),)](
+        *four(D1), *four(D2 or D1), lse, scale * LOG2E.value, N, H, M_TILES, B * H, heads_in_group(q),
+        D1=D1, D2=D2, BLOCK=TILE, STAGES=tile.num_stages, IS_CAUSAL=causal,
         CONSUMER_REGISTERS=CONSUMER_REGISTERS, PRODUCER_REGISTERS=PRODUCER_REGISTERS, num_warps=tile.num_warps,
     )  # fmt: skip
     return out, lse

@@ -260,18 +260,24 @@ def one_pass(q: torch.Tensor) -> bool:
     return chosen and arch(q.device) == "sm_90" and not torch.are_deterministic_algorithms_enabled()
 
 
-# The warp-specialised forward (kernels/attention_hopper.py): a row counts once a GPU has measured it right and quicker
-# than ATTENTION_FORWARD's, and says so; "compiled only" is off. BLOCK_M queries in two consumers, num_stages of keys.
+# The warp-specialised kernels (kernels/attention_hopper.py, attention_hopper_backward.py): a row counts once a GPU has
+# measured it right and quicker than the plain tables', and says so; "compiled only" is off. BLOCK_M rows in two
+# consumers, BLOCK_N streamed rows, num_stages of which are in shared memory.
 ATTENTION_HOPPER = {
     64: Tile(128, 128, num_warps=4, num_stages=4, tma=True),
     96: Tile(128, 128, num_warps=4, num_stages=3, tma=True),
     128: Tile(128, 128, num_warps=4, num_stages=2, tma=True),
 }
+ATTENTION_HOPPER_BACKWARD = {
+    64: Tile(128, 64, num_warps=4, num_stages=4, tma=True),
+    96: Tile(128, 64, num_warps=4, num_stages=4, tma=True),
+    128: Tile(128, 64, num_warps=4, num_stages=4, tma=True),
+}
 
 
-def warp_specialised(q: torch.Tensor) -> bool:
-    """Whether attention of q (B, N, H, D) is to run in attention_hopper.py where its shapes fit."""
-    tile = ATTENTION_HOPPER.get(q.shape[3])
+def warp_specialised(table: dict, q: torch.Tensor) -> bool:
+    """Whether attention of q (B, N, H, D) is to run in the kernel of this table where its shapes fit."""
+    tile = table.get(q.shape[3])
     return tile is not None and tile.evidence != "compiled only" and arch(q.device) == "sm_90"
 
 

@@ -30,14 +30,23 @@ class Killed(BaseException):
     pass
 
 
-POLICIES = ("producer first", "consumers first", "random")
+SHARED = "hopper"  # the module of jitted functions that the simulated ones import
+# Whose turn it is among those who can move (0 and 1 the consumers, 2 the producer), and which copy in flight lands
+# when one must: the oldest or the newest. All as late as they can, but for "random".
+POLICIES = {
+    "producer first": ((2, 1, 0), 0),
+    "consumers first": ((0, 1, 2), -1),
+    "first consumer ahead": ((0, 2, 1), 0),
+    "second consumer ahead": ((1, 2, 0), -1),
+    "random": (None, None),
+}
 
 
 class Machine:
     """One program (CTA): partitions, actions in flight, and the baton."""
 
     def __init__(self, policy: str, seed: int = 0):
-        self.policy, self.random = policy, random.Random(seed)
+        (self.order, self.landing), self.random = POLICIES[policy], random.Random(seed)
         self.threads, self.actions, self.error = [], [], None
         self.local = threading.local()
 
@@ -57,12 +66,13 @@ class Machine:
                 raise self.error
 
     def step(self, ready):
-        late = self.policy != "random"  # asynchronous work takes as long as it can
-        if self.actions and (not ready or (not late and self.random.random() < 0.5)):
-            self.actions.pop(0 if late else self.random.randrange(len(self.actions)))()
+        if self.actions and (not ready or (self.order is None and self.random.random() < 0.5)):
+            self.actions.pop(self.random.randrange(len(self.actions)) if self.landing is None else self.landing)()
             return
-        order = {"producer first": -1, "consumers first": 0}.get(self.policy)
-        (self.random.choice(ready) if order is None else ready[order]).resume()
+        (self.random.choice(ready) if self.order is None else min(ready, key=self.place)).resume()
+
+    def place(self, thread):
+        return self.order.index(thread.rank)
 
     def kill(self):
         for t in self.threads:
@@ -120,6 +130,9 @@ class Shared:
     def permute(self, order):
         return Shared(self.data.permute(order), self.dtype, self.layout, self.stale)
 
+    def load(self, layout):
+        return self.data.clone()
+
     def store(self, value):
         self.data.copy_(value)
         self.stale[0] = True
@@ -142,7 +155,7 @@ def settle(bar):
 
 
 class Descriptor:
-    """A 2-D tensor descriptor over a view; rows and columns outside read zero and are not written."""
+    """A tensor descriptor over a view, whose every block lies inside of it."""
 
     def __init__(self, view, block, layout):
         self.view, self.block, self.layout, self.dtype = view, block, layout, view.dtype
@@ -173,7 +186,8 @@ class Product:
 
 
 def load(path, package: str, policy: str = "producer first", seed: int = 0, edit=lambda source: source):
-    """The module at `path` as a namespace whose kernels run here. `edit` may plant a fault in its source."""
+    """The module at `path` as a namespace whose kernels run here, and with it the one they share. `edit` may plant a
+    fault in its source."""
     state = types.SimpleNamespace(machine=None, program=0, programs=1)
 
     def wait(bar, phase):
@@ -273,11 +287,20 @@ def load(path, package: str, policy: str = "producer first", seed: int = 0, edit
         state.machine = Machine(policy, seed)
         state.machine.run(bodies)
 
-    def pointer_store(where, value):
-        base, offsets = where.base, where.offset
-        base.view(-1)[offsets] = value
+    def pointer_load(where):
+        return where.base.view(-1)[where.offset]
 
-    layout = types.SimpleNamespace(get_default_for=lambda block, dtype: None)
+    def pointer_store(where, value):
+        where.base.view(-1)[where.offset] = value
+
+    class Layout:
+        def __init__(self, *args, **kwargs):
+            pass
+
+        @staticmethod
+        def get_default_for(block, dtype):
+            return None
+
     gl = types.ModuleType("gl")
     vars(gl).update(
         constexpr=None, float32=torch.float32, float16=torch.float16, bfloat16=torch.bfloat16, int64=torch.int64,
@@ -285,9 +308,9 @@ def load(path, package: str, policy: str = "producer first", seed: int = 0, edit
         static_range=range, minimum=_minimum, maximum=torch.maximum, zeros=lambda s, d, l: torch.zeros(s, dtype=d),
         arange=lambda a, b, l: torch.arange(a, b), where=lambda c, a, b: torch.where(c, a, torch.tensor(b)),
         max=lambda x, axis: x.amax(axis), sum=lambda x, axis: x.sum(axis), exp2=torch.exp2, log2=torch.log2,
-        convert_layout=lambda x, l: x, store=pointer_store, allocate_shared_memory=allocate,
-        warp_specialize=warp_specialize, SliceLayout=lambda *a: None, NVMMADistributedLayout=lambda *a: None,
-        DotOperandLayout=lambda *a: None, NVMMASharedLayout=layout,
+        convert_layout=lambda x, l: x, load=pointer_load, store=pointer_store, allocate_shared_memory=allocate,
+        warp_specialize=warp_specialize, SliceLayout=Layout, NVMMADistributedLayout=Layout, DotOperandLayout=Layout,
+        NVMMASharedLayout=Layout,
     )  # fmt: skip
     hopper = types.ModuleType("hopper")
     vars(hopper).update(
@@ -310,10 +333,15 @@ def load(path, package: str, policy: str = "producer first", seed: int = 0, edit
         f"{root}.language.nvidia.hopper": hopper, f"{root}.nvidia.hopper": host,
     }  # fmt: skip
 
+    shared = types.ModuleType(f"{package}.{SHARED}")
+    shared.__package__ = package
+    fakes[shared.__name__] = shared
     namespace = {"__name__": f"{package}.simulated", "__package__": package}
     saved = {name: sys.modules.get(name) for name in fakes}
     sys.modules.update(fakes)
     try:
+        source = path.with_name(f"{SHARED}.py")
+        exec(compile(source.read_text(), str(source), "exec"), vars(shared))
         exec(compile(edit(path.read_text()), str(path), "exec"), namespace)
     finally:
         for name, module in saved.items():
@@ -326,7 +354,7 @@ def _minimum(a, b):
 
 
 class Pointer:
-    """A tensor as a kernel's pointer argument: only `+ offsets` and a masked-free store."""
+    """A tensor as a kernel's pointer argument: only `+ offsets`, for loads and stores without a mask."""
 
     def __init__(self, base, offset=0):
         self.base, self.offset = base, offset

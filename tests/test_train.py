@@ -75,25 +75,27 @@ def test_the_export_is_the_trained_model(unbroken):
     assert model.loss(tokens).item() == pytest.approx(result["valid_loss"], abs=1e-5)
 
 
-def test_killed_at_random_points_it_resumes_bit_for_bit(unbroken, tmp_path):
-    run, seed = tmp_path / "run", time.time_ns()
+def test_killed_at_random_points_it_resumes_bit_for_bit(tmp_path):
+    seed = time.time_ns()
     dice = random.Random(seed)
-    metrics, kills, starts = run / "metrics.jsonl", 0, 0
+    whole, broken, kills = tmp_path / "whole", tmp_path / "broken", 0
+
+    def start(run: Path) -> subprocess.Popen:
+        asked = ["--preset", "tiny", "--data", "builtin:emoji", "--run", str(run), "--steps", "60"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        return subprocess.Popen([sys.executable, "-m", "igpt", "train", *asked], env=environment, **quiet)
+
     while kills < 5:
-        starts += 1
-        assert starts < 20
-        child = children.start(children.train_here, options(run))
-        lines = dice.randint(0, 10)
-        children.wait_for(lambda n=lines: metrics.is_file() and metrics.read_bytes().count(b"\n") > n, child)
-        child.join(dice.random() * 0.1)
-        if child.is_alive():
-            os.kill(child.pid, signal.SIGKILL)
-            kills += 1
-        child.join()
-        if child.exitcode == 0:  # it got to its end first: once more from the start
-            shutil.rmtree(run)
-    train.run(options(run))
-    assert curve(run) == curve(unbroken[0]), f"dice of seed {seed}"
+        child = start(broken)
+        try:
+            assert child.wait(dice.uniform(3, 20)) == 0
+            shutil.rmtree(broken)  # it got to its end first: once more from the start
+        except subprocess.TimeoutExpired:
+            child.kill()
+            kills += child.wait() == -signal.SIGKILL
+    assert start(broken).wait() == start(whole).wait() == 0
+    assert curve(broken) == curve(whole) and len(curve(whole)) >= 17, f"dice of seed {seed}"
 
 
 def test_killed_before_every_rename_it_resumes_bit_for_bit(unbroken, tmp_path):
@@ -133,6 +135,13 @@ def test_one_two_and_four_processes_share_a_run(unbroken, tmp_path):
     children.train_together(4, options(run), 7)
     train.run(options(run))
     assert agree(curve(run), curve(unbroken[0]))
+
+
+def test_kernels_train_under_fsdp(tmp_path):
+    asked = {"steps": 2, "batch": 4, "save_every": 2, "valid_every": 2, "valid_pictures": 4}
+    children.train_together(2, options(tmp_path / "kernels", impl="triton", **asked))
+    train.run(options(tmp_path / "torch", **asked))
+    assert agree(curve(tmp_path / "kernels"), curve(tmp_path / "torch"))
 
 
 def test_torchrun_masks_and_bf16(tmp_path):
