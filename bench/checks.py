@@ -1,11 +1,12 @@
 """What a GPU alone can show besides errors and times: the same bits in every run, in a CUDA graph and under
-torch.compile, and no bad access to memory."""
+torch.compile, a first step that nobody waits for, and no bad access to memory."""
 
 import dataclasses
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -17,6 +18,18 @@ from bench.models import ModelCase
 from bench.rows import Row
 
 SANITIZERS = ("memcheck", "racecheck")
+FIRST_STEP_S = 30.0  # from import to the first fused step, every kernel compiled on the way
+FIRST_STEP = """
+import sys, time
+start, (preset, device) = time.monotonic(), sys.argv[1:]
+import torch, igpt
+model = igpt.ImageGPT.from_preset(preset, device=device)
+with torch.autocast(device, torch.bfloat16):
+    loss = model.loss(torch.zeros(2, model.config.n_ctx, dtype=torch.int64, device=device))
+loss.backward()
+loss.item()
+print(time.monotonic() - start)
+"""
 
 
 def determinism(cases: Iterable[Case], device: str, runs: int) -> Iterator[Row]:
@@ -79,6 +92,22 @@ def step(device: str) -> Iterator[Row]:
         # On a CPU, where this is only rehearsed, what is compiled leaves igpt/cpu.py out.
         ok, note = not differ or device == "cpu", f"{differ} tensors differ" if differ else "bit-equal"
         yield dataclasses.replace(row, ok=ok, note=note)
+
+
+def first_step(device: str, preset: str) -> Iterator[Row]:
+    """Seconds from `import igpt` to the first loss and its gradients, with an empty compile cache."""
+    row = Row("model", "first step", "ours", "bf16", "fwd+bwd", preset=preset, B=2, **stamp(device))
+    with tempfile.TemporaryDirectory() as empty:
+        run = subprocess.run(
+            [sys.executable, "-c", FIRST_STEP, preset, device], cwd=ROOT, env=os.environ | {"TRITON_CACHE_DIR": empty},
+            capture_output=True, text=True,
+        )  # fmt: skip
+    if run.returncode:
+        yield dataclasses.replace(row, ok=False, note=" ".join(run.stderr.strip().splitlines()[-1:])[:200])
+        return
+    seconds = float(run.stdout)
+    note = f"{seconds:.1f} s from import, nothing compiled before; at most {FIRST_STEP_S:.0f}"
+    yield dataclasses.replace(row, median_ms=1e3 * seconds, runs=1, ok=seconds <= FIRST_STEP_S, note=note)
 
 
 def sanitizer(seconds: float, tool: str | None) -> Iterator[Row]:

@@ -108,6 +108,10 @@ def deterministic(job: Job) -> None:
     job.log.take(checks.step(job.device))
 
 
+def cold(job: Job) -> None:
+    job.log.take(checks.first_step(job.device, "tiny" if job.rehearse else "s"))
+
+
 def sanitized(job: Job) -> None:
     job.log.take(checks.sanitizer(job.seconds, "true" if job.rehearse else shutil.which("compute-sanitizer")))
 
@@ -199,6 +203,7 @@ STAGES = {
     "sampled": Stage(sampled, 45),
     "others": Stage(others, 35),
     "formed": Stage(formed, 20),
+    "cold": Stage(cold, 35),
     "sanitized": Stage(sanitized, 25),
     "autotuned": Stage(autotuned, 45),
     "searched": Stage(searched, 1000),

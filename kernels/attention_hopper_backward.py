@@ -14,14 +14,17 @@ through shared memory. A producer copies by TMA into a ring of pairs (x, y); two
     issue S    issue dP    wait for S    p, under dP    issue p y    wait for dP    ds, under p y    issue ds x    wait
 
 each has a product in flight under its exponentials, and its other gaps under the products of its neighbour. Blocks run
-from the diagonal on: the first is wholly masked for one of the consumers, which skips it, and then each has one to mask.
+from the diagonal on: the first is wholly masked for one of the consumers, which skips it; then each has one to mask.
 
-Cost for B H heads, causal: 7 B H N^2 D FLOPs, two of the seven products made twice against the one-pass form; nothing is
-summed in memory, so it is deterministic. Needs what `hopper.fits` asks for; attention_backward.py does all else.
+Cost for B H heads, causal: 7 B H N^2 D FLOPs, two of the seven products made twice against the one-pass form; nothing
+is summed in memory, so it is deterministic. At D = 64 a 64 x 64 step for dk and dv asks 512 cycles of products and 256
+of exp2. lse and delta of streamed queries come through the ring too: read from shared memory where they are used, they
+hold no registers, of which the accumulators at D = 128 leave none.
+
+Needs what `hopper.fits` asks for; attention_backward.py does all else.
 Compiled only: no GPU has run this yet, so the rows of tiles.ATTENTION_HOPPER_BACKWARD are off.
 """
 
-import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -34,7 +37,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from . import tiles
 from .heads import HEAD_COUNTS, heads_in_group
-from .hopper import CONSUMER_REGISTERS, PRODUCER_REGISTERS, TILE, chunks, describe, describe_flat, issue_dots, require, tile_of
+from .hopper import (
+    CONSUMER_REGISTERS,
+    PRODUCER_REGISTERS,
+    TILE,
+    chunks,
+    describe,
+    describe_flat,
+    issue_dots,
+    require,
+    tile_of,
+)
 from .primitives import LOG2E
 
 
@@ -219,8 +232,8 @@ def consumer(
 
 @gluon.jit(do_not_specialize=HEAD_COUNTS)
 def attention_hopper_backward_kernel(
-    a_desc, b_desc, x_desc, y_desc, da_desc, db_desc, a_tail, b_tail, x_tail, y_tail, da_tail, db_tail, lse_desc, delta_desc, p_lse, p_delta,
-    scale, scale_log2, N, H, TILES, HEADS, GROUP,
+    a_desc, b_desc, x_desc, y_desc, da_desc, db_desc, a_tail, b_tail, x_tail, y_tail, da_tail, db_tail,
+    lse_desc, delta_desc, p_lse, p_delta, scale, scale_log2, N, H, TILES, HEADS, GROUP,
     D1: gl.constexpr, D2: gl.constexpr, TILE: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
     IS_CAUSAL: gl.constexpr, OWNS_KEYS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
@@ -296,8 +309,8 @@ def _launch(tile, owns_keys: bool, owned, streamed, grads, lse, delta, causal: b
 
     TILES = N // TILE
     attention_hopper_backward_kernel[(min(tiles.multiprocessors(lse.device), TILES * B * H),)](
-        *six(D1), *six(D2 or D1), *(describe_flat(t, tile.BLOCK_N) for t in (lse, delta)), lse, delta, scale, scale * LOG2E.value,
-        N, H, TILES, B * H, heads_in_group(owned[0]),
+        *six(D1), *six(D2 or D1), *(describe_flat(t, tile.BLOCK_N) for t in (lse, delta)), lse, delta,
+        scale, scale * LOG2E.value, N, H, TILES, B * H, heads_in_group(owned[0]),
         D1=D1, D2=D2, TILE=TILE, BLOCK=tile.BLOCK_N, STAGES=tile.num_stages, IS_CAUSAL=causal, OWNS_KEYS=owns_keys,
         CONSUMER_REGISTERS=CONSUMER_REGISTERS, PRODUCER_REGISTERS=PRODUCER_REGISTERS, num_warps=tile.num_warps,
     )  # fmt: skip

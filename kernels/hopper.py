@@ -6,8 +6,8 @@ widths are powers of two and padding would add a third; other head dims are one 
 """
 
 import torch
+from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon import jit
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -16,7 +16,7 @@ TILE = 128  # rows of a tile: two consumers of 64
 CONSUMER_REGISTERS, PRODUCER_REGISTERS = 240, 24
 
 
-@jit
+@gluon.jit
 def tile_of(t, TILES, HEADS, GROUP, H):
     """(tile of rows, batch, head) of the t-th tile: groups of heads, within a group the last rows first."""
     group = t // (GROUP * TILES)
@@ -26,7 +26,7 @@ def tile_of(t, TILES, HEADS, GROUP, H):
     return TILES - 1 - r // size, i_bh // H, i_bh % H
 
 
-@jit
+@gluon.jit
 def issue_dots(a, a2, b, b2, zero, D2: gl.constexpr):
     """a b^T of tiles in shared memory, in flight, one product a chunk; `zero` gives the layout."""
     dots = warpgroup_mma(a, b.permute((1, 0)), zero, use_acc=False, is_async=True)
@@ -36,8 +36,8 @@ def issue_dots(a, a2, b, b2, zero, D2: gl.constexpr):
 
 
 def fits(*tensors: torch.Tensor) -> bool:
-    """Whether these views (B, N, H, D) suit the kernels: fp16 or bf16, N a multiple of TILE, heads side by side, rows
-    that start at 16 bytes, pictures at one distance."""
+    """Whether these views (B, N, H, D) of one shape suit the kernels: fp16 or bf16, N a multiple of TILE, heads side by
+    side, rows that start at 16 bytes, pictures at one distance."""
     B, N, _, D = tensors[0].shape
     return D in (64, 96, 128) and N % TILE == 0 and all(
         t.dtype in (torch.float16, torch.bfloat16)
@@ -54,8 +54,8 @@ def require(scale: float, **tensors: torch.Tensor) -> None:
     if not fits(*tensors.values()) or not scale > 0:
         first, said = next(iter(tensors.values())), ", ".join(tensors)
         raise ValueError(
-            f"{said}: got {first.dtype} {tuple(first.shape)} with strides {[t.stride() for t in tensors.values()]} and "
-            f"scale {scale}; expected fp16 or bf16, D 64, 96 or 128, N a multiple of {TILE}, heads side by side, scale > 0"
+            f"{said}: got {first.dtype} {tuple(first.shape)}, strides {[t.stride() for t in tensors.values()]}, scale "
+            f"{scale}; expected fp16 or bf16, D 64, 96 or 128, N a multiple of {TILE}, heads side by side, scale > 0"
         )
 
 

@@ -166,7 +166,7 @@ def test_a_tile_that_cannot_fit_is_refused(monkeypatch):
     q = torch.zeros(1, 128, 2, 64, dtype=torch.bfloat16)
     for table in (tiles.ATTENTION_HOPPER, tiles.ATTENTION_HOPPER_BACKWARD):
         monkeypatch.setitem(table, 64, dataclasses.replace(table[64], num_stages=30))
-    with pytest.raises(ValueError, match="attention_hopper_kernel: Tile.*bytes in shared memory, sm_90 has"):
+    with pytest.raises(ValueError, match=r"attention_hopper_kernel: Tile.*bytes in shared memory, sm_90 has"):
         simulated("attention_hopper")["attention_forward_hopper"](q, q, q, True, 0.1)
     with pytest.raises(ValueError, match="attention_hopper_backward_kernel: Tile"):
         simulated("attention_hopper_backward")["attention_backward_hopper"](*[q] * 4, None, None, *[q] * 3, True, 1)
@@ -176,7 +176,7 @@ def test_what_does_not_fit_is_refused():
     forward, backward = simulated("attention_hopper"), simulated("attention_hopper_backward")
     for shape in ((1, 100, 3, 2, 64), (1, 128, 3, 2, 80)):
         q, k, v = torch.zeros(shape, dtype=torch.bfloat16).unbind(2)
-        with pytest.raises(ValueError, match="q, k, v: got .*expected fp16 or bf16"):
+        with pytest.raises(ValueError, match=r"q, k, v: got .*expected fp16 or bf16"):
             forward["attention_forward_hopper"](q, k, v, True, 0.1)
-        with pytest.raises(ValueError, match="dout, q, k, v, dq, dk, dv: got .*expected fp16 or bf16"):
+        with pytest.raises(ValueError, match=r"dout, q, k, v, dq, dk, dv: got .*expected fp16 or bf16"):
             backward["attention_backward_hopper"](q, q, k, v, None, None, q, k, v, True, 0.1)
