@@ -32,16 +32,15 @@ def suits(x: torch.Tensor) -> bool:
 
 def product(a, weight, bias=None, activation: str = "none"):
     """a @ weight^T + bias for 2-D operands of any strides; activation "swish" is silu, in the epilogue."""
-    if a.dtype == torch.bfloat16 and bias is None and activation == "none":
-        return torch.mm(a, weight.t())  # oneDNN too, and unlike the other it reads a transposed a without a copy
     return _linear(a, weight, bias, activation, [], "")
 
 
-def weight_gradient(dy, a):
-    """dy^T @ a, of (rows, out) and (rows, in). In fp32 the narrower of the two is the one that is copied."""
-    if a.dtype == torch.float32 and a.shape[1] < dy.shape[1]:
-        return product(a.t(), dy.t()).t()
-    return product(dy.t(), a.t())
+def transposed_product(a, b):
+    """a^T @ b, of (rows, m) and (rows, n): a weight's gradient. The op above would copy a^T; in bf16 torch.mm, oneDNN
+    too, reads it where it is, and in fp32, where torch.mm is MKL's, the narrower of the two is copied."""
+    if a.dtype == torch.bfloat16:
+        return torch.mm(a.t(), b)
+    return product(a.t(), b.t()) if a.shape[1] <= b.shape[1] else product(b.t(), a.t()).t()
 
 
 def _centre(x, centred):
@@ -98,7 +97,7 @@ class Linear(Function):
     @once_differentiable
     def backward(ctx, dy):
         a, weight = ctx.saved_tensors
-        return product(dy, weight.t()), weight_gradient(dy, a), dy.sum(0) if ctx.has_bias else None
+        return product(dy, weight.t()), transposed_product(dy, a), dy.sum(0) if ctx.has_bias else None
 
 
 class NormLinear(Function):
@@ -113,7 +112,7 @@ class NormLinear(Function):
     @once_differentiable
     def backward(ctx, dy):
         x, gain, rstd, weight = ctx.saved_tensors
-        dweight = weight_gradient(dy, _again(x, gain, rstd, ctx.centred))
+        dweight = transposed_product(dy, _again(x, gain, rstd, ctx.centred))
         dx, dgain = _normalise_backward(product(dy, weight.t()), x, gain, rstd, ctx.centred)
         return dx.to(x.dtype), dgain.to(gain.dtype), dweight, dy.sum(0) if ctx.has_bias else None, None, None
 
@@ -143,11 +142,11 @@ class NormMLP(Function):
         x, gain, rstd, w_fc, w_proj, pre, hidden = ctx.saved_tensors
         hidden = torch.nn.functional.silu(pre) if hidden is None else hidden
         dz = dy * (1 / QUICK_GELU)
-        dw_proj = weight_gradient(dz, hidden)
+        dw_proj = transposed_product(dz, hidden)
         dpre = product(dz, w_proj.t())
         torch.ops.aten.silu_backward.grad_input(dpre, pre, grad_input=dpre)
         gain_q = gain * QUICK_GELU
-        dw_fc = weight_gradient(dpre, _again(x, gain_q, rstd, ctx.centred))
+        dw_fc = transposed_product(dpre, _again(x, gain_q, rstd, ctx.centred))
         dx, dgain = _normalise_backward(product(dpre, w_fc.t()), x, gain_q, rstd, ctx.centred)
         db_fc = dpre.sum(0).mul_(QUICK_GELU) if ctx.has_bias[0] else None
         db_proj = dy.sum(0) if ctx.has_bias[1] else None

@@ -15,7 +15,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from igpt import cpu
-from igpt.cpu import product
+from igpt.cpu import product, transposed_product
 
 BLOCK = 256  # queries: 128 and 512 were slower, forward and backward, in fp32 and bf16
 MIN_POSITIONS = 512  # below, a head's dozens of calls cost more than its arithmetic (256: 0.7x of SDPA)
@@ -57,10 +57,10 @@ class Attention(Function):
             dkt, dvt = torch.zeros(2, *qh.t().shape)
             for rows, keys in _blocks(qh, ctx.causal):
                 p = _probabilities(qh, kh, rows, keys, mask)
-                dvt[:, keys] += product(doh[rows].t(), p.t())
+                dvt[:, keys] += transposed_product(doh[rows], p)
                 dp = product(doh[rows], vh[keys])
                 ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)  # p (dp - rowsum(p dp))
-                dkt[:, keys] += product(qh[rows].t(), ds.t())
+                dkt[:, keys] += transposed_product(qh[rows], ds)
                 torch.mul(product(ds, kh[keys].t()), scale, out=dq[b, rows, h])
             dk[b, :, h], dv[b, :, h] = dkt.t(), dvt.t()
         return None, None, *grads
