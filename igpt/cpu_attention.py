@@ -53,7 +53,7 @@ class Attention(Function):
         for b, h in _heads(q):
             qh, kh, vh = q[b, :, h] * scale, k[b, :, h].contiguous(), v[b, :, h].contiguous()
             doh = dout[b, :, h].contiguous()
-            # [D, N]: p and ds are then the product's second factor, which may be transposed without a copy.
+            # [D, N]: then neither p nor ds, the wide factors, has to be copied to be transposed.
             dkt, dvt = torch.zeros(2, *qh.t().shape)
             for rows, keys in _blocks(qh, ctx.causal):
                 p = _probabilities(qh, kh, rows, keys, mask)
