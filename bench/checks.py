@@ -105,7 +105,7 @@ def first_step(device: str, preset: str) -> Iterator[Row]:
     if run.returncode:
         yield dataclasses.replace(row, ok=False, note=" ".join(run.stderr.strip().splitlines()[-1:])[:200])
         return
-    seconds = float(run.stdout)
+    seconds = float(run.stdout.split()[-1])
     note = f"{seconds:.1f} s from import, nothing compiled before; at most {FIRST_STEP_S:.0f}"
     yield dataclasses.replace(row, median_ms=1e3 * seconds, runs=1, ok=seconds <= FIRST_STEP_S, note=note)
 
