@@ -50,22 +50,23 @@ class Checkpoints:
                 return path
         return None
 
-    def load(self, model, optimizer) -> int:
-        """Fill model and optimiser from the newest checkpoint; the step after which it was made, 0 if there is none."""
+    def load(self, model, optimizers) -> int:
+        """Fill model and optimisers (one, or a list) from the newest checkpoint; the step after which it was made, 0 if
+        there is none."""
         path = self.us.from_first(self.latest() if self.us.first else None)
         if path is None:
             return 0
-        model_state, optimizer_state = get_state_dict(model, optimizer)
+        model_state, optimizer_state = get_state_dict(model, optimizers)
         state = {"model": model_state, "optimizer": optimizer_state}
         dcp.load(state, checkpoint_id=path, process_group=self.us.checkpoint_group)
-        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        set_state_dict(model, optimizers, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         return step_of(path)
 
-    def start(self, step: int, model, optimizer) -> None:
+    def start(self, step: int, model, optimizers) -> None:
         """Copy the state and begin to write it; the training may go on."""
         self.poll(wait=True)
         path = self.folder / f"{WRITING}step-{step}"
-        model_state, optimizer_state = get_state_dict(model, optimizer)
+        model_state, optimizer_state = get_state_dict(model, optimizers)
         done = dcp.async_save(
             {"model": model_state, "optimizer": optimizer_state},
             storage_writer=dcp.FileSystemWriter(path), process_group=self.us.checkpoint_group,

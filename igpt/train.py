@@ -23,6 +23,7 @@ from igpt import convert, data, grid, sample
 from igpt.checkpoint import Checkpoints
 from igpt.config import preset
 from igpt.model import MASK_PROBABILITY, ImageGPT
+from igpt.muon import Muon
 from igpt.order import Order
 from igpt.palette import Palette
 from igpt.processes import Processes, build, processes, whole
@@ -58,8 +59,9 @@ class Options:
     palette: Path | None = None  # palette.npy or kmeans_centers.npy; default: the set's own
     steps: int | None = None  # updates; default: the paper's 1,000,000 (xl 2,000,000; tiny 1000)
     batch: int | None = None  # pictures an update, over all processes; default: the paper's 128 (xl 64; tiny 16)
-    lr: float | None = None  # Adam's, at its peak; default: the paper's for this preset and objective
+    lr: float | None = None  # at its peak; default: the paper's for this preset and objective
     warmup: int | None = None  # updates of linear warm-up; default: one epoch, at most a tenth of the run
+    optimizer: Literal["adam", "muon"] = "adam"  # muon: for the blocks' matrices, Adam for the rest; igpt/muon.py
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8  # Adam's; the paper doesn't say
@@ -156,10 +158,23 @@ class Training:
         self.checkpoints = Checkpoints(options.run / "checkpoints", us, options.keep)
         self.model = build(self.config, us, impl=options.impl, bf16=self.bf16, seed=options.seed)
         self.model.recompute = options.recompute
-        self.optimizer = torch.optim.Adam(
-            self.model.parameters(), lr=options.lr, betas=(options.beta1, options.beta2), eps=options.eps,
-            fused=us.device.type == "cuda",
-        )  # fmt: skip
+        self.optimizers = self.make_optimizers()
+
+    def make_optimizers(self) -> list[torch.optim.Optimizer]:
+        options, blocks = self.options, self.model.blocks
+        made, taken = [], set()
+        if options.optimizer == "muon":
+            groups = [
+                {"params": [block.get_parameter(name) for block in blocks], "parts": parts}
+                for name, parts in (("attn.qkv", 3), ("attn.proj", 1), ("mlp.fc", 1), ("mlp.proj", 1))
+            ]
+            taken = {p for group in groups for p in group["params"]}
+            made.append(Muon(groups, options.lr, dtype=torch.bfloat16 if self.bf16 else torch.float32))
+        rest = [p for p in self.model.parameters() if p not in taken]
+        return [*made, torch.optim.Adam(
+            rest, lr=options.lr, betas=(options.beta1, options.beta2), eps=options.eps,
+            fused=self.us.device.type == "cuda",
+        )]  # fmt: skip
 
     def identity(self) -> dict:
         """What config.json says: all that decides the run's losses."""
@@ -169,7 +184,7 @@ class Training:
 
     def run(self, stopped: threading.Event) -> dict:
         options = self.options
-        start = self.checkpoints.load(self.model, self.optimizer)
+        start = self.checkpoints.load(self.model, self.optimizers)
         flops = ImageGPT(self.config, device="meta").flops_per_token() * self.config.n_ctx
         peak = peak_flops(self.us.device)
         self.metrics = Metrics(
@@ -203,7 +218,7 @@ class Training:
     def update(self, step: int, stop: bool) -> torch.Tensor:
         """One optimiser step. Gives [loss, gradient norm, processes asked to stop], on the device, over all."""
         options, us = self.options, self.us
-        for group in self.optimizer.param_groups:
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group["lr"] = self.lr(step)
         rows = self.order.rows(step - 1)
         masked = None if self.config.causal else self.masks(len(rows), options.seed, step)
@@ -218,8 +233,9 @@ class Training:
             total += loss.detach() / options.accumulate
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), options.clip or math.inf)
         norm = norm.full_tensor() if us.world > 1 else norm
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         return us.sum(torch.stack([total / us.world, norm / us.world, torch.tensor(float(stop), device=us.device)]))
 
     def loss(self, tokens: np.ndarray, masked: torch.Tensor | None) -> torch.Tensor:
@@ -270,7 +286,7 @@ class Training:
                 self.sample(step)
         if step % options.save_every == 0 or last or stop:
             self.metrics.sync()
-            self.checkpoints.start(step, self.model, self.optimizer)
+            self.checkpoints.start(step, self.model, self.optimizers)
 
     @torch.no_grad()
     def valid_loss(self) -> float:
