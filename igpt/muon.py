@@ -16,6 +16,15 @@ from torch.distributed.tensor import DTensor, Shard
 STEPS, A, B, C = 5, 3.4445, -4.7750, 2.0315
 
 
+def groups(model) -> list[dict]:
+    """The matrices of an ImageGPT's blocks by shape; q, k and v are three. Embeddings and head are for Adam."""
+    parts = {"attn.qkv": 3, "attn.proj": 1, "mlp.fc": 1, "mlp.proj": 1}
+    return [
+        {"params": [block.get_parameter(name) for block in model.blocks], "parts": count}
+        for name, count in parts.items()
+    ]
+
+
 class Muon(torch.optim.Optimizer):
     """Of parameter groups whose matrices have one shape (m, n), which is `parts` (default 1) matrices (m / parts, n)
     one above the other. dtype: what the products run in.
@@ -32,6 +41,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
+        loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
@@ -47,6 +57,7 @@ class Muon(torch.optim.Optimizer):
             size = 0.2 * max(m // group["parts"], n) ** 0.5
             for p, u in zip(params, self.orthogonal(torch.stack(looked_ahead), params[0], group["parts"])):
                 local(p).add_(u, alpha=-group["lr"] * size)
+        return loss
 
     def orthogonal(self, shards, like, parts: int):
         """Of this process's rows of all matrices, (matrices, rows, n): the same rows of the orthogonal ones."""

@@ -5,6 +5,7 @@ NCCL or CPUs with gloo; gradients are means over the processes, so the losses ar
 """
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from igpt.config import Config
 from igpt.model import ImageGPT
 from igpt.source import device_of
+
+# A block's output may be a view. Nothing of ours writes into one in place, which is what FSDP2 warns of.
+warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,10 @@ from typing import Literal
 import numpy as np
 import torch
 
-from igpt import convert, data, grid, sample
+from igpt import convert, data, grid, muon, sample
 from igpt.checkpoint import Checkpoints
 from igpt.config import preset
 from igpt.model import MASK_PROBABILITY, ImageGPT
-from igpt.muon import Muon
 from igpt.order import Order
 from igpt.palette import Palette
 from igpt.processes import Processes, build, processes, whole
@@ -62,9 +61,9 @@ class Options:
     lr: float | None = None  # at its peak; default: the paper's for this preset and objective
     warmup: int | None = None  # updates of linear warm-up; default: one epoch, at most a tenth of the run
     optimizer: Literal["adam", "muon"] = "adam"  # muon: for the blocks' matrices, Adam for the rest; igpt/muon.py
-    beta1: float = 0.9
+    beta1: float = 0.9  # Adam's, as are the next two
     beta2: float = 0.95
-    eps: float = 1e-8  # Adam's; the paper doesn't say
+    eps: float = 1e-8  # the paper doesn't say
     clip: float | None = 1.0  # largest gradient norm, None for no clipping; the paper doesn't say
     seed: int = 0  # of the first weights, the order of the pictures and the masks
     dtype: Literal["auto", "bf16", "fp32"] = "auto"  # of the activations; auto: bf16 on a GPU, fp32 on a CPU
@@ -161,20 +160,16 @@ class Training:
         self.optimizers = self.make_optimizers()
 
     def make_optimizers(self) -> list[torch.optim.Optimizer]:
-        options, blocks = self.options, self.model.blocks
-        made, taken = [], set()
-        if options.optimizer == "muon":
-            groups = [
-                {"params": [block.get_parameter(name) for block in blocks], "parts": parts}
-                for name, parts in (("attn.qkv", 3), ("attn.proj", 1), ("mlp.fc", 1), ("mlp.proj", 1))
-            ]
-            taken = {p for group in groups for p in group["params"]}
-            made.append(Muon(groups, options.lr, dtype=torch.bfloat16 if self.bf16 else torch.float32))
-        rest = [p for p in self.model.parameters() if p not in taken]
-        return [*made, torch.optim.Adam(
-            rest, lr=options.lr, betas=(options.beta1, options.beta2), eps=options.eps,
-            fused=self.us.device.type == "cuda",
-        )]  # fmt: skip
+        """Adam, for all parameters or for those that Muon leaves."""
+        options = self.options
+        matrices = muon.groups(self.model) if options.optimizer == "muon" else []
+        taken = {p for group in matrices for p in group["params"]}
+        adam = torch.optim.Adam(
+            [p for p in self.model.parameters() if p not in taken], lr=options.lr,
+            betas=(options.beta1, options.beta2), eps=options.eps, fused=self.us.device.type == "cuda",
+        )  # fmt: skip
+        dtype = torch.bfloat16 if self.bf16 else torch.float32
+        return [adam, muon.Muon(matrices, options.lr, dtype=dtype)] if matrices else [adam]
 
     def identity(self) -> dict:
         """What config.json says: all that decides the run's losses."""
