@@ -5,8 +5,8 @@ Adam; reports/fashion-mnist.md has what this one saves. A step is as large as Ad
 learning rate 1 (Liu et al. 2025, section 2.2), so Adam's learning rates apply.
 
 Why not torch.optim.Muon: it multiplies one matrix at a time, takes a stacked q, k, v for one, and works in bf16 alone.
-Here the matrices of one shape are one batch, whose products fill a GPU, and FSDP's shards are exchanged so that each
-process makes its share of the matrices orthogonal.
+Here the matrices of one shape are one batch of products, and FSDP's shards are exchanged so that each process makes its
+share of the matrices orthogonal.
 """
 
 import torch
