@@ -69,15 +69,25 @@ def test_one_two_and_four_processes_share_a_run(tmp_path, layers):
     learned = train.run(options(tmp_path / "alone", **asked))
     assert learned["valid_loss"] < math.log(512) - 0.1
     run = tmp_path / "shared"
-    children.start(children.train_until, options(run, **asked), 2).join(120)
+    stopped_after(2, options(run, **asked))
     children.train_together(2, options(run, **asked), 5)
     children.train_together(4, options(run, **asked), 7)
+    assert (run / "checkpoints" / "latest").read_text() == "step-8"
     train.run(options(run, **asked))
     assert agree(curve(run), curve(tmp_path / "alone"))
 
 
 def test_stopped_and_resumed_it_is_the_same_to_the_bit(tmp_path):
     train.run(options(tmp_path / "whole", optimizer="muon", dtype="bf16"))
-    children.start(children.train_until, options(tmp_path / "parts", optimizer="muon", dtype="bf16"), 6).join(120)
-    train.run(options(tmp_path / "parts", optimizer="muon", dtype="bf16"))
+    asked = options(tmp_path / "parts", optimizer="muon", dtype="bf16")
+    stopped_after(6, asked)
+    train.run(asked)
     assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
+
+
+def stopped_after(step, asked):
+    """A process of its own that SIGTERM ended when the figures of `step` were in: its checkpoint is the next step's."""
+    child = children.start(children.train_until, asked, step)
+    child.join(120)
+    assert child.exitcode == 0
+    assert (asked.run / "checkpoints" / "latest").read_text() == f"step-{step + 1}"
