@@ -115,7 +115,8 @@ class Decoder:
             qkv = ops.norm_linear(h, a.norm, a.qkv, a.b_qkv, **form).view(B, N, 3, c.heads, c.head_dim)
             cache[:, :, :, :N] = self.stored(qkv[:, :, 1:]).permute(2, 0, 3, 1, 4)
             n = ops.attention(qkv, causal=True, scale=a.scale, impl=model.impl)
-            h = block.mlp(ops.linear_residual(n.reshape(B, N, -1), a.proj, h, a.b_proj, impl=model.impl), model.impl)
+            h = ops.linear_residual(n.reshape(B, N, -1), a.proj, h, a.b_proj, impl=model.impl)
+            h, _ = block.mlp(h, None, model.impl)
 
     @torch.inference_mode()
     def step(self, position: int, previous_B):

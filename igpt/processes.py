@@ -87,7 +87,9 @@ def build(config: Config, us: Processes, *, impl: str, bf16: bool, seed: int) ->
     if us.world == 1:
         return whole_model().to(us.device)
     # bf16 parameters travel in the all-gather, gradients are summed in fp32; the sharded master copy is fp32.
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
+    dtypes = (torch.bfloat16, torch.float32) if bf16 else ()
+    # The stream has its dtype from the embedding, and what goes beside it (squares) is fp32 to stay.
+    policy = MixedPrecisionPolicy(*dtypes, cast_forward_inputs=False)
     model = ImageGPT(config, impl=impl, device="meta")
     for block in model.blocks:
         fully_shard(block, mesh=us.mesh, mp_policy=policy)

@@ -191,6 +191,15 @@ def is_folded(form: str, name: str, x, *weights, centred: bool = False) -> bool:
     return possible and (form or tiles.form(name, tiles.arch(x.device), x.shape[-1])) == "folded"
 
 
+def hands_squares(name: str, y, weight, reader: str | None) -> bool:
+    """Whether operation `name`, whose product with `weight` makes y (..., d), is to emit y's squares for the norm in
+    `reader`: where the table folds both."""
+    arch, d = tiles.arch(y.device), y.shape[-1]
+    return reader is not None and is_aligned(weight) and all(
+        tiles.form(operation, arch, d) == "folded" for operation in (name, reader)
+    )  # fmt: skip
+
+
 def empty_partials(M: int, N: int, device) -> torch.Tensor:
     return torch.empty((triton.cdiv(N, PIECE), M), dtype=torch.float32, device=device)
 

@@ -98,8 +98,9 @@ class NormLinearThrough(torch.autograd.Function):
     def backward(ctx, dy, dres):
         if dy is None:
             return dres, *[None] * 7
-        dx, dgain, dweight, dbias = norm_linear_backward_op(dy, dres, *ctx.saved_tensors)
-        return dx, dgain, dweight, None if ctx.saved_tensors[3] is None else dbias, *[None] * 4
+        saved = ctx.saved_tensors  # once: a checkpointed block unpacks them but one time
+        dx, dgain, dweight, dbias = norm_linear_backward_op(dy, dres, *saved)
+        return dx, dgain, dweight, None if saved[3] is None else dbias, *[None] * 4
 
 
 @torch.library.custom_op("igpt::linear_residual", mutates_args=())

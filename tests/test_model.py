@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -6,7 +7,7 @@ from einops import rearrange
 
 import igpt
 from bench.budget import compare
-from igpt.kernels import reference
+from igpt.kernels import reference, rows, tiles
 
 SMALL = {"n_layer": 2, "width": 64, "heads": 1, "n_ctx": 48, "vocab": 32}
 
@@ -185,15 +186,39 @@ def test_thirty_steps_agree_with_triton(objective):
     assert errors.ours_max <= 2 * errors.eager_max + torch.finfo(torch.float32).eps * exact.max(), errors
 
 
+@pytest.mark.parametrize("impl", ["torch", "triton"])
 @pytest.mark.parametrize("recompute", ["mlp", "block"])
-def test_recompute_gives_the_same_gradients(recompute):
-    a, b = small(), small()
+def test_recompute_gives_the_same_gradients(recompute, impl):
+    """With the kernels, a checkpointed block's backward once read its saved tensors twice, and raised."""
+    a, b = small(impl=impl), small(impl=impl)
     b.recompute = recompute
     tokens = tokens_for(a)
     a.loss(tokens).backward()
     b.loss(tokens).backward()
     for p, q in zip(a.parameters(), b.parameters()):
         assert torch.equal(p.grad, q.grad)
+
+
+@pytest.mark.parametrize("objective", ["ar", "bert"])
+def test_folded_blocks_hand_their_squares_on(objective, monkeypatch):
+    """Of all norms in front of products only the very first reads the stream for its statistics."""
+    monkeypatch.setattr(tiles, "form", lambda *_: "folded")
+    passes, real = [], rows.norm_forward
+    monkeypatch.setattr(rows, "norm_forward", lambda *a, **k: passes.append(a) or real(*a, **k))
+    ours, eager = small(impl="triton", objective=objective), small(objective=objective)
+    exact, tokens = copy.deepcopy(eager).double(), tokens_for(ours)
+    masked = None if objective == "ar" else ours.draw_mask(tokens, torch.Generator().manual_seed(0))
+    found = []
+    for model in (ours, eager, exact):
+        loss = model.loss(tokens, masked)
+        found.append([loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))])
+    assert len(passes) == 1
+    for name, *three in zip(["loss", *dict(ours.named_parameters())], *found):
+        errors = compare(name, *three)
+        assert errors.ok, errors
+    ours.recompute = "block"
+    again = ours.loss(tokens, masked)
+    assert all(map(torch.equal, found[0], [again.detach(), *torch.autograd.grad(again, list(ours.parameters()))]))
 
 
 def test_classifier():
