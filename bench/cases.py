@@ -49,6 +49,11 @@ def tokens(B: int, N: int, device="cpu") -> torch.Tensor:
     return all_of_them[index].view(B, N).to(device)
 
 
+def forced(form: str):
+    """Within this context norms and residuals take `form`, "plain" or "folded"; with "" what the table says."""
+    return mock.patch.object(tiles, "form", lambda *_: form) if form else contextlib.nullcontext()
+
+
 @dataclass(frozen=True)
 class Case:
     """One operation at one size. d = H D; the MLP's inner width is 4 d; V = 512. `form`: "plain" or "folded" forces how
@@ -77,9 +82,7 @@ class Case:
 
     def forced(self):
         """The context in which this case is run, backward included."""
-        if not self.form:
-            return contextlib.nullcontext()
-        return mock.patch.object(tiles, "form", lambda *_: self.form)
+        return forced(self.form)
 
     def inputs(self, device="cpu") -> dict[str, torch.Tensor]:
         """Tensors by name; on "meta", their shapes alone."""
@@ -162,46 +165,50 @@ def _qkv(c: Case, draw: Draw) -> dict:
     return {"qkv": qkv.view(c.B, c.N, 3, c.H, c.D)}
 
 
-class Hopper(torch.autograd.Function):
-    """The warp-specialised attention, whatever the tile tables chose: Gluon, sm_90 alone."""
+class Attention(torch.autograd.Function):
+    """Attention in a form that the tile tables need not have chosen, sm_90 alone: "hopper" is the warp-specialised
+    kernels in Gluon, "one pass" the backward that makes five products and sums dq in memory."""
 
     @staticmethod
-    def forward(ctx, qkv, causal):
+    def forward(ctx, qkv, causal, form):
+        from igpt.kernels.attention import attention_forward
         from igpt.kernels.attention_hopper import attention_forward_hopper
 
-        out, lse = attention_forward_hopper(*qkv.unbind(2), causal, qkv.shape[-1] ** -0.5)
+        run = attention_forward_hopper if form == "hopper" else attention_forward
+        out, lse = run(*qkv.unbind(2), causal, qkv.shape[-1] ** -0.5)
         ctx.save_for_backward(qkv, out, lse)
-        ctx.causal = causal
+        ctx.causal, ctx.form = causal, form
         return out
 
     @staticmethod
     def backward(ctx, dout):
-        from igpt.kernels.attention_backward import delta_of
+        from igpt.kernels.attention_backward import attention_backward_one_pass, delta_of
         from igpt.kernels.attention_hopper_backward import attention_backward_hopper
 
         qkv, out, lse = ctx.saved_tensors
         dout, dqkv = dout.contiguous(), torch.empty_like(qkv)
-        attention_backward_hopper(
-            dout, *qkv.unbind(2), lse, delta_of(out, dout), *dqkv.unbind(2), ctx.causal, qkv.shape[-1] ** -0.5
-        )
-        return dqkv, None
+        given, shape = (dout, *qkv.unbind(2)), (*dqkv.unbind(2), ctx.causal, qkv.shape[-1] ** -0.5)
+        if ctx.form == "hopper":
+            attention_backward_hopper(*given, lse, delta_of(out, dout), *shape)
+        else:
+            attention_backward_one_pass(*given, out, lse, *shape)
+        return dqkv, None, None
+
+
+def _attention(ours: Callable) -> "Op":
+    return Op(
+        inputs=_qkv,
+        ours=ours,
+        reference=lambda c: lambda qkv: reference.attention(*qkv.unbind(2), c.causal),
+        cost=lambda c, e: cost.attention(c.B, c.N, c.H, c.D, e, c.causal, c.direction),
+        diff=("qkv",),
+    )
 
 
 OPS = {
-    "attention": Op(
-        inputs=_qkv,
-        ours=lambda c, impl: lambda qkv: ops.attention(qkv, causal=c.causal, impl=impl),
-        reference=lambda c: lambda qkv: reference.attention(*qkv.unbind(2), c.causal),
-        cost=lambda c, e: cost.attention(c.B, c.N, c.H, c.D, e, c.causal, c.direction),
-        diff=("qkv",),
-    ),
-    "attention_hopper": Op(
-        inputs=_qkv,
-        ours=lambda c, impl: lambda qkv: Hopper.apply(qkv, c.causal),
-        reference=lambda c: lambda qkv: reference.attention(*qkv.unbind(2), c.causal),
-        cost=lambda c, e: cost.attention(c.B, c.N, c.H, c.D, e, c.causal, c.direction),
-        diff=("qkv",),
-    ),
+    "attention": _attention(lambda c, impl: lambda qkv: ops.attention(qkv, causal=c.causal, impl=impl)),
+    "attention_hopper": _attention(lambda c, impl: lambda qkv: Attention.apply(qkv, c.causal, "hopper")),
+    "attention_one_pass": _attention(lambda c, impl: lambda qkv: Attention.apply(qkv, c.causal, "one pass")),
     "norm": Op(
         inputs=lambda c, draw: {"x": draw.stream(), "weight": draw.gain()},
         **_same("norm"),
@@ -289,16 +296,17 @@ def correctness(quick: bool, gpu: bool) -> list[Case]:
         found += [replace(c, form="folded") for c in found if c.op in FOLDED_OPS and c.dtype == dtype]
         if dtype == "bf16":  # first what speeds are shown of, should the time not do for all
             found += [Case(op, 2, 1024, 1, 64, "fp32") for op in PIXEL_OPS]
-            found += hopper() if gpu else []
+            found += switched_off() if gpu else []
     return found
 
 
-def hopper() -> list[Case]:
-    """The warp-specialised attention, where the GPU at hand can run it."""
+def switched_off() -> list[Case]:
+    """The forms of attention that wait for a measurement, where the GPU at hand can run them."""
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         return []
-    forms = [(D, causal) for D in (64, 96, 128) for causal in (True, False)]
-    return [Case("attention_hopper", 2, 1024, 4, D, "bf16", causal, "fwd+bwd") for D, causal in forms]
+    widths = {"attention_hopper": tiles.ATTENTION_HOPPER, "attention_one_pass": tiles.ATTENTION_ONE_PASS}
+    forms = [(op, D, causal) for op, table in widths.items() for D in table for causal in (True, False)]
+    return [Case(op, 2, 1024, 4, D, "bf16", causal, "fwd+bwd") for op, D, causal in forms]
 
 
 def shapes(preset: str) -> tuple[int, int]:

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import triton
 from torch._library.custom_ops import OPDEFS
 from triton.backends.compiler import GPUTarget
@@ -112,6 +113,13 @@ class Launch:
         return self.function.cache_key, self.arch, *(str(sorted(p.items(), key=str)) for p in parts)
 
 
+def alias(value):
+    """Autograd copies a gradient that someone else still holds: what a recorded launch keeps is not the tensor."""
+    if isinstance(value, torch.Tensor):
+        return value.detach()
+    return dataclasses.replace(value, base=value.base.detach()) if hasattr(value, "base") else value
+
+
 @contextlib.contextmanager
 def capture(arch: str) -> Iterator[list[Launch]]:
     """Within this context launchers pick the tiles of `arch` and launch nothing; yields the list of launches."""
@@ -127,7 +135,8 @@ def capture(arch: str) -> Iterator[list[Launch]]:
         )
         options, signature, constexprs, attrs = self._pack_args(backend, kwargs, bound, specialization, options)
         grid = tuple(grid(bound) if callable(grid) else grid)
-        launches.append(Launch(self, arch, signature, constexprs, attrs, options.__dict__, grid, bound))
+        values = {name: alias(value) for name, value in bound.items()}
+        launches.append(Launch(self, arch, signature, constexprs, attrs, options.__dict__, grid, values))
 
     # On meta tensors a custom op runs its fake; here it must run its body, for the launches. Operations that are
     # imported later would still run their fakes.

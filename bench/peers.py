@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.cases import Case
-from igpt.kernels import reference
+from igpt.kernels import reference, tiles
 
 SCORES_LIMIT = 24e9  # bytes of N x N scores past which an eager peer is not run
 
@@ -148,11 +148,16 @@ def liger(case: Case, device: str):
     return known.get(case.op, Absent(f"Liger has no {case.op}"))
 
 
-def gluon(case: Case, device: str):
-    """Our warp-specialised attention, whatever the tile tables chose."""
+# Our own forms of attention that the tile tables may have off: the operation in bench/cases.py.
+OFF = {"ours gluon": "attention_hopper", "ours one pass": "attention_one_pass"}
+
+
+def switched_off(case: Case, device: str, name: str):
     if device != "cuda" or torch.cuda.get_device_capability() != (9, 0):
         return Absent("it runs on sm_90 alone")
-    return replace(case, op="attention_hopper").ours()
+    if name == "ours one pass" and (case.direction == "fwd" or case.D not in tiles.ATTENTION_ONE_PASS):
+        return Absent(f"it is a backward, of head dims {list(tiles.ATTENTION_ONE_PASS)}")
+    return replace(case, op=OFF[name]).ours()
 
 
 def torch_path(case: Case, device: str):
@@ -171,13 +176,13 @@ ATTENTION = {
     "sdpa efficient": functools.partial(sdpa, backend=SDPBackend.EFFICIENT_ATTENTION),
     "flex": flex,
     "flash-attn 4": flash4,
-    "ours gluon": gluon,
+    **{name: functools.partial(switched_off, name=name) for name in OFF},
 }
-UNPACKED = ATTENTION.keys() - {"eager", "ours gluon"}
+UNPACKED = ATTENTION.keys() - {"eager", *OFF}
 OTHERS = {"eager": eager, "torch.compile": compiled_reference, "torch path": torch_path, "liger": liger}
 
 
-NAMES = (*dict.fromkeys([*ATTENTION, *OTHERS]), "hugging face", "hugging face patched")
+NAMES = (*dict.fromkeys([*ATTENTION, *OTHERS]), "ours folded", "hugging face", "hugging face patched")
 
 
 def of(case: Case) -> dict[str, Callable]:

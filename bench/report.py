@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from bench import compile as compiling
-from bench import step
+from bench import step, targets
 from bench.rows import CompileRow, Row, StepRow
 
 
@@ -73,9 +73,9 @@ def compiled(rows: list[CompileRow], markdown: bool) -> str:
 
 def steps(rows: list[StepRow]) -> str:
     parts = []
-    for preset in dict.fromkeys(r.preset for r in rows):
-        mine = [r for r in rows if r.preset == preset]
-        parts.append(f"iGPT-{preset.upper()}, {mine[0].B} x {mine[0].N} tokens, bf16\n{step.table(mine)}")
+    for preset, form in dict.fromkeys((r.preset, r.form) for r in rows):
+        mine = [r for r in rows if (r.preset, r.form) == (preset, form)]
+        parts.append(f"{step.title(mine)}\n{step.table(mine)}")
     return "\n\n".join(parts)
 
 
@@ -88,6 +88,9 @@ def sections(rows: Iterable, markdown: bool) -> list[tuple[str, str]]:
     for suite, title in (("model", "Whole models and pictures"), ("kernels", "Operations"), ("sampling", "Sampling")):
         if some := [r for r in plain if r.suite == suite]:
             found.append((title, speed(some, markdown)))
+    if any(r.device == "cuda" for r in plain):
+        text = columns(targets.verdicts(plain), targets.HEAD, markdown)
+        found.append(("Numbers to reach on an H200 in bf16", text))
     if some := [r for r in rows if isinstance(r, CompileRow)]:
         found.append(("Compiler evidence (compiled only: nothing here was timed)", compiled(some, markdown)))
     if some := [r for r in rows if isinstance(r, StepRow)]:

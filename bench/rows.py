@@ -72,7 +72,8 @@ class Row:
 @dataclass(frozen=True)
 class StepRow:
     """One kernel's share of a training step: `launches` of it, the bytes of its arguments each once, its FLOPs, and
-    the floor of their sum at an H200's ceilings. Counted from recorded launches, not timed."""
+    the floor of their sum at an H200's ceilings. Counted from recorded launches, not timed. form: "plain" or "folded"
+    where one was forced."""
 
     suite: str
     preset: str
@@ -84,7 +85,7 @@ class StepRow:
     bytes: float
     flops: float
     floor_ms: float
-    note: str = ""
+    form: str = ""
 
 
 @dataclass(frozen=True)

@@ -208,7 +208,8 @@ def main(argv: list[str] | None = None) -> int:
         flags = ["--device", device, "--peers", args.peers, "--budget", str(left), "--preset", *args.preset]
         finish(log, "sampling", start(log, "sampling", *flags))
     if suite in ("quick", "full"):
-        finish(log, "step", start(log, "step", *(["--preset", "s"] if suite == "quick" else [])))
+        flags = ["--preset", "s"] if suite == "quick" else ["--form", "plain", "folded"]
+        finish(log, "step", start(log, "step", *flags))
     found, failed = log.rows(), failures(log)
     extra = ""
     if args.baseline:

@@ -33,29 +33,41 @@ from igpt.kernels.tiles import Tile
 
 WARPS, STAGES = (4, 8), (2, 3, 4)
 PRESETS = ("s", "m", "l")
+# Tables of sm_90 whose rows may be off: the kernel, its operation and direction, the values tried.
+SWITCHED_OFF = {
+    "ATTENTION_HOPPER": ("attention_hopper_kernel", "attention_hopper", "fwd", {"num_stages": STAGES}),
+    "ATTENTION_HOPPER_BACKWARD": (
+        "attention_hopper_backward_kernel", "attention_hopper", "bwd", {"num_stages": STAGES},
+    ),
+    "ATTENTION_ONE_PASS": (
+        "attention_dkdv_kernel", "attention_one_pass", "bwd",
+        {"BLOCK_M": (32, 64), "BLOCK_N": (64, 128), "num_warps": WARPS, "num_stages": STAGES},
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Search:
     """One row of one table: where it stands, the kernel whose launches it shapes, the case that is timed, and the
-    values tried."""
+    values tried. `rival`: what a row that may be off must beat to be on; such a table is of sm_90 alone."""
 
     table: str
     key: tuple
     kernel: str
     case: Case
     values: dict
+    rival: Case | None = None
 
     @property
     def name(self) -> str:
         return f"{self.table} {self.key}"
 
-    def row_key(self, arch: str) -> tuple:
-        return arch, *self.key
+    def row_key(self, arch: str):
+        return self.key[0] if self.rival else (arch, *self.key)
 
     def current(self, arch: str) -> Tile:
-        table = getattr(tiles, self.table)
-        return table.get(self.row_key(arch), table["portable", *self.key])
+        table, key = getattr(tiles, self.table), self.row_key(arch)
+        return table[key] if self.rival else table.get(key, table["portable", *self.key])
 
     def candidates(self, arch: str) -> list[Tile]:
         """The table's own row first."""
@@ -68,8 +80,9 @@ class Search:
             yield
 
 
-def searches() -> Iterator[Search]:
-    """The most valuable first: the presets' attention at 1024, then the products, the head, the norms."""
+def searches(arch: str) -> Iterator[Search]:
+    """The most valuable first: the presets' attention at 1024, then the products, the head, the norms; what may be off
+    last, for a kernel that dies on a GPU takes the process's context with it."""
     for preset in PRESETS:
         H, D = cases.shapes(preset)
         case = Case("attention", 32, 1024, H, D, "bf16", preset=preset)
@@ -92,6 +105,12 @@ def searches() -> Iterator[Search]:
         for preset, width in (("s", 512), ("m", 1024), ("l", 2048)):
             case = Case("norm", 32, 1024, *cases.shapes(preset), "bf16", direction=direction, preset=preset)
             yield Search(table, (width,), kernel, case, {"BLOCK_M": (1, 2, 4, 8, 16), "num_warps": (2, 4, 8, 16)})
+    for table, (kernel, op, direction, values) in SWITCHED_OFF.items() if arch == "sm_90" else ():
+        for preset in PRESETS:
+            H, D = cases.shapes(preset)
+            rival = Case("attention", 32, 1024, H, D, "bf16", direction=direction, preset=preset)
+            if D in getattr(tiles, table):
+                yield Search(table, (D,), kernel, dataclasses.replace(rival, op=op), values, rival)
 
 
 def this_arch() -> str:
@@ -115,7 +134,7 @@ def compile_jobs(search: Search, arch: str) -> list:
 def compile_all(arch: str, out: Path, only: str) -> None:
     from bench.compile import compile_all as compiling
 
-    jobs = [job for search in searches() if only in search.name for job in compile_jobs(search, arch)]
+    jobs = [job for search in searches(arch) if only in search.name for job in compile_jobs(search, arch)]
     with out.open("a", buffering=1) as file:
         for row in compiling(jobs, os.cpu_count() or 1, limit_s=60):
             print(rows.to_json(row), file=file)
@@ -152,12 +171,16 @@ def agree(a, b) -> bool:
     )
 
 
-def timed(search: Search, arch: str, device: str, places: set[int], timer, seconds: float) -> list[tuple[float, Tile]]:
-    """(ms, tile) of every candidate that runs and agrees with the table's row, quickest first."""
+def timed(
+    search: Search, arch: str, device: str, places: set[int], timer, seconds: float
+) -> tuple[list[tuple[float, Tile]], float | None]:
+    """(ms, tile) of every candidate that runs and agrees with the table's row, quickest first; and the rival's ms."""
     inputs = search.case.inputs(device)
     candidates = search.candidates(arch)
     wanted = answers(search, inputs, candidates[0], arch)
-    variants = {}
+    variants, rival = {}, {}
+    if search.rival:
+        rival = {None: call(search.rival.ours("triton"), inputs, search.rival.diff, search.rival.direction)}
     for place, tile in enumerate(candidates):
         if place and place not in places:
             continue
@@ -177,25 +200,31 @@ def timed(search: Search, arch: str, device: str, places: set[int], timer, secon
             print(f"  {tile}: {type(fault).__name__}", file=sys.stderr)
     first = interleaved(variants, timer, seconds / 2, least=3, most=10)
     best = sorted(first, key=lambda t: first[t].median)[:4]
-    last = interleaved({t: variants[t] for t in {*best, candidates[0]}}, timer, seconds / 2, least=5, most=50)
-    return sorted(((s.median, t) for t, s in last.items()), key=lambda x: x[0])
+    finalists = {t: variants[t] for t in {*best, candidates[0]}} | rival
+    last = interleaved(finalists, timer, seconds / 2, least=5, most=50)
+    against = last.pop(None).median if rival else None
+    return sorted(((s.median, t) for t, s in last.items()), key=lambda x: x[0]), against
 
 
-def paste(search: Search, arch: str, ranked: list[tuple[float, Tile]], device: str) -> str:
-    """The row for kernels/tiles.py: the best where it beats the table's own by 2% or more, else the table's own."""
+def paste(search: Search, arch: str, ranked: list[tuple[float, Tile]], rival_ms: float | None, device: str) -> str:
+    """The row for kernels/tiles.py: the best where it beats the table's own by 2% or more, else the table's own. One
+    that has a rival is on, which is to say has its evidence, where it beats that by as much."""
     now = search.current(arch)
     mine = next(ms for ms, tile in ranked if tile == now)
     best_ms, best = ranked[0]
     if best_ms > 0.98 * mine:
         best_ms, best = mine, now
-    gpu = stamp(device)["gpu"].removeprefix("NVIDIA ")
-    best = dataclasses.replace(best, evidence=f"{gpu} {datetime.date.today().isoformat()}")
+    gpu, note = stamp(device)["gpu"].removeprefix("NVIDIA "), f"{best_ms:.4f} ms, the table's {mine:.4f}"
+    evidence = f"{gpu} {datetime.date.today().isoformat()}"
+    if rival_ms:
+        note += f", its rival's {rival_ms:.4f}"
+        evidence = evidence if best_ms < 0.98 * rival_ms else "compiled only"
+    best = dataclasses.replace(best, evidence=evidence)
     defaults = {f.name: f.default for f in dataclasses.fields(Tile)}
     options = {k: v for k, v in dataclasses.asdict(best).items() if v != defaults[k] and not k.startswith("BLOCK")}
     shown = [f"{k}={v!r}" for k, v in options.items()]
     sizes = [str(v) for v in (best.BLOCK_M, best.BLOCK_N, best.BLOCK_K) if v]
-    key = ", ".join(map(repr, search.row_key(arch)))
-    return f"    ({key}): Tile({', '.join([*sizes, *shown])}),  # {best_ms:.4f} ms, the table's {mine:.4f}"
+    return f"    {search.row_key(arch)!r}: Tile({', '.join([*sizes, *shown])}),  # {note}"
 
 
 def forms(arch: str, device: str, timer, seconds: float, small: bool) -> Iterator[str]:
@@ -225,6 +254,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="only tables whose name and key contain this")
     parser.add_argument("--arch", choices=tiles.ARCHS, help="with --compile-only; otherwise the GPU's")
     parser.add_argument("--compile-only", action="store_true", help="no GPU: what compiles clean, as JSON")
+    parser.add_argument("--without-forms", action="store_true", help="tiles only: FORMS were measured already")
     parser.add_argument("--rehearse", action="store_true", help="one small search on a CPU, in the interpreter")
     parser.add_argument("--out", type=Path, help="append the rows to paste (or the JSON lines) to this file")
     args = parser.parse_args(argv)
@@ -234,7 +264,7 @@ def main(argv: list[str] | None = None) -> int:
     start = time.monotonic()
     device = "cpu" if args.rehearse else "cuda"
     arch, timer = ("portable", CpuTimer()) if args.rehearse else (this_arch(), CudaTimer())
-    chosen = [s for s in searches() if args.only in s.name]
+    chosen = [s for s in searches(arch) if args.only in s.name]
     places = {} if args.rehearse else clean(arch, args.only, args.seconds / 3)
     if args.rehearse:
         case = dataclasses.replace(chosen[-1].case, B=1, N=16, dtype="fp32")
@@ -247,7 +277,7 @@ def main(argv: list[str] | None = None) -> int:
             with args.out.open("a") as file:
                 print(line, file=file)
 
-    if args.only in "FORMS":
+    if args.only in "FORMS" and not args.without_forms:
         for line in forms(arch, device, timer, 0.0 if args.rehearse else args.seconds / 10, args.rehearse):
             say(line)
     for done, search in enumerate(chosen):
@@ -256,8 +286,11 @@ def main(argv: list[str] | None = None) -> int:
             print(f"no time was left for {', '.join(s.name for s in chosen[done:])}", file=sys.stderr)
             break
         share = 0.1 if args.rehearse else min(10.0, left / 2)
-        ranked = timed(search, arch, device, places.get(search.name, set()), timer, share)
-        say(f"{search.table}  {paste(search, arch, ranked, device).strip()}")
+        try:
+            found = timed(search, arch, device, places.get(search.name, set()), timer, share)
+            say(f"{search.table}  {paste(search, arch, *found, device).strip()}")
+        except FAULTS as fault:
+            say(f"{search.name}: raised {type(fault).__name__}: {str(fault)[:200]}")
     return 0
 
 

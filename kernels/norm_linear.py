@@ -72,6 +72,7 @@ def _norm_linear_setup(ctx, inputs, output):
     x, gain, weight, bias, *_ = inputs
     ctx.save_for_backward(x, gain, weight, bias, output[1])
     ctx.has_bias = bias is not None
+    ctx.set_materialize_grads(False)
 
 
 def _norm_linear_backward(ctx, dy, _):
@@ -137,6 +138,7 @@ def _linear_residual_setup(ctx, inputs, output):
     a, weight, _, bias, *_ = inputs
     ctx.save_for_backward(a, weight, bias)
     ctx.has_bias = bias is not None
+    ctx.set_materialize_grads(False)  # the squares' gradient would be as many zeros
 
 
 def _linear_residual_backward(ctx, dy, _):

@@ -6,12 +6,13 @@ import json
 import pytest
 import torch
 
-from bench import checks, correctness, gpu, measure, pictures, report, rows, run, timing, whole
+from bench import checks, correctness, gpu, measure, pictures, report, rows, run, timing, tune, whole
 from bench.cases import DTYPES, OPS, Case
 from bench.cost import Ceilings
 from bench.models import PEERS, ModelCase, build
 from bench.peers import Absent, chosen
 from bench.timing import CpuTimer, CudaTimer, interleaved
+from igpt.kernels import tiles
 
 SMALL = Case("norm", 1, 16, 1, 32, "fp32")
 
@@ -87,6 +88,12 @@ def test_red_correctness_shows_no_speed():
     assert row.median_ms is None
 
 
+def test_a_red_folded_form_is_not_timed():
+    red = frozenset([("norm_mlp folded", "fp32")])
+    found = {r.impl: r for r in whole.whole([ModelCase("tiny", 1, 32, "fp32", "fwd")], lying_run(red=red))}
+    assert found["ours"].median_ms and found["ours folded"].note == "absent: the correctness of norm_mlp folded is red"
+
+
 def test_no_time_left_is_said():
     (row,) = measure.operations([SMALL], lying_run(deadline=float("-inf")))
     assert row.median_ms is None and "no time" in row.note
@@ -112,6 +119,7 @@ def test_a_model_that_does_not_fit_halves_its_batch(monkeypatch):
 def test_every_whole_model_runs(direction):
     found = {r.impl: r for r in whole.whole([ModelCase("tiny", 1, 32, "fp32", direction)], lying_run())}
     assert set(found) == {"ours", *PEERS}
+    assert found.pop("ours folded").note == "absent: forms are the kernels', which run on a GPU"
     assert all(r.median_ms and r.mfu for r in found.values()), {n: r.note for n, r in found.items()}
     assert found["ours"].ratios["hugging face"] == 1.0
 
@@ -246,7 +254,22 @@ def test_what_is_off_or_of_another_dtype_takes_no_speed_away():
 def test_tile_search_is_rehearsed(tmp_path, capsys):
     assert gpu.main(["--rehearse", "--only", "searched", "--out", str(tmp_path)]) == 0
     found = (tmp_path / "tiles.txt").read_text()
-    assert "NORM_BACKWARD  ('portable', 2048): Tile(" in found and 'FORMS  ("portable", "norm_mlp", 16): ' in found
+    assert "NORM_BACKWARD  ('portable', 2048): Tile(" in found
+
+
+def test_a_row_that_is_off_is_pasted_on_only_where_it_beats_its_rival(monkeypatch):
+    monkeypatch.setattr(tune, "stamp", lambda device: {"gpu": "NVIDIA H200"})
+    found = {s.name: s for s in tune.searches("sm_90")}
+    assert not any(s.rival for s in tune.searches("sm_80"))
+    assert "ATTENTION_ONE_PASS (96,)" in found and "ATTENTION_ONE_PASS (128,)" not in found
+    search = found["ATTENTION_HOPPER (128,)"]
+    now, *others = search.candidates("sm_90")
+    assert now == tiles.ATTENTION_HOPPER[128] and len(others) == 2
+    with search.using(others[0], "sm_90"):
+        assert tiles.ATTENTION_HOPPER[128] == others[0]
+    on = tune.paste(search, "sm_90", [(1.0, others[0]), (1.2, now)], 1.1, "cuda")
+    assert on.startswith("    128: Tile(128, 128, ") and "evidence='H200 2" in on and "rival's 1.1000" in on
+    assert "evidence" not in tune.paste(search, "sm_90", [(1.0, others[0]), (1.2, now)], 1.01, "cuda")
 
 
 def test_gpu_needs_a_gpu(monkeypatch):

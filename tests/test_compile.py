@@ -104,8 +104,13 @@ have = sum(r.flops for r in rows)
 assert abs(have - want - again) < 1e-6 * want, (have, want, again)
 names = {r.kernel for r in rows}
 assert any("attention_dkdv" in n for n in names) and any("norm_forward" in n for n in names), names
+folded = step.account("tiny", 2, 256, form="folded")
+assert abs(sum(r.flops for r in folded) - have) < 1e-6 * want
+# The squares go from product to norm: one pass for statistics, the first block's.
+(first,) = (r for r in folded if r.kernel == "rows.norm_forward_kernel")
+assert first.launches == 1, first
 # Autograd once filled a gradient with zeros for each output that backward never reads: 8% of a step's bytes.
-assert sum(r.bytes for r in rows if r.kernel == "zeros") < 0.01 * sum(r.bytes for r in rows)
+assert not {r.kernel for r in rows + folded} & {"zeros", "copy_"}, (rows, folded)
 """)
     assert done.returncode == 0, done.stderr
 
