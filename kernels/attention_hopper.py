@@ -112,11 +112,10 @@ def consumer(
         s = issue_dots(q, q2, k_ring.index(slot), k_ring2.index(slot), zero, D2)
         s = warpgroup_mma_wait(0, deps=[s])
         mbarrier.arrive(k_empty.index(slot), count=1)
-        s = s * scale_log2
         if IS_CAUSAL:
             s = gl.where(o_col[None, :] <= c * ROWS + o_row[:, None], s, float("-inf"))
-        m = gl.max(s, 1)
-        p = gl.exp2(s - m[:, None])
+        m = gl.max(s, 1) * scale_log2
+        p = gl.exp2(s * scale_log2 - m[:, None])
         l = gl.sum(p, 1)
         p = p.to(dtype)
         o = gl.zeros([ROWS, D1], gl.float32, O_LAYOUT)
@@ -134,10 +133,10 @@ def consumer(
                 o2 = warpgroup_mma(b_p2, v_ring2.index(slot), o2, is_async=True)
             s = warpgroup_mma_wait(PV_GROUPS, deps=[s])
             mbarrier.arrive(k_empty.index(next_slot), count=1)
-            s = s * scale_log2
-            m_new = gl.maximum(m, gl.max(s, 1))
+            # The scale rides in the exponent's multiply-add; applied before the maximum it is a pass of its own.
+            m_new = gl.maximum(m, gl.max(s, 1) * scale_log2)
             alpha = gl.exp2(m - m_new)
-            p32 = gl.exp2(s - m_new[:, None])
+            p32 = gl.exp2(s * scale_log2 - m_new[:, None])
             l = l * alpha + gl.sum(p32, 1)
             m = m_new
             if D2 > 0:

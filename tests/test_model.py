@@ -237,6 +237,20 @@ def test_full_graph_compile():
     torch.testing.assert_close(compiled(tokens), model.loss(tokens))
 
 
+@pytest.mark.parametrize("recompute", ["none", "block"])
+@pytest.mark.parametrize("form", ["plain", "folded"])
+def test_full_graph_compile_with_the_kernels(form, recompute, monkeypatch):
+    monkeypatch.setattr(tiles, "form", lambda *_: form)
+    model = small(impl="triton")
+    model.recompute, tokens = recompute, tokens_for(model)
+    weights = list(model.parameters())
+    want, got = (
+        torch.autograd.grad(loss(tokens), weights)
+        for loss in (model.loss, torch.compile(model.loss, fullgraph=True, backend="aot_eager"))
+    )
+    assert all(map(torch.equal, got, want))
+
+
 @pytest.mark.parametrize(
     "call, words",
     [
