@@ -113,47 +113,57 @@ def consumer(
         s = warpgroup_mma_wait(0, deps=[s])
         mbarrier.arrive(k_empty.index(slot), count=1)
         if IS_CAUSAL:
-            s = gl.where(o_col[None, :] <= c * ROWS + o_row[:, None], s, float("-inf"))
+            o_q, o_k = i_m * BLOCK + c * ROWS + o_row, i_m * BLOCK + o_col
+            s = gl.where(o_k[None, :] <= o_q[:, None], s, float("-inf"))
         m = gl.max(s, 1) * scale_log2
         p = gl.exp2(s * scale_log2 - m[:, None])
         l = gl.sum(p, 1)
-        p = p.to(dtype)
+        if D1 == 128:
+            p = p.to(dtype)  # S, the output and p in fp32 would not fit the registers together
+        alpha = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, S_LAYOUT))  # of an output that is zero still
         o = gl.zeros([ROWS, D1], gl.float32, O_LAYOUT)
         o2 = gl.zeros([ROWS, D2_], gl.float32, O2_LAYOUT)
         blocks = i_m + 1 if IS_CAUSAL else M_TILES
+        mbarrier.wait(v_full.index(slot), phase)
         for _ in range(1, blocks):
             next_slot = (step + 1) % STAGES
-            mbarrier.wait(k_full.index(next_slot), ((step + 1) // STAGES) & 1)
+            next_phase = ((step + 1) // STAGES) & 1
+            mbarrier.wait(k_full.index(next_slot), next_phase)
             s = issue_dots(q, q2, k_ring.index(next_slot), k_ring2.index(next_slot), zero, D2)
-            mbarrier.wait(v_full.index(slot), phase)
-            b_p = gl.convert_layout(p, P_LAYOUT)
+            # The last step's p and output are made ready under S.
+            o = o * gl.convert_layout(alpha, gl.SliceLayout(1, O_LAYOUT))[:, None]
+            b_p = gl.convert_layout(p.to(dtype), P_LAYOUT)
+            if D2 > 0:
+                o2 = o2 * gl.convert_layout(alpha, gl.SliceLayout(1, O2_LAYOUT))[:, None]
+                b_p2 = gl.convert_layout(p.to(dtype), P2_LAYOUT)
             o = warpgroup_mma(b_p, v_ring.index(slot), o, is_async=True)
             if D2 > 0:
-                b_p2 = gl.convert_layout(p, P2_LAYOUT)
                 o2 = warpgroup_mma(b_p2, v_ring2.index(slot), o2, is_async=True)
             s = warpgroup_mma_wait(PV_GROUPS, deps=[s])
             mbarrier.arrive(k_empty.index(next_slot), count=1)
             # The scale rides in the exponent's multiply-add; applied before the maximum it is a pass of its own.
             m_new = gl.maximum(m, gl.max(s, 1) * scale_log2)
             alpha = gl.exp2(m - m_new)
-            p32 = gl.exp2(s * scale_log2 - m_new[:, None])
-            l = l * alpha + gl.sum(p32, 1)
+            p = gl.exp2(s * scale_log2 - m_new[:, None])
+            l = l * alpha + gl.sum(p, 1)
+            if D1 == 128:
+                p = p.to(dtype)
             m = m_new
+            # This loop holds the exponentials above the wait for the output, which ptxas else puts first: they are
+            # what the product is to run under.
+            mbarrier.wait(v_full.index(next_slot), next_phase)
             if D2 > 0:
                 o, o2, b_p, b_p2 = warpgroup_mma_wait(0, deps=[o, o2, b_p, b_p2])
-                o2 = o2 * gl.convert_layout(alpha, gl.SliceLayout(1, O2_LAYOUT))[:, None]
             else:
                 o, b_p = warpgroup_mma_wait(0, deps=[o, b_p])
             mbarrier.arrive(v_empty.index(slot), count=1)
-            o = o * gl.convert_layout(alpha, gl.SliceLayout(1, O_LAYOUT))[:, None]
-            p = p32.to(dtype)
             step += 1
-            slot = step % STAGES
-            phase = (step // STAGES) & 1
-        mbarrier.wait(v_full.index(slot), phase)
-        o = warpgroup_mma(gl.convert_layout(p, P_LAYOUT), v_ring.index(slot), o, is_async=True)
+            slot = next_slot
+        o = o * gl.convert_layout(alpha, gl.SliceLayout(1, O_LAYOUT))[:, None]
+        o = warpgroup_mma(gl.convert_layout(p.to(dtype), P_LAYOUT), v_ring.index(slot), o, is_async=True)
         if D2 > 0:
-            o2 = warpgroup_mma(gl.convert_layout(p, P2_LAYOUT), v_ring2.index(slot), o2, is_async=True)
+            o2 = o2 * gl.convert_layout(alpha, gl.SliceLayout(1, O2_LAYOUT))[:, None]
+            o2 = warpgroup_mma(gl.convert_layout(p.to(dtype), P2_LAYOUT), v_ring2.index(slot), o2, is_async=True)
             o2 = warpgroup_mma_wait(0, deps=[o2])
         o = warpgroup_mma_wait(0, deps=[o])
         mbarrier.arrive(v_empty.index(slot), count=1)
