@@ -178,6 +178,21 @@ def half_dots(asm: dict) -> int:
     return sum(bool(re.search(r"xb?f16>|inputPrecision = tf32", dot.split("->")[0])) for dot in dots)
 
 
+def exp2_under(sass: str) -> int:
+    """Exponentials that are issued while a product is in flight. The waits' depths do not tell: ptxas may put a wait
+    above what its program has before it, and has."""
+    count, groups, is_open = 0, 0, False
+    for line in sass.splitlines():
+        if "HGMMA." in line:
+            is_open = "gsb0" not in line  # the last product of its group says where to report
+            groups += not is_open
+        elif wait := re.search(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x[0-9a-f]+)", line):
+            groups = min(groups, int(wait.group(1), 16))
+        elif "MUFU.EX2" in line:
+            count += bool(groups or is_open)
+    return count
+
+
 def read_cubin(cubin: bytes, ptx: str) -> dict:
     """Registers, stack and instruction counts of an Nvidia binary, by cuobjdump."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -198,6 +213,7 @@ def read_cubin(cubin: bytes, ptx: str) -> dict:
         "tma": _count(r"\bUTMA(?:LDG|STG|REDG)\b|\bUBLKCP\b", sass),
         "waits": ",".join(re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", ptx)),
         "exp2": _count(r"\bMUFU\.EX2\b", sass),
+        "exp2_under": exp2_under(sass),
         "instructions": _count(r"/\*[0-9a-f]{4,5}\*/ ", sass),
     }
 
@@ -353,7 +369,7 @@ def plan(cases: Iterable, archs: Iterable[str]) -> tuple[list[Job], list[Compile
 
 COLUMNS = (
     "kernel", "function", "case", "arch", "tile", "regs", "stack", "shared", "occupancy", "mma", "tma",
-    "waits", "predicted_ms",
+    "waits", "exp2_under", "predicted_ms",
 )  # fmt: skip
 
 

@@ -45,6 +45,8 @@ def worse(row: CompileRow, base: CompileRow) -> list[str]:
         found.append(f"occupancy {base.occupancy} -> {row.occupancy}")
     if waits_left(row) < waits_left(base):
         found.append(f"wgmma waits {base.waits} -> {row.waits}")
+    if row.exp2_under < base.exp2_under:
+        found.append(f"exponentials under products {base.exp2_under} -> {row.exp2_under}")
     if base.ok and not row.ok and not found:
         found.append(row.note)
     return found

@@ -4,8 +4,8 @@
     exp2       one a pair of positions in attention, 16 a cycle and multiprocessor
     bytes      compulsory bytes / 4.3 TB/s; below a quarter of the resident warps plain loads cannot fill the memory
 
-A kernel whose every wgmma wait is 0 has its products and its exponentials one after the other; one that leaves
-products in flight, or has none, is as slow as its slowest part.
+A kernel that issues its exponentials with no product in flight has the two one after the other; one that has a good
+part of them under products (the first block's, masked, come before any), or none, is as slow as its slowest part.
 """
 
 from dataclasses import dataclass
@@ -36,6 +36,6 @@ def milliseconds(row: CompileRow, work: Work) -> float | None:
     products = work.cost.flops / (PRODUCTS if row.wgmma else OLD_MMA * PRODUCTS)
     memory = work.cost.bytes / cost.H200.bytes * (1.0 if row.tma else max(1.0, 0.25 / max(row.occupancy, 0.01)))
     exponentials = work.exponentials / EXP2
-    overlaps = any(depth not in ("", "0") for depth in row.waits.split(","))
+    overlaps = row.exp2_under >= 0.4 * row.exp2
     on_chip = max(products, exponentials) if overlaps else products + exponentials
     return 1e3 * max(on_chip, memory)

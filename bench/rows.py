@@ -94,8 +94,9 @@ class CompileRow:
 
     spill_loads and spill_stores count instructions (LDL, STL; on AMD spilled registers), stack and shared are bytes,
     occupancy is resident warps over the machine's limit, waits are the wgmma wait depths in program order: a 0 waits
-    for every product in flight, so nothing overlaps there. variant: the constants that tell one binary of a function
-    from another. predicted_ms: bench/predict.py's guess for an H200."""
+    for every product in flight, so nothing overlaps there. exp2_under: how many of the exp2 exponentials are issued
+    with a product in flight. variant: the constants that tell one binary of a function from another. predicted_ms:
+    bench/predict.py's guess for an H200."""
 
     suite: str
     kernel: str
@@ -116,6 +117,7 @@ class CompileRow:
     tma: int = 0
     waits: str = ""
     exp2: int = 0
+    exp2_under: int = 0
     instructions: int = 0
     dots: int = 0
     predicted_ms: float | None = None

@@ -3,7 +3,7 @@
 One persistent program a multiprocessor holds three warpgroups. A producer copies tiles into rings of shared memory by
 TMA; two consumers own 64 query rows each and run, for every key block j, in this order:
 
-    issue S = Q K_j^T          issue O += P V_(j-1)          wait for S          softmax of S, under O's product
+    issue S = Q K_j^T      rescale O, round P, under S      issue O += P V_(j-1)      wait for S      softmax, under O
 
 so that the tensor cores work through the softmax, and the two consumers interleave besides. Blocks run from the
 diagonal down: the only masked block is the first, outside of the loop. Tiles go longest first, in groups of heads

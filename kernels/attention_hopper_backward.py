@@ -167,8 +167,9 @@ def consumer(
                 stop = count
             for j in range(start, stop):
                 slot = (done + j) % STAGES
+                phase = ((done + j) // STAGES) & 1
                 x, x2, y, y2 = x_ring.index(slot), x_ring2.index(slot), y_ring.index(slot), y_ring2.index(slot)
-                mbarrier.wait(full.index(slot), ((done + j) // STAGES) & 1)
+                mbarrier.wait(full.index(slot), phase)
                 s = issue_dots(a, a2, x, x2, zero, D2)
                 dp = issue_dots(b, b2, y, y2, zero, D2)
                 s = warpgroup_mma_wait(CHUNKS, deps=[s])
@@ -190,6 +191,9 @@ def consumer(
                     dp = warpgroup_mma_wait(CHUNKS, deps=[dp])
                     delta = delta_ring.index(slot).load(gl.SliceLayout(0, S_LAYOUT))[None, :]
                 else:
+                    # Passed long ago: its loop holds the exponentials above the wait for dP, which ptxas else puts
+                    # first, and then nothing runs under that product.
+                    mbarrier.wait(full.index(slot), phase)
                     dp = warpgroup_mma_wait(0, deps=[dp])
                 ds = (p * (dp - delta)).to(dtype)
                 v = gl.convert_layout(ds, W_LAYOUT)

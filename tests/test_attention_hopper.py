@@ -83,13 +83,14 @@ def test_persistent_programs_carry_their_phases_from_tile_to_tile(monkeypatch, k
     assert KERNELS[kernel](64, True, policy="random")
 
 
+ALPHA = "gl.convert_layout(alpha, gl.SliceLayout(1, O_LAYOUT))[:, None]"
 # (what, the line as it stands, what stands there instead)
 FAULTS = {
     "forward": [
         ("no wait for keys", "mbarrier.wait(k_full.index(slot), phase)\n        s =", "s ="),
-        ("no wait for next keys", "mbarrier.wait(k_full.index(next_slot), ((step + 1) // STAGES) & 1)", "pass"),
-        ("no wait for values", "            mbarrier.wait(v_full.index(slot), phase)\n            b_p",
-         "            b_p"),
+        ("no wait for next keys", "mbarrier.wait(k_full.index(next_slot), next_phase)", "pass"),
+        ("no wait for the first values", "mbarrier.wait(v_full.index(slot), phase)", "pass"),
+        ("no wait for next values", "mbarrier.wait(v_full.index(next_slot), next_phase)", "pass"),
         ("no wait for a free key slot", "mbarrier.wait(k_empty.index(slot), phase)", "pass"),
         ("no wait for a free value slot", "mbarrier.wait(v_empty.index(slot), phase)", "pass"),
         ("no wait for queries", "mbarrier.wait(q_full.index(c), tile & 1)", "pass"),
@@ -98,16 +99,18 @@ FAULTS = {
         ("wrong byte count", "KV_BYTES: gl.constexpr = BLOCK * (D1 + D2) * 2", "KV_BYTES: gl.constexpr = BLOCK * D1"),
         ("one consumer's arrival is enough", "mbarrier.init(k_empty.index(slot), count=2)",
          "mbarrier.init(k_empty.index(slot), count=1)"),
-        ("values released before they are read", "b_p = gl.convert_layout(p, P_LAYOUT)\n",
-         "b_p = gl.convert_layout(p, P_LAYOUT)\n            mbarrier.arrive(v_empty.index(slot), count=1)\n"),
-        ("mask off by one", "o_col[None, :] <= c * ROWS + o_row", "o_col[None, :] < c * ROWS + o_row"),
+        ("values released before they are read", "b_p = gl.convert_layout(p.to(dtype), P_LAYOUT)\n",
+         "b_p = gl.convert_layout(p.to(dtype), P_LAYOUT)\n            mbarrier.arrive(v_empty.index(slot), count=1)\n"),
+        ("the output not rescaled", f"o = o * {ALPHA}\n            b_p", "b_p"),
+        ("the last rescaling missed", f"o = o * {ALPHA}\n        o =", "o ="),
+        ("mask off by one", "o_k[None, :] <= o_q", "o_k[None, :] < o_q"),
         ("scores used in flight", "s = warpgroup_mma_wait(PV_GROUPS, deps=[s])",
          "s = warpgroup_mma_wait(2 + PV_GROUPS, deps=[s])"),
         ("no fence before the store", "fence_async_shared()", "pass"),
         ("queries released before the store read them", "        tma.store_wait(0)\n", ""),
     ],
     "backward": [
-        ("no wait for a pair", "mbarrier.wait(full.index(slot), ((done + j) // STAGES) & 1)", "pass"),
+        ("no wait for a pair", "mbarrier.wait(full.index(slot), phase)\n                s =", "s ="),
         ("a skipped pair kept", "mbarrier.arrive(empty.index(slot), count=1)\n                start = 1", "start = 1"),
         ("no wait for a free slot", "mbarrier.wait(empty.index(slot), (((done + j) // STAGES) & 1) ^ 1)", "pass"),
         ("no wait for the owned rows", "mbarrier.wait(own_full.index(c), tile & 1)", "pass"),

@@ -130,8 +130,8 @@ for op in "attention", "attention_hopper":
 
 
 def test_the_hopper_kernels_overlap_their_products():
-    """Their own binaries: no spill, wgmma that ptxas has neither serialised nor made to wait, and waits of ours that
-    leave a product in flight."""
+    """Their own binaries: no spill, wgmma that ptxas has neither serialised nor made to wait, waits of ours that leave
+    a product in flight, and the exponentials under it."""
     done = child("-c", """
 import triton
 from bench import compile as c
@@ -145,6 +145,9 @@ for job in jobs:
     row = c.judged(job, c.compile_launch(job.launch))
     least = 24 if "backward" in row.function else 48
     assert row.ok and row.stack == 0 and row.wgmma >= least and waits_left(row) >= 2, row
+    # The exponentials of either consumer's loop have a product in flight: all 64 of a forward's thread, whose first
+    # block has none to be under, and all but a few of a backward's. ptxas had put the wait for that product first.
+    assert row.exp2_under >= (0.95 * row.exp2 if "backward" in row.function else 2 * 64), row
 """)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Compiling entry function") == 18, done.stdout  # or there is no log to read
