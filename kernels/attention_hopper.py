@@ -1,7 +1,7 @@
 """Attention forward on Hopper, warp-specialised, in Gluon: out and lse as in attention.py.
 
-One persistent program a multiprocessor holds three warpgroups. A producer copies tiles into rings of shared memory by
-TMA; two consumers own 64 query rows each and run, for every key block j, in this order:
+One persistent program a multiprocessor holds three warpgroups. A producer, one warp, copies tiles into rings of shared
+memory by TMA; two consumers own 64 query rows each and run, for every key block j, in this order:
 
     issue S = Q K_j^T      rescale O, round P, under S      issue O += P V_(j-1)      wait for S      softmax, under O
 
@@ -235,7 +235,7 @@ def attention_hopper_kernel(
                 D1, D2, BLOCK, STAGES, IS_CAUSAL,
             )),
         ],
-        [4, 4],
+        [4, 1],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
     )  # fmt: skip
 

@@ -287,7 +287,7 @@ def attention_hopper_backward_kernel(
                 D1, D2, TILE, BLOCK, STAGES, IS_CAUSAL, OWNS_KEYS,
             )),
         ],
-        [4, 4],
+        [4, 1],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
     )  # fmt: skip
 
