@@ -90,8 +90,8 @@ def decode_attention(qkv, k_cache, v_cache, position, scale: float | None = None
     """Attention of one new position, whose key and value are written into the caches: qkv (B, 3, H, D), caches (B, H,
     n_ctx, D) of any float dtype -> (B, H, D).
 
-    position: one integer in [0, n_ctx) on qkv's device, which the kernels never bring to the host; scale defaults to
-    1/sqrt(D)."""
+    position: one integer in [0, n_ctx) on qkv's device, which the kernels never bring to the host: outside of it they
+    give NaN and write nothing. scale defaults to 1/sqrt(D)."""
     if qkv.dim() != 4 or qkv.shape[1] != 3 or not qkv.is_floating_point():
         raise ValueError(f"qkv: got {qkv.dtype} {tuple(qkv.shape)}, expected floats (B, 3, H, D)")
     B, _, H, D = qkv.shape

@@ -26,19 +26,19 @@ LOWEST: tl.constexpr = tl.constexpr(-1e30)  # a maximum before any key; finite, 
 
 
 @triton.jit
-def append(p_new, p_cache, m_d, is_owner, LIMIT: tl.constexpr):
-    """Store the new row (the owner's task) and return it as it will be read back."""
+def append(p_new, p_cache, m_d, m_new, LIMIT: tl.constexpr):
+    """Store the new row where m_new says so and return it as it will be read back."""
     b_new = tl.load(p_new, mask=m_d, other=0.0).to(tl.float32)
     if LIMIT > 0:
         b_new = tl.minimum(tl.maximum(b_new, -LIMIT), LIMIT)
     b_new = b_new.to(p_cache.dtype.element_ty)
-    tl.store(p_cache, b_new, mask=m_d & is_owner)
+    tl.store(p_cache, b_new, mask=m_new)
     return b_new.to(tl.float32)
 
 
 @triton.jit
 def attention_kernel(
-    qkv, k_cache, v_cache, position, out, partial, maxima, sums, H, D, stride_b, stride_h, scale,
+    qkv, k_cache, v_cache, position, out, partial, maxima, sums, H, D, n_ctx, stride_b, stride_h, scale,
     SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
     i_bh, i_split = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -46,10 +46,13 @@ def attention_kernel(
     o_n, o_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     m_d = o_d < D
     p = tl.load(position).to(tl.int32)
+    is_inside = (p >= 0) & (p < n_ctx)
+    p = tl.where(is_inside, p, 0)
     qkv += (i_b * 3 * H + i_h) * D
     k_cache += i_b * stride_b + i_h * stride_h
     v_cache += i_b * stride_b + i_h * stride_h
     b_q = tl.load(qkv + o_d, mask=m_d, other=0.0).to(tl.float32) * (scale * LOG2E)  # scores in powers of two
+    b_q = tl.where(is_inside, b_q, float("nan"))
 
     share = tl.cdiv(tl.cdiv(p, SPLITS), BLOCK_N) * BLOCK_N
     end = tl.minimum(p, (i_split + 1) * share)
@@ -70,9 +73,10 @@ def attention_kernel(
         b_max = b_new_max
 
     is_owner = i_split == 0  # of this step's key, whose softmax is one more
+    m_new = m_d & is_owner & is_inside
     o_new = p.to(tl.int64) * D + o_d
-    b_k = append(qkv + H * D + o_d, k_cache + o_new, m_d, is_owner, LIMIT)
-    b_v = append(qkv + 2 * H * D + o_d, v_cache + o_new, m_d, is_owner, LIMIT)
+    b_k = append(qkv + H * D + o_d, k_cache + o_new, m_d, m_new, LIMIT)
+    b_v = append(qkv + 2 * H * D + o_d, v_cache + o_new, m_d, m_new, LIMIT)
     s_new = tl.where(is_owner, tl.sum(b_q * b_k, 0), float("-inf"))
     top = tl.maximum(tl.max(b_max, 0), s_new)
     b_fade, p_new = tl.exp2(b_max - top), tl.exp2(s_new - top)
@@ -116,8 +120,8 @@ def launch(qkv, k_cache, v_cache, position, scale: float):
     maxima, sums = (torch.empty(shape, dtype=torch.float32, device=device) for _ in range(2))
     attention_kernel[(B * H, SPLITS)](
         qkv=qkv.contiguous(), k_cache=k_cache, v_cache=v_cache, position=position, out=out,
-        partial=partial, maxima=maxima, sums=sums, H=H, D=D, stride_b=k_cache.stride(0), stride_h=k_cache.stride(1),
-        scale=scale, SPLITS=SPLITS, BLOCK_N=32, BLOCK_D=BLOCK_D,
+        partial=partial, maxima=maxima, sums=sums, H=H, D=D, n_ctx=n_ctx,
+        stride_b=k_cache.stride(0), stride_h=k_cache.stride(1), scale=scale, SPLITS=SPLITS, BLOCK_N=32, BLOCK_D=BLOCK_D,
         LIMIT=torch.finfo(k_cache.dtype).max if k_cache.element_size() == 1 else 0, num_warps=4,
     )  # fmt: skip
     if SPLITS > 1:
@@ -145,7 +149,8 @@ def decode_attention(qkv, k_cache, v_cache, position, scale: float | None = None
     """Attention of the new position: qkv (B, 3, H, D), caches (B, H, n_ctx, D) -> (B, H, D).
 
     `position` (one int32 on the device, in [0, n_ctx)) says how many keys the caches hold; k and v are written there.
-    scale defaults to 1/sqrt(D). Raises ValueError for operands that don't fit."""
+    scale defaults to 1/sqrt(D). A position outside gives NaN, and nothing is written. Raises ValueError for operands
+    that don't fit."""
     if qkv.dim() != 4 or qkv.shape[1] != 3 or not qkv.is_floating_point():
         raise ValueError(f"decode_attention: qkv: got {qkv.dtype} {tuple(qkv.shape)}, expected floats (B, 3, H, D)")
     B, _, H, D = qkv.shape

@@ -24,12 +24,13 @@ def embed_kernel(tokens, wte, wpe, sos, position, x, n_ctx, V, d, BLOCK_D: tl.co
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = o_d < d
     p = tl.load(position).to(tl.int64)
-    token = tl.load(tokens + i_b * n_ctx + p - 1, mask=p > 0, other=0).to(tl.int64)
-    is_token = (token >= 0) & (token < V)
+    is_inside = (p >= 0) & (p < n_ctx)
+    token = tl.load(tokens + i_b * n_ctx + p - 1, mask=(p > 0) & is_inside, other=0).to(tl.int64)
+    is_token = (token >= 0) & (token < V) & is_inside
     b_start = tl.load(sos + o_d, mask=m_d & (p == 0), other=0.0).to(tl.float32)
     b_token = tl.load(wte + token * d + o_d, mask=m_d & (p > 0) & is_token, other=0.0).to(tl.float32)
     b_x = tl.where(is_token, b_start + b_token, float("nan"))
-    b_x += tl.load(wpe + p * d + o_d, mask=m_d, other=0.0).to(tl.float32)
+    b_x += tl.load(wpe + p * d + o_d, mask=m_d & is_inside, other=0.0).to(tl.float32)
     tl.store(x + i_b * d + o_d, b_x.to(x.dtype.element_ty), mask=m_d)
 
 
@@ -78,7 +79,7 @@ def sample_kernel(
         b_scores = truncate(logits, b_scores, V, temperature, top_k, top_p, HAS_TOP_K, HAS_TOP_P, BLOCK_V, CHUNK)
         b_u = tl.rand(tl.load(seed), (tl.load(pictures + i_b) << 32) + p * V + o_v)
         b_scores += -tl.log(-tl.log(b_u))
-    tl.store(tokens + i_b * n_ctx + p, tl.argmax(b_scores, 0).to(tokens.dtype.element_ty))
+    tl.store(tokens + i_b * n_ctx + p, tl.argmax(b_scores, 0).to(tokens.dtype.element_ty), mask=(p >= 0) & (p < n_ctx))
 
 
 def launch_embed(tokens, wte, wpe, sos, position, dtype):
@@ -139,18 +140,19 @@ def check(name: str, tokens, position, batch: int) -> None:
 
 
 def decode_embed(tokens, wte, wpe, sos, position, dtype: torch.dtype = torch.float32):
-    """The residual stream's start at `position`: tokens (B, n_ctx) -> (B, d). A token outside [0, V) gives NaN.
-
-    Raises ValueError for operands that don't fit."""
+    """The residual stream's start at `position`: tokens (B, n_ctx) -> (B, d). A token outside [0, V), or a position
+    outside [0, n_ctx), gives NaN. Raises ValueError for operands that don't fit."""
     check("decode_embed", tokens, position, tokens.shape[0])
     rows.check_operand("decode_embed", "wpe", wpe, wte.dtype, (None, wte.shape[1]))
     rows.check_operand("decode_embed", "sos", sos, wte.dtype, (wte.shape[1],))
+    if wpe.shape[0] < tokens.shape[1]:
+        raise ValueError(f"decode_embed: wpe: got {wpe.shape[0]} rows, expected at least {tokens.shape[1]}")
     return decode_embed_op(tokens, wte, wpe, sos, position, dtype)
 
 
 def decode_sample(logits, tokens, position, pictures, seed, temperature=1.0, top_k=None, top_p=None) -> None:
     """Draw tokens[:, position] from logits (B, V). pictures (B) int64 and seed (one int64) key the noise; they and
-    `position` live on the device.
+    `position` live on the device. A position outside [0, n_ctx) draws nothing.
 
     Raises ValueError for operands that don't fit or values that draw nothing."""
     B, V = logits.shape

@@ -293,6 +293,22 @@ def test_full_graph_compile_sees_the_cache_change(device):
     assert torch.equal(copies[1].nan_to_num(), inputs[1].nan_to_num())
 
 
+@pytest.mark.parametrize("position", [-1, 4, 1 << 30])
+def test_a_position_outside_writes_nothing(position, device):
+    """It is known on the device alone: a store there would land in memory of someone else's."""
+    p = at(position, device)
+    room = torch.arange(24, device=device)
+    tokens = room[8:16].view(2, 4)  # with neighbours on either side
+    decode_sample(torch.randn(2, 16, device=device), tokens, p, room[:2], torch.tensor(1, device=device))
+    assert torch.equal(room, torch.arange(24, device=device))
+    x = torch.randn(16, 32, device=device)
+    assert decode_embed(tokens % 16, x, x[:4], x[0], p).isnan().all()
+    qkv, *caches = cached(2, 2, 4, 32, torch.float32, device)
+    before = [cache.clone() for cache in caches]
+    assert decode_attention(qkv, *caches, p).isnan().all()
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(caches, before))
+
+
 def test_bad_input_is_named(device):
     x, gain, weight, _ = operands(3, 32, 16, torch.float32, device).values()
     qkv, k_cache, v_cache = cached(2, 2, 16, 32, torch.float32, device)
@@ -308,6 +324,7 @@ def test_bad_input_is_named(device):
         "qkv:": lambda: decode_attention(qkv[:, :2], k_cache, v_cache, p),
         "k_cache:": lambda: decode_attention(qkv, k_cache[:, :1], v_cache, p),
         "v_cache:": lambda: decode_attention(qkv, k_cache, v_cache.transpose(2, 3), p),
+        "wpe:": lambda: decode_embed(tokens, gain[None], gain[None], gain, p),
         "position:": lambda: decode_attention(qkv, k_cache, v_cache, torch.zeros(2, device=device)),
         "tokens:": lambda: decode_sample(x, tokens[:2], p, pictures, seed),
         "pictures:": lambda: decode_sample(x, tokens, p, pictures.int(), seed),
