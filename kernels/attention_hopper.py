@@ -171,9 +171,10 @@ def consumer(
 
         # The query tile has been read for the last time: its place in shared memory takes the output on its way out.
         o_m = i_m * BLOCK + c * ROWS
-        q.store((o / gl.convert_layout(l, gl.SliceLayout(1, O_LAYOUT))[:, None]).to(dtype))
+        inverse = 1.0 / l
+        q.store((o * gl.convert_layout(inverse, gl.SliceLayout(1, O_LAYOUT))[:, None]).to(dtype))
         if D2 > 0:
-            q2.store((o2 / gl.convert_layout(l, gl.SliceLayout(1, O2_LAYOUT))[:, None]).to(dtype))
+            q2.store((o2 * gl.convert_layout(inverse, gl.SliceLayout(1, O2_LAYOUT))[:, None]).to(dtype))
         fence_async_shared()
         tma.async_copy_shared_to_global(out_desc, [i_b * N + o_m, i_h * (D1 + D2)], q)
         if D2 > 0:
