@@ -51,12 +51,15 @@ def producer(
         i_m, i_b, i_h = tile_of(t, M_TILES, HEADS, GROUP, H)
         row = i_b * N
         for c in gl.static_range(2):
-            mbarrier.wait(q_empty.index(c), (tile & 1) ^ 1)
-            mbarrier.expect(q_full.index(c), Q_BYTES)
+            place = (tile & 1) * 2 + c
+            mbarrier.wait(q_empty.index(place), (((tile + 1) // 2) & 1) ^ 1)
+            mbarrier.expect(q_full.index(place), Q_BYTES)
             o_q = row + i_m * BLOCK + c * (BLOCK // 2)
-            tma.async_copy_global_to_shared(q_desc, [o_q, i_h * (D1 + D2)], q_full.index(c), q_ring.index(c))
+            tma.async_copy_global_to_shared(q_desc, [o_q, i_h * (D1 + D2)], q_full.index(place), q_ring.index(place))
             if D2 > 0:
-                tma.async_copy_global_to_shared(q_tail, [o_q, i_h * (D1 + D2) + D1], q_full.index(c), q_ring2.index(c))
+                tma.async_copy_global_to_shared(
+                    q_tail, [o_q, i_h * (D1 + D2) + D1], q_full.index(place), q_ring2.index(place)
+                )
         blocks = i_m + 1 if IS_CAUSAL else M_TILES
         for j in range(blocks):
             o_k = row + (blocks - 1 - j) * BLOCK
@@ -100,18 +103,22 @@ def consumer(
     o_row = gl.arange(0, ROWS, gl.SliceLayout(1, S_LAYOUT))
     o_col = gl.arange(0, BLOCK, gl.SliceLayout(0, S_LAYOUT))
     zero = gl.zeros([ROWS, BLOCK], gl.float32, S_LAYOUT)
-    q, q2 = q_ring.index(c), q_ring2.index(c)
     step = 0
     tile = 0
     for t in range(gl.program_id(0), M_TILES * HEADS, gl.num_programs(0)):
         i_m, i_b, i_h = tile_of(t, M_TILES, HEADS, GROUP, H)
-        mbarrier.wait(q_full.index(c), tile & 1)
+        place = (tile & 1) * 2 + c
+        q, q2 = q_ring.index(place), q_ring2.index(place)
+        mbarrier.wait(q_full.index(place), (tile // 2) & 1)
         slot = step % STAGES
         phase = (step // STAGES) & 1
         mbarrier.wait(k_full.index(slot), phase)
         s = issue_dots(q, q2, k_ring.index(slot), k_ring2.index(slot), zero, D2)
         s = warpgroup_mma_wait(0, deps=[s])
         mbarrier.arrive(k_empty.index(slot), count=1)
+        # The last tile's output has left its place by now, which the next tile's queries may take.
+        tma.store_wait(0)
+        mbarrier.arrive(q_empty.index(place ^ 2), count=1)
         if IS_CAUSAL:
             o_q, o_k = i_m * BLOCK + c * ROWS + o_row, i_m * BLOCK + o_col
             s = gl.where(o_k[None, :] <= o_q[:, None], s, float("-inf"))
@@ -169,7 +176,8 @@ def consumer(
         mbarrier.arrive(v_empty.index(slot), count=1)
         step += 1
 
-        # The query tile has been read for the last time: its place in shared memory takes the output on its way out.
+        # The query tile has been read for the last time: its place in shared memory takes the output on its way out,
+        # while the next tile goes on with the other one.
         o_m = i_m * BLOCK + c * ROWS
         inverse = 1.0 / l
         q.store((o * gl.convert_layout(inverse, gl.SliceLayout(1, O_LAYOUT))[:, None]).to(dtype))
@@ -180,9 +188,8 @@ def consumer(
         if D2 > 0:
             tma.async_copy_shared_to_global(out_tail, [i_b * N + o_m, i_h * (D1 + D2) + D1], q2)
         gl.store(p_lse + (i_b.to(gl.int64) * H + i_h) * N + o_m + o_row, m + gl.log2(l))
-        tma.store_wait(0)
-        mbarrier.arrive(q_empty.index(c), count=1)
         tile += 1
+    tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=HEAD_COUNTS)
@@ -193,24 +200,24 @@ def attention_hopper_kernel(
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
-    q_ring = gl.allocate_shared_memory(dtype, [2, BLOCK // 2, D1], q_desc.layout)
+    q_ring = gl.allocate_shared_memory(dtype, [4, BLOCK // 2, D1], q_desc.layout)
     k_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK, D1], k_desc.layout)
     v_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK, D1], v_desc.layout)
     if D2 > 0:
-        q_ring2 = gl.allocate_shared_memory(dtype, [2, BLOCK // 2, D2], q_tail.layout)
+        q_ring2 = gl.allocate_shared_memory(dtype, [4, BLOCK // 2, D2], q_tail.layout)
         k_ring2 = gl.allocate_shared_memory(dtype, [STAGES, BLOCK, D2], k_tail.layout)
         v_ring2 = gl.allocate_shared_memory(dtype, [STAGES, BLOCK, D2], v_tail.layout)
     else:
         q_ring2, k_ring2, v_ring2 = q_ring, k_ring, v_ring
-    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    q_full = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for c in gl.static_range(2):
-        mbarrier.init(q_full.index(c), count=1)
-        mbarrier.init(q_empty.index(c), count=1)
+    for place in gl.static_range(4):
+        mbarrier.init(q_full.index(place), count=1)
+        mbarrier.init(q_empty.index(place), count=1)
     for slot in gl.static_range(STAGES):
         mbarrier.init(k_full.index(slot), count=1)
         mbarrier.init(v_full.index(slot), count=1)

@@ -9,7 +9,8 @@ scheduler decides what moves next. What makes it strict:
 - a product may read shared memory at any time from its issue to its wait: its operands must be there all the while;
 - barriers count arrivals, bytes and phases as mbarriers do; a barrier that gets too many raises, nobody able to move
   is a deadlock;
-- shared memory written by ordinary stores must be fenced before a bulk store reads it.
+- shared memory written by ordinary stores must be fenced before a bulk store reads it, and a program must not end
+  before its copies and stores have.
 
 It sees neither layouts, registers nor time: those are the compiler's evidence and the GPU's.
 """
@@ -55,7 +56,7 @@ class Machine:
             thread = Partition(self, rank, function, args)
             self.threads.append(thread)
             thread.start()
-        while any(not t.done for t in self.threads) or self.actions:
+        while any(not t.done for t in self.threads):
             ready = [t for t in self.threads if not t.done and (t.condition is None or t.condition())]
             if not ready and not self.actions:
                 self.kill()
@@ -64,6 +65,7 @@ class Machine:
             if self.error is not None:
                 self.kill()
                 raise self.error
+        assert not self.actions, "the program ends, and its shared memory with it, before its copies do"
 
     def step(self, ready):
         if self.actions and (not ready or (self.order is None and self.random.random() < 0.5)):
@@ -236,6 +238,8 @@ def load(path, package: str, policy: str = "producer first", seed: int = 0, edit
         for land in stores[: len(stores) - pendings]:
             land()
             me.groups.remove(land)
+            if land in state.machine.actions:
+                state.machine.actions.remove(land)
 
     def mma(a, b, acc, use_acc=True, is_async=False):
         product = Product(a, b, acc, use_acc)
