@@ -7,7 +7,8 @@ memory by TMA; two consumers own 64 query rows each and run, for every key block
 
 so that the tensor cores work through the softmax, and the two consumers interleave besides. Blocks run from the
 diagonal down: the only masked block is the first, outside of the loop. Tiles go longest first, in groups of heads
-whose keys and values fit L2 together.
+whose keys and values fit L2 together. The rings run on from tile to tile, and queries have two places: a tile's output
+leaves by one while the next tile has begun in the other.
 
 Cost for B H heads, causal: 2 B H N^2 D FLOPs; bytes 4 B N H D elements once. At D = 64 a 64 x 128 tile asks 512 cycles
 of products and 512 of exp2, so without this overlap the kernel could not pass half of the peak.

@@ -13,7 +13,8 @@ through shared memory. A producer copies by TMA into a ring of pairs (x, y); two
 
     issue S    issue dP    wait for S    p, under dP    issue p y    wait for dP    ds, under p y    issue ds x    wait
 
-each has a product in flight under its exponentials, and its other gaps under the products of its neighbour. Blocks run
+each has a product in flight under its exponentials, and its other gaps under the products of its neighbour. Owned rows
+have two places where registers allow it: gradients leave by one while the next tile has begun in the other. Blocks run
 from the diagonal on: the first is wholly masked for one of the consumers, which skips it; then each has one to mask.
 
 Cost for B H heads, causal: 7 B H N^2 D FLOPs, two of the seven products made twice against the one-pass form; nothing
@@ -67,7 +68,7 @@ def blocks_of(i, N, BLOCK: gl.constexpr, TILE: gl.constexpr, IS_CAUSAL: gl.const
 def producer(
     descs, tails, rings, tail_rings, bars, N, H, TILES, HEADS, GROUP,
     D1: gl.constexpr, D2: gl.constexpr, TILE: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
-    IS_CAUSAL: gl.constexpr, OWNS_KEYS: gl.constexpr,
+    PLACES: gl.constexpr, IS_CAUSAL: gl.constexpr, OWNS_KEYS: gl.constexpr,
 ):  # fmt: skip
     a_desc, b_desc, x_desc, y_desc, lse_desc, delta_desc = descs
     a_tail, b_tail, x_tail, y_tail = tails
@@ -84,13 +85,14 @@ def producer(
         column = i_h * (D1 + D2)
         for c in gl.static_range(2):
             row = i_b * N + i * TILE + c * ROWS
-            mbarrier.wait(own_empty.index(c), (tile & 1) ^ 1)
-            mbarrier.expect(own_full.index(c), 2 * ROWS * (D1 + D2) * 2)
-            tma.async_copy_global_to_shared(a_desc, [row, column], own_full.index(c), a_own.index(c))
-            tma.async_copy_global_to_shared(b_desc, [row, column], own_full.index(c), b_own.index(c))
+            place = tile % PLACES * 2 + c
+            mbarrier.wait(own_empty.index(place), (((tile + PLACES - 1) // PLACES) & 1) ^ 1)
+            mbarrier.expect(own_full.index(place), 2 * ROWS * (D1 + D2) * 2)
+            tma.async_copy_global_to_shared(a_desc, [row, column], own_full.index(place), a_own.index(place))
+            tma.async_copy_global_to_shared(b_desc, [row, column], own_full.index(place), b_own.index(place))
             if D2 > 0:
-                tma.async_copy_global_to_shared(a_tail, [row, column + D1], own_full.index(c), a_own2.index(c))
-                tma.async_copy_global_to_shared(b_tail, [row, column + D1], own_full.index(c), b_own2.index(c))
+                tma.async_copy_global_to_shared(a_tail, [row, column + D1], own_full.index(place), a_own2.index(place))
+                tma.async_copy_global_to_shared(b_tail, [row, column + D1], own_full.index(place), b_own2.index(place))
         first, stride, count = blocks_of(i, N, BLOCK, TILE, IS_CAUSAL, OWNS_KEYS)
         for j in range(count):
             row = i_b * N + (first + j * stride) * BLOCK
@@ -115,7 +117,7 @@ def consumer(
     c: gl.constexpr, out_descs, out_tails, p_lse, p_delta, rings, tail_rings, bars,
     scale, scale_log2, N, H, TILES, HEADS, GROUP,
     D1: gl.constexpr, D2: gl.constexpr, TILE: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
-    IS_CAUSAL: gl.constexpr, OWNS_KEYS: gl.constexpr,
+    PLACES: gl.constexpr, IS_CAUSAL: gl.constexpr, OWNS_KEYS: gl.constexpr,
 ):  # fmt: skip
     a_own, b_own, x_ring, y_ring, lse_ring, delta_ring = rings
     a_own2, b_own2, x_ring2, y_ring2 = tail_rings
@@ -132,7 +134,6 @@ def consumer(
     o_row = c * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, S_LAYOUT))
     o_col = gl.arange(0, BLOCK, gl.SliceLayout(0, S_LAYOUT))
     zero = gl.zeros([ROWS, BLOCK], gl.float32, S_LAYOUT)
-    a, a2, b, b2 = a_own.index(c), a_own2.index(c), b_own.index(c), b_own2.index(c)
     done = 0  # pairs of earlier tiles
     tile = 0
     for t in range(gl.program_id(0), TILES * HEADS, gl.num_programs(0)):
@@ -149,7 +150,9 @@ def consumer(
         else:
             lse = gl.load(p_lse + head + o_own)[:, None]
             delta = gl.load(p_delta + head + o_own)[:, None]
-        mbarrier.wait(own_full.index(c), tile & 1)
+        place = tile % PLACES * 2 + c
+        a, a2, b, b2 = a_own.index(place), a_own2.index(place), b_own.index(place), b_own2.index(place)
+        mbarrier.wait(own_full.index(place), (tile // PLACES) & 1)
         first, stride, count = blocks_of(i, N, BLOCK, TILE, IS_CAUSAL, OWNS_KEYS)
         start = 0
         stop = 0
@@ -165,6 +168,10 @@ def consumer(
             if IS_WHOLE:
                 start = stop
                 stop = count
+                if PLACES == 2:
+                    # The last tile's gradients have left their place by now, which the next tile's rows may take.
+                    tma.store_wait(0)
+                    mbarrier.arrive(own_empty.index(place ^ 2), count=1)
             for j in range(start, stop):
                 slot = (done + j) % STAGES
                 phase = ((done + j) // STAGES) & 1
@@ -229,9 +236,11 @@ def consumer(
             tma.async_copy_shared_to_global(out_descs[1], [row, column], b)
             if D2 > 0:
                 tma.async_copy_shared_to_global(out_tails[1], [row, column + D1], b2)
-        tma.store_wait(0)
-        mbarrier.arrive(own_empty.index(c), count=1)
+        if PLACES == 1:
+            tma.store_wait(0)
+            mbarrier.arrive(own_empty.index(place), count=1)
         tile += 1
+    tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=HEAD_COUNTS)
@@ -239,32 +248,32 @@ def attention_hopper_backward_kernel(
     a_desc, b_desc, x_desc, y_desc, da_desc, db_desc, a_tail, b_tail, x_tail, y_tail, da_tail, db_tail,
     lse_desc, delta_desc, p_lse, p_delta, scale, scale_log2, N, H, TILES, HEADS, GROUP,
     D1: gl.constexpr, D2: gl.constexpr, TILE: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
-    IS_CAUSAL: gl.constexpr, OWNS_KEYS: gl.constexpr,
+    PLACES: gl.constexpr, IS_CAUSAL: gl.constexpr, OWNS_KEYS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = a_desc.dtype
-    a_own = gl.allocate_shared_memory(dtype, [2, TILE // 2, D1], a_desc.layout)
-    b_own = gl.allocate_shared_memory(dtype, [2, TILE // 2, D1], b_desc.layout)
+    a_own = gl.allocate_shared_memory(dtype, [2 * PLACES, TILE // 2, D1], a_desc.layout)
+    b_own = gl.allocate_shared_memory(dtype, [2 * PLACES, TILE // 2, D1], b_desc.layout)
     x_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK, D1], x_desc.layout)
     y_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK, D1], y_desc.layout)
     lse_ring = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK], lse_desc.layout)
     delta_ring = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK], delta_desc.layout)
     rings = (a_own, b_own, x_ring, y_ring, lse_ring, delta_ring)
     if D2 > 0:
-        a_own2 = gl.allocate_shared_memory(dtype, [2, TILE // 2, D2], a_tail.layout)
-        b_own2 = gl.allocate_shared_memory(dtype, [2, TILE // 2, D2], b_tail.layout)
+        a_own2 = gl.allocate_shared_memory(dtype, [2 * PLACES, TILE // 2, D2], a_tail.layout)
+        b_own2 = gl.allocate_shared_memory(dtype, [2 * PLACES, TILE // 2, D2], b_tail.layout)
         x_ring2 = gl.allocate_shared_memory(dtype, [STAGES, BLOCK, D2], x_tail.layout)
         y_ring2 = gl.allocate_shared_memory(dtype, [STAGES, BLOCK, D2], y_tail.layout)
         tail_rings = (a_own2, b_own2, x_ring2, y_ring2)
     else:
         tail_rings = (a_own, b_own, x_ring, y_ring)
-    own_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    own_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    own_full = gl.allocate_shared_memory(gl.int64, [2 * PLACES, 1], mbarrier.MBarrierLayout())
+    own_empty = gl.allocate_shared_memory(gl.int64, [2 * PLACES, 1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for c in gl.static_range(2):
-        mbarrier.init(own_full.index(c), count=1)
-        mbarrier.init(own_empty.index(c), count=1)
+    for place in gl.static_range(2 * PLACES):
+        mbarrier.init(own_full.index(place), count=1)
+        mbarrier.init(own_empty.index(place), count=1)
     for slot in gl.static_range(STAGES):
         mbarrier.init(full.index(slot), count=1)
         mbarrier.init(empty.index(slot), count=2)  # both consumers release a pair
@@ -276,15 +285,15 @@ def attention_hopper_backward_kernel(
         [
             (consumer, (
                 0, out_descs, out_tails, p_lse, p_delta, rings, tail_rings, bars,
-                scale, scale_log2, N, H, TILES, HEADS, GROUP, D1, D2, TILE, BLOCK, STAGES, IS_CAUSAL, OWNS_KEYS,
+                scale, scale_log2, N, H, TILES, HEADS, GROUP, D1, D2, TILE, BLOCK, STAGES, PLACES, IS_CAUSAL, OWNS_KEYS,
             )),
             (consumer, (
                 1, out_descs, out_tails, p_lse, p_delta, rings, tail_rings, bars,
-                scale, scale_log2, N, H, TILES, HEADS, GROUP, D1, D2, TILE, BLOCK, STAGES, IS_CAUSAL, OWNS_KEYS,
+                scale, scale_log2, N, H, TILES, HEADS, GROUP, D1, D2, TILE, BLOCK, STAGES, PLACES, IS_CAUSAL, OWNS_KEYS,
             )),
             (producer, (
                 descs, tails, rings, tail_rings, bars, N, H, TILES, HEADS, GROUP,
-                D1, D2, TILE, BLOCK, STAGES, IS_CAUSAL, OWNS_KEYS,
+                D1, D2, TILE, BLOCK, STAGES, PLACES, IS_CAUSAL, OWNS_KEYS,
             )),
         ],
         [4, 1],
@@ -311,10 +320,14 @@ def _launch(tile, owns_keys: bool, owned, streamed, grads, lse, delta, causal: b
         rows = (*owned, TILE // 2), (*streamed, tile.BLOCK_N), (*grads, TILE // 2)
         return [describe(t, height, width) for *pair, height in rows for t in pair]
 
+    # With two places a tile's rows come while the last tile's gradients leave; two accumulators of 128 columns leave
+    # no registers to tell them apart.
+    places = 1 if owns_keys and D == 128 else 2
     TILES = N // TILE
     attention_hopper_backward_kernel[(min(tiles.multiprocessors(lse.device), TILES * B * H),)](
         *six(D1), *six(D2 or D1), *(describe_flat(t, tile.BLOCK_N) for t in (lse, delta)), lse, delta,
         scale, scale * LOG2E.value, N, H, TILES, B * H, heads_in_group(owned[0]),
-        D1=D1, D2=D2, TILE=TILE, BLOCK=tile.BLOCK_N, STAGES=tile.num_stages, IS_CAUSAL=causal, OWNS_KEYS=owns_keys,
+        D1=D1, D2=D2, TILE=TILE, BLOCK=tile.BLOCK_N, STAGES=tile.num_stages, PLACES=places,
+        IS_CAUSAL=causal, OWNS_KEYS=owns_keys,
         CONSUMER_REGISTERS=CONSUMER_REGISTERS, PRODUCER_REGISTERS=PRODUCER_REGISTERS, num_warps=tile.num_warps,
     )  # fmt: skip

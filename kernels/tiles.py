@@ -271,7 +271,7 @@ ATTENTION_HOPPER = {
 ATTENTION_HOPPER_BACKWARD = {
     64: Tile(128, 64, num_warps=4, num_stages=4, tma=True),
     96: Tile(128, 64, num_warps=4, num_stages=4, tma=True),
-    128: Tile(128, 64, num_warps=4, num_stages=4, tma=True),
+    128: Tile(128, 64, num_warps=4, num_stages=2, tma=True),
 }
 
 
