@@ -49,15 +49,23 @@ def tokens(B: int, N: int, device="cpu") -> torch.Tensor:
     return all_of_them[index].view(B, N).to(device)
 
 
+@contextlib.contextmanager
 def forced(form: str):
-    """Within this context norms and residuals take `form`, "plain" or "folded"; with "" what the table says."""
-    return mock.patch.object(tiles, "form", lambda *_: form) if form else contextlib.nullcontext()
+    """Within this context norms and residuals take `form`, "plain" or "folded", or "specialised": folded, its products
+    with quick-gelu warp-specialised (sm_90). With "" what the tables say."""
+    with contextlib.ExitStack() as patches:
+        if form:
+            patches.enter_context(mock.patch.object(tiles, "form", lambda *_: form.replace("specialised", "folded")))
+        if form == "specialised":
+            on = {key: replace(tile, evidence="forced") for key, tile in tiles.PRODUCT_HOPPER.items()}
+            patches.enter_context(mock.patch.dict(tiles.PRODUCT_HOPPER, on))
+        yield
 
 
 @dataclass(frozen=True)
 class Case:
-    """One operation at one size. d = H D; the MLP's inner width is 4 d; V = 512. `form`: "plain" or "folded" forces how
-    norms and residuals are computed (kernels/gemm.py), whatever the table says."""
+    """One operation at one size. d = H D; the MLP's inner width is 4 d; V = 512. `form` forces how norms and residuals
+    are computed (`forced`), whatever the tables say."""
 
     op: str
     B: int
@@ -301,12 +309,13 @@ def correctness(quick: bool, gpu: bool) -> list[Case]:
 
 
 def switched_off() -> list[Case]:
-    """The forms of attention that wait for a measurement, where the GPU at hand can run them."""
+    """The forms of attention and of the MLP that wait for a measurement, where the GPU at hand can run them."""
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         return []
     widths = {"attention_hopper": tiles.ATTENTION_HOPPER, "attention_one_pass": tiles.ATTENTION_ONE_PASS}
     forms = [(op, D, causal) for op, table in widths.items() for D in table for causal in (True, False)]
-    return [Case(op, 2, 1024, 4, D, "bf16", causal, "fwd+bwd") for op, D, causal in forms]
+    mlps = [Case("norm_mlp", 2, 1024, *shapes(p), "bf16", direction="fwd+bwd", form="specialised") for p in "sml"]
+    return [Case(op, 2, 1024, 4, D, "bf16", causal, "fwd+bwd") for op, D, causal in forms] + mlps
 
 
 def shapes(preset: str) -> tuple[int, int]:

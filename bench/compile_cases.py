@@ -81,6 +81,8 @@ def cases() -> Iterator[CompileCase]:
             for op in FOLDED_OPS:
                 folded = Case(op, 32, 1024, H, D, dtype, form="folded")
                 yield of(folded, f"d{H * D} {dtype} folded", quick and preset == "s", archs)
+        mlp = Case("norm_mlp", 32, 1024, H, D, form="specialised")
+        yield of(mlp, f"d{H * D} bf16 specialised", preset == "s", ("sm_90",))
         for causal in (True, False):
             case = Case("attention_hopper", 32, 1024, H, D, "bf16", causal)
             yield of(case, f"D{D} bf16{'' if causal else ' full'}", causal, ("sm_90",))

@@ -168,7 +168,7 @@ def steps(job: Job) -> None:
     chosen = [ModelCase(preset, max(1, STEP_TOKENS // N), N, "bf16", "step") for N in LENGTHS for preset in PRESETS]
     job.models(chosen, "hugging face")
     if not job.rehearse:  # torch.compile would wait for a C++ compiler
-        job.models(chosen[: len(PRESETS)], "ours folded,torch.compile")
+        job.models(chosen[: len(PRESETS)], "ours folded,ours specialised,torch.compile")
 
 
 def sampled(job: Job) -> None:

@@ -17,6 +17,6 @@ def cases() -> Iterator[CompileCase]:
     for case in [*known.correctness(quick=False, gpu=True), *speed, *pixels]:
         if case.op == "linear_residual" and not case.form:
             continue  # the vendor's product is all of it
-        archs = ("sm_90",) if case.op.startswith("attention_") else ARCHS
+        archs = ("sm_90",) if case.op.startswith("attention_") or case.form == "specialised" else ARCHS
         yield of(case, Row("compile", impl="", **case.labels).case, archs=archs)
     yield from (case for case in compile_cases() if case.name.startswith("decode"))

@@ -182,7 +182,8 @@ UNPACKED = ATTENTION.keys() - {"eager", *OFF}
 OTHERS = {"eager": eager, "torch.compile": compiled_reference, "torch path": torch_path, "liger": liger}
 
 
-NAMES = (*dict.fromkeys([*ATTENTION, *OTHERS]), "ours folded", "hugging face", "hugging face patched")
+WHOLE = ("ours folded", "ours specialised", "hugging face", "hugging face patched")  # bench/models.py
+NAMES = (*dict.fromkeys([*ATTENTION, *OTHERS]), *WHOLE)
 
 
 def of(case: Case) -> dict[str, Callable]:

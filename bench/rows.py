@@ -72,8 +72,8 @@ class Row:
 @dataclass(frozen=True)
 class StepRow:
     """One kernel's share of a training step: `launches` of it, the bytes of its arguments each once, its FLOPs, and
-    the floor of their sum at an H200's ceilings. Counted from recorded launches, not timed. form: "plain" or "folded"
-    where one was forced."""
+    the floor of their sum at an H200's ceilings. Counted from recorded launches, not timed. form: where one was
+    forced (bench.cases.forced)."""
 
     suite: str
     preset: str

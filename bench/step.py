@@ -65,8 +65,8 @@ def without_autocast():
 
 
 def account(preset: str, B: int, N: int, arch: str = "sm_90", form: str = "") -> list[StepRow]:
-    """Rows of one training step (loss and backward, bf16) of B pictures, most bytes first. form: "plain" or "folded"
-    forces how norms and residuals are computed, whatever the table says."""
+    """Rows of one training step (loss and backward, bf16) of B pictures, most bytes first. form: as bench.cases.forced
+    takes it."""
     model = ImageGPT.from_preset(preset, impl="triton", device="meta", dtype=torch.bfloat16, n_ctx=N)
     tokens = torch.empty(B, N, dtype=torch.int64, device="meta")
     with without_autocast(), forced(form), Vendor() as vendor, capture(arch) as launches:
@@ -105,7 +105,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seq", type=int, default=1024)
     parser.add_argument("--arch", default="sm_90")
-    parser.add_argument("--form", nargs="+", choices=("plain", "folded"), default=[""], help="default: the table's")
+    forms = ("plain", "folded", "specialised")
+    parser.add_argument("--form", nargs="+", choices=forms, default=[""], help="default: the tables'")
     parser.add_argument("--out", type=Path, help="append rows as JSON lines to this file")
     args = parser.parse_args(argv)
     for preset, form in itertools.product(args.preset, args.form):

@@ -1,7 +1,7 @@
 """The numbers this project wants to reach on an H200, in bf16, and which of them a run's rows reach.
 
 `python -m bench.targets bench/results/h200/rows.jsonl`. Each has its cases, and counts as reached where the worst of
-them does. "on" is the value with the best of our own forms that the tables have off (peers.OFF, "ours folded"): what
+them does. "on" is the value with the best of our own forms that the tables have off (peers.OFF, models.FORMS): what
 turning its row on would give.
 """
 
@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bench import rows
+from bench.models import FORMS
 from bench.peers import OFF
 from bench.rows import Row
 
-OWN = {*OFF, "ours folded", "ours again", "torch path"}  # no rivals
+OWN = {*OFF, *FORMS, "ours again", "torch path"}  # no rivals
 HEADS = {64: 1.1, 96: 1.2, 128: 1.1}
 
 

@@ -228,12 +228,14 @@ def paste(search: Search, arch: str, ranked: list[tuple[float, Tile]], rival_ms:
 
 
 def forms(arch: str, device: str, timer, seconds: float, small: bool) -> Iterator[str]:
-    """Rows of tiles.FORMS: for each operation and width, "folded" where forward and backward beat "plain" by 2%."""
+    """Rows of tiles.FORMS: for each operation and width, "folded" where forward and backward beat "plain" by 2%. With
+    the MLP's, whether its rows of tiles.PRODUCT_HOPPER are to be on, which is where they win."""
     sizes = [(None, (1, 16, 1, 16, "fp32"))] if small else [(p, (32, 1024, *cases.shapes(p), "bf16")) for p in PRESETS]
     for op, (preset, size) in itertools.product(cases.FOLDED_OPS, sizes):
         case = Case(op, *size, direction="fwd+bwd", preset=preset or "")
         inputs, variants = case.inputs(device), {}
-        for form in ("plain", "folded"):
+        specialised = op == "norm_mlp" and arch == "sm_90"
+        for form in ("plain", "folded", *(["specialised"] if specialised else [])):
             forced = dataclasses.replace(case, form=form)
             fn = call(forced.ours("triton"), inputs, forced.diff, forced.direction)
 
@@ -244,8 +246,12 @@ def forms(arch: str, device: str, timer, seconds: float, small: bool) -> Iterato
             variants[form] = variant
         times = interleaved(variants, timer, seconds / len(sizes) / len(cases.FOLDED_OPS), least=3)
         plain, folded = times["plain"].median, times["folded"].median
-        chosen = "folded" if folded < 0.98 * plain else "plain"
-        yield f'FORMS  ("{arch}", "{op}", {case.d}): "{chosen}",  # folded {folded:.4f} ms, plain {plain:.4f}'
+        best, note = folded, f"folded {folded:.4f} ms, plain {plain:.4f}"
+        if specialised:
+            best = min(folded, times["specialised"].median)
+            note += f", PRODUCT_HOPPER at K {case.d} {'on' if best < 0.98 * folded else 'off'}: {best:.4f}"
+        chosen = "folded" if best < 0.98 * plain else "plain"
+        yield f'FORMS  ("{arch}", "{op}", {case.d}): "{chosen}",  # {note}'
 
 
 def main(argv: list[str] | None = None) -> int:

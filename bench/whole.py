@@ -53,7 +53,8 @@ def whole(
                 if run.device == "cuda":
                     torch.cuda.reset_peak_memory_stats()
                     held = torch.cuda.memory_allocated()
-                if name == "ours folded" and (red := run.red & {(f"{op} folded", case.dtype) for op in FOLDED_OPS}):
+                form = models.FORMS.get(name)
+                if red := run.red & {(f"{op} {form}", case.dtype) for op in FOLDED_OPS}:
                     why = f"the correctness of {', '.join(op for op, _ in sorted(red))} is red"
                     variants[key], fitted[key] = Absent(why), case
                 else:

@@ -85,7 +85,7 @@ def attention_forward_kernel(
 def attention_forward(q, k, v, causal: bool, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """out (B, N, H, D) contiguous, lse fp32 (B, H, N) in base 2."""
     B, N, H, D = q.shape
-    if tiles.warp_specialised(tiles.ATTENTION_HOPPER, q):
+    if tiles.warp_specialised(tiles.ATTENTION_HOPPER, D, q):
         from . import attention_hopper, hopper  # Gluon is imported only where its rows are on
 
         if hopper.fits(q, k, v):

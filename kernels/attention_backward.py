@@ -162,7 +162,7 @@ def attention_backward(dout, q, k, v, out, lse, dq, dk, dv, causal: bool, scale:
     aligned = all(map(is_aligned, (dout, q, k, v)))
     if aligned and tiles.one_pass(q):
         return attention_backward_one_pass(dout, q, k, v, out, lse, dq, dk, dv, causal, scale)
-    if tiles.warp_specialised(tiles.ATTENTION_HOPPER_BACKWARD, q):
+    if tiles.warp_specialised(tiles.ATTENTION_HOPPER_BACKWARD, q.shape[3], q):
         from . import attention_hopper_backward, hopper  # Gluon is imported only where its rows are on
 
         if hopper.fits(dout, q, k, v, dq, dk, dv):

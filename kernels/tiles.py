@@ -166,6 +166,17 @@ def product_tile(arch: str, element_bytes: int, epilogue: str, K: int) -> Tile:
     return special or PRODUCT.get((arch, element_bytes), PRODUCT["portable", element_bytes])
 
 
+# The same, warp-specialised (kernels/gemm_hopper.py): (epilogue, K), each row off until a GPU has measured it, as those
+# of ATTENTION_HOPPER below. Rows and columns of a tile and of a step are the kernel's own; stages are the ring's.
+PRODUCT_HOPPER = {
+    ("gelu", 512): Tile(128, 256, 64, num_warps=4, num_stages=3, tma=True),
+    ("gelu", 1024): Tile(128, 256, 64, num_warps=4, num_stages=3, tma=True),
+    ("gelu", 1536): Tile(128, 256, 64, num_warps=4, num_stages=3, tma=True),
+    ("gelu_grad", 512): Tile(128, 256, 64, num_warps=4, num_stages=3, tma=True),
+    ("gelu_grad", 1024): Tile(128, 256, 64, num_warps=4, num_stages=3, tma=True),
+    ("gelu_grad", 1536): Tile(128, 256, 64, num_warps=4, num_stages=3, tma=True),
+}
+
 # How an operation with a norm or a residual runs: (architecture, operation, width) -> "folded" where a measurement has
 # shown that our products with epilogues beat the vendor's with passes around them; everywhere else "plain".
 FORMS: dict[tuple[str, str, int], str] = {}
@@ -275,10 +286,10 @@ ATTENTION_HOPPER_BACKWARD = {
 }
 
 
-def warp_specialised(table: dict, q: torch.Tensor) -> bool:
-    """Whether attention of q (B, N, H, D) is to run in the kernel of this table where its shapes fit."""
-    tile = table.get(q.shape[3])
-    return tile is not None and tile.evidence != "compiled only" and arch(q.device) == "sm_90"
+def warp_specialised(table: dict, key, x: torch.Tensor) -> bool:
+    """Whether the kernel of this table is to run what `key` names, of x, where its shapes fit."""
+    tile = table.get(key)
+    return tile is not None and tile.evidence != "compiled only" and arch(x.device) == "sm_90"
 
 
 # The embedding table's gradient (kernels/embedding.py): (architecture, bytes of an element) -> BLOCK_M colours,

@@ -32,14 +32,15 @@ class Killed(BaseException):
 
 
 SHARED = "hopper"  # the module of jitted functions that the simulated ones import
-# Whose turn it is among those who can move (0 and 1 the consumers, 2 the producer), and which copy in flight lands
-# when one must: the oldest or the newest. All as late as they can, but for "random".
+# Whose turn it is among those who can move (0 and 1 the consumers, the last one the producer), which copy in flight
+# lands when one must, the oldest or the newest, and when that is: as late as can be, or at once.
 POLICIES = {
-    "producer first": ((2, 1, 0), 0),
-    "consumers first": ((0, 1, 2), -1),
-    "first consumer ahead": ((0, 2, 1), 0),
-    "second consumer ahead": ((1, 2, 0), -1),
-    "random": (None, None),
+    "producer first": ((3, 2, 1, 0), 0, False),
+    "consumers first": ((0, 1, 2, 3), -1, False),
+    "first consumer ahead": ((0, 2, 3, 1), 0, False),
+    "second consumer ahead": ((1, 3, 2, 0), -1, False),
+    "copies at once": ((0, 1, 3, 2), 0, True),
+    "random": (None, None, False),
 }
 
 
@@ -47,7 +48,7 @@ class Machine:
     """One program (CTA): partitions, actions in flight, and the baton."""
 
     def __init__(self, policy: str, seed: int = 0):
-        (self.order, self.landing), self.random = POLICIES[policy], random.Random(seed)
+        (self.order, self.landing, self.at_once), self.random = POLICIES[policy], random.Random(seed)
         self.threads, self.actions, self.error = [], [], None
         self.local = threading.local()
 
@@ -68,7 +69,7 @@ class Machine:
         assert not self.actions, "the program ends, and its shared memory with it, before its copies do"
 
     def step(self, ready):
-        if self.actions and (not ready or (self.order is None and self.random.random() < 0.5)):
+        if self.actions and (not ready or self.at_once or (self.order is None and self.random.random() < 0.5)):
             self.actions.pop(self.random.randrange(len(self.actions)) if self.landing is None else self.landing)()
             return
         (self.random.choice(ready) if self.order is None else min(ready, key=self.place)).resume()
@@ -171,7 +172,8 @@ class Descriptor:
 
 
 class Product:
-    """A product in flight: its operands are read at its issue and again when it is waited for, and must agree."""
+    """A product in flight: its operands are read at its issue and again when it is waited for, and must agree. Until
+    then it is good for nothing but another product's accumulator."""
 
     def __init__(self, a, b, acc, use_acc):
         self.parts, self.value = (a, b, acc, use_acc), None
@@ -185,6 +187,11 @@ class Product:
         acc = acc.value if isinstance(acc, Product) else acc
         product = a.float() @ b.float()
         self.value = product + acc if use_acc else product
+
+    def __getattr__(self, name):
+        raise AssertionError("a product used before it was waited for")
+
+    __mul__ = __add__ = __sub__ = __neg__ = lambda self, *_: self.used
 
 
 def load(path, package: str, policy: str = "producer first", seed: int = 0, edit=lambda source: source):
@@ -200,9 +207,10 @@ def load(path, package: str, policy: str = "producer first", seed: int = 0, edit
         bar.pending -= 1
         settle(bar)
 
-    def arrive(bar, count=1):
-        bar.pending -= count
-        settle(bar)
+    def arrive(bar, count=1, pred=True):
+        if pred:
+            bar.pending -= count
+            settle(bar)
         state.machine.pause()
 
     def init(bar, count):
@@ -254,9 +262,7 @@ def load(path, package: str, policy: str = "producer first", seed: int = 0, edit
         for product in products[: max(0, len(products) - outstanding)]:
             product.complete()
             me.groups.remove(product)
-        for dep in deps:
-            assert not isinstance(dep, Product) or dep.value is not None, "a product used before it was waited for"
-        values = [d.value if isinstance(d, Product) else d for d in deps]
+        values = [d.value if isinstance(d, Product) and d.value is not None else d for d in deps]
         return values[0] if len(values) == 1 else tuple(values)
 
     def fence():
@@ -314,11 +320,11 @@ def load(path, package: str, policy: str = "producer first", seed: int = 0, edit
         max=lambda x, axis: x.amax(axis), sum=lambda x, axis: x.sum(axis), exp2=torch.exp2, log2=torch.log2,
         convert_layout=lambda x, l: x, load=pointer_load, store=pointer_store, allocate_shared_memory=allocate,
         warp_specialize=warp_specialize, SliceLayout=Layout, NVMMADistributedLayout=Layout, DotOperandLayout=Layout,
-        NVMMASharedLayout=Layout,
+        NVMMASharedLayout=Layout, BlockedLayout=Layout,
     )  # fmt: skip
     hopper = types.ModuleType("hopper")
     vars(hopper).update(
-        fence_async_shared=fence, warpgroup_mma=mma, warpgroup_mma_wait=mma_wait,
+        fence_async_shared=fence, warpgroup_mma=mma, warpgroup_mma_wait=mma_wait, warpgroup_mma_init=lambda x: x,
         mbarrier=types.SimpleNamespace(wait=wait, expect=expect, arrive=arrive, init=init, MBarrierLayout=lambda: None),
         tma=types.SimpleNamespace(
             async_copy_global_to_shared=to_shared, async_copy_shared_to_global=to_global, store_wait=store_wait

@@ -138,17 +138,20 @@ from bench import compile as c
 from bench.compile_cases import cases
 from bench.gate import waits_left
 triton.knobs.compilation.always_compile = triton.knobs.nvidia.dump_ptxas_log = True
-jobs, _ = c.plan([x for x in cases() if x.name.startswith("attention_hopper")], ["sm_90"])
+named = "attention_hopper", "norm_mlp d512 bf16 specialised"
+jobs, _ = c.plan([x for x in cases() if x.name.startswith(named)], ["sm_90"])
 jobs = [job for job in jobs if "hopper" in job.row.function]
-assert len(jobs) == 18, jobs  # D = 64, 96, 128, causal and full: forward, dq, dk and dv
+assert len(jobs) == 20, jobs  # D = 64, 96, 128, causal and full: forward, dq, dk and dv; products: gelu, gelu_grad
 for job in jobs:
     row = c.judged(job, c.compile_launch(job.launch))
-    least = 24 if "backward" in row.function else 48
+    least = 16 if "product" in row.function else 24 if "backward" in row.function else 48
     assert row.ok and row.stack == 0 and row.wgmma >= least and waits_left(row) >= 2, row
+    if "product" in row.function:
+        continue  # its exponentials are another partition's than the products
     # The exponentials of either consumer's loop have a product in flight: all 64 of a forward's thread, whose first
     # block has none to be under, and all but a few of a backward's. ptxas had put the wait for that product first.
     assert row.exp2_under >= (0.95 * row.exp2 if "backward" in row.function else 2 * 64), row
 """)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Compiling entry function") == 18, done.stdout  # or there is no log to read
+    assert done.stdout.count("Compiling entry function") == 20, done.stdout  # or there is no log to read
     assert "serialized" not in done.stdout and "wait is injected" not in done.stdout
