@@ -1,11 +1,13 @@
 """A guess at a launch's time on an H200, from its binary and its floor: a prediction, and labelled so everywhere.
 
     products   FLOPs / 790 TFLOP/s with wgmma, 62% of that with the older mma
-    exp2       one a pair of positions in attention, 16 a cycle and multiprocessor
+    exp2       one a pair of positions in attention, 16 a cycle and multiprocessor; quick-gelu's two operations of the
+               same unit an element in the epilogues of products
     bytes      compulsory bytes / 4.3 TB/s; below a quarter of the resident warps plain loads cannot fill the memory
 
 A kernel that issues its exponentials with no product in flight has the two one after the other; one that has a good
-part of them under products (the first block's, masked, come before any), or none, is as slow as its slowest part.
+part of them under products (the first block's, masked, come before any), or in a partition of their own, or none, is
+as slow as its slowest part.
 """
 
 from dataclasses import dataclass
@@ -22,11 +24,16 @@ class Work:
 
     cost: cost.Cost
     exponentials: float
+    apart: bool = False  # the exponentials have a partition of their own
 
 
 def work(name: str, values: dict) -> Work:
-    attends = name.rsplit(".", 1)[-1] in cost.ATTENTION_PRODUCTS
-    return Work(cost.launch(name, values), cost.pairs(values) if attends else 0.0)
+    total, apart = cost.launch(name, values), name == "gemm_hopper.product_hopper_kernel"
+    if name.rsplit(".", 1)[-1] in cost.ATTENTION_PRODUCTS:
+        return Work(total, cost.pairs(values))
+    if apart or values.get("EPILOGUE") in ("gelu", "gelu_grad"):
+        return Work(total, 2.0 * values["M"] * values["N"], apart)
+    return Work(total, 0.0)
 
 
 def milliseconds(row: CompileRow, work: Work) -> float | None:
@@ -36,6 +43,6 @@ def milliseconds(row: CompileRow, work: Work) -> float | None:
     products = work.cost.flops / (PRODUCTS if row.wgmma else OLD_MMA * PRODUCTS)
     memory = work.cost.bytes / cost.H200.bytes * (1.0 if row.tma else max(1.0, 0.25 / max(row.occupancy, 0.01)))
     exponentials = work.exponentials / EXP2
-    overlaps = row.exp2_under >= 0.4 * row.exp2
+    overlaps = work.apart or row.exp2_under >= 0.4 * row.exp2
     on_chip = max(products, exponentials) if overlaps else products + exponentials
     return 1e3 * max(on_chip, memory)
