@@ -25,6 +25,7 @@ from bench.cases import Case
 from bench.machine import ROOT
 from bench.models import ModelCase
 from bench.run import Log, failures, prepared
+from igpt.kernels.interpreter import INTERPRETED
 
 PRESETS, LENGTHS = ("s", "m", "l"), (1024, 2304, 4096)
 TOKENS = 65536  # of an operation's case
@@ -238,6 +239,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if not args.rehearse and not torch.cuda.is_available():
         parser.error("this torch sees no GPU; --rehearse runs the harness without one")
+    if args.rehearse and not INTERPRETED:
+        parser.error("--rehearse: expected TRITON_INTERPRET=1 in the environment, for it runs kernels")
     if args.stage:
         STAGES[args.stage].run(Job(Log(args.out, fresh=False), args.seconds, args.rehearse))
         return 0

@@ -230,6 +230,10 @@ def test_report_has_every_section(tmp_path):
     assert (tmp_path / "kernels.png").stat().st_size > 1000
 
 
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU kernels are not interpreted")
+
+
+@interpreted
 @pytest.mark.parametrize("name", sorted(gpu.STAGES.keys() - {"searched"}))
 def test_gpu_stages_are_rehearsed(name, tmp_path, capfd):
     assert gpu.main(["--rehearse", "--only", name, "--out", str(tmp_path)]) == 0
@@ -253,6 +257,7 @@ def test_what_is_off_or_of_another_dtype_takes_no_speed_away():
     assert next(whole.whole(cases, lying_run(red=others, peers="eager"))).median_ms
 
 
+@interpreted
 def test_tile_search_is_rehearsed(tmp_path, capsys):
     assert gpu.main(["--rehearse", "--only", "searched", "--out", str(tmp_path)]) == 0
     found = (tmp_path / "tiles.txt").read_text()
