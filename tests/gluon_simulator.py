@@ -359,6 +359,24 @@ def load(path, package: str, policy: str = "producer first", seed: int = 0, edit
     return namespace
 
 
+def caught(run, line: str, wrong: str) -> bool:
+    """Whether some schedule tells that `wrong` stands for `line` in the source: run(policy=, edit=) answers False, or
+    raises what this simulator raises."""
+
+    def plant(source):
+        if source.count(line) != 1:
+            raise ValueError(f"{line!r} stands {source.count(line)} times")
+        return source.replace(line, wrong)
+
+    for policy in POLICIES:
+        try:
+            if not run(policy=policy, edit=plant):
+                return True
+        except (AssertionError, Deadlock):
+            return True
+    return False
+
+
 def _minimum(a, b):
     return torch.minimum(torch.as_tensor(a), torch.as_tensor(b))
 
