@@ -41,9 +41,10 @@ def determinism(cases: Iterable[Case], device: str, runs: int) -> Iterator[Row]:
             args = {k: v.detach().requires_grad_(k in case.diff) for k, v in inputs.items()}
 
             def once(args=args, case=case):
-                out = case.ours("triton")(**args)
-                grad = torch.ones_like(out)
-                return [out.detach(), *torch.autograd.grad(out, [args[k] for k in case.diff], grad)]
+                with case.forced():
+                    out = case.ours("triton")(**args)
+                    grads = torch.autograd.grad(out, [args[k] for k in case.diff], torch.ones_like(out))
+                return [out.detach(), *grads]
 
             first = once()
             differ = sum(not all(torch.equal(a, b) for a, b in zip(first, once())) for _ in range(runs - 1))
