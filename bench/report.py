@@ -3,12 +3,11 @@
 import importlib.util
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 
 from bench import compile as compiling
 from bench import step, targets
-from bench.rows import CompileRow, Row, StepRow
+from bench.rows import CompileRow, Row, StepRow, joined
 
 
 def number(x: float | None, digits: int = 3) -> str:
@@ -40,9 +39,7 @@ def speed(rows: list[Row], markdown: bool) -> str:
     for r in rows:
         batch = r.B if r.suite == "sampling" else 0  # elsewhere a peer may have needed a smaller one
         by_impl = cases[r.op, r.preset, batch, r.N, r.dtype, r.causal, r.form, r.direction]
-        # Timed again beside other peers: each ratio is to the time of its own run.
-        earlier = by_impl[r.impl].ratios if r.impl in by_impl else {}
-        by_impl[r.impl] = replace(r, ratios=earlier | r.ratios)
+        by_impl[r.impl] = joined(by_impl.get(r.impl), r)
     lines = []
     for by_impl in cases.values():
         ours = by_impl.get("ours") or next(iter(by_impl.values()))

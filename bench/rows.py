@@ -1,7 +1,7 @@
 """Rows of a report: frozen dataclasses, one JSON line each. DESIGN.md's schema is these fields."""
 
 import json
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 
@@ -150,6 +150,14 @@ def from_json(line: str):
 
 def read(path: str | Path) -> list:
     return [from_json(line) for line in Path(path).read_text().splitlines() if line.strip()]
+
+
+def joined(before: Row | None, row: Row) -> Row:
+    """What stands for a case of which `before` came earlier in the run: timed again beside other peers its ratios join,
+    each to the time of its own run, and a row that found no time left takes none away."""
+    if before is None or (before.median_ms and not row.median_ms):
+        return before or row
+    return replace(row, ratios=before.ratios | row.ratios)
 
 
 def regressions(rows: list, earlier: list, allowed: float = 1.1) -> tuple[dict[tuple, float], list[str]]:

@@ -9,7 +9,7 @@ import argparse
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from bench import rows
@@ -144,13 +144,13 @@ def targets() -> list[Target]:
 
 
 def merged(found: Iterable) -> list[Row]:
-    """Our rows on a GPU in bf16, one a case: timed again beside other peers, its ratios join."""
+    """Our rows on a GPU in bf16, one a case."""
     kept: dict[tuple, Row] = {}
     for r in found:
         of_ours = isinstance(r, Row) and r.impl == "ours" and r.device == "cuda" and not r.form
         if of_ours and (r.dtype == "bf16" or r.op.startswith("palette")):
             key = r.op, r.preset, r.N, r.D, r.causal, r.direction
-            kept[key] = replace(r, ratios=kept[key].ratios | r.ratios) if key in kept else r
+            kept[key] = rows.joined(kept.get(key), r)
     return list(kept.values())
 
 

@@ -254,7 +254,7 @@ def attention_forward_hopper(q, k, v, causal: bool, scale: float) -> tuple[torch
     require(scale, q=q, k=k, v=v)
     B, N, H, D = q.shape
     tile = tiles.ATTENTION_HOPPER[D]
-    tiles.require("attention_hopper_kernel", tile, q, 2 * tile.BLOCK_N * D)
+    tiles.require("attention_hopper_kernel", tile, q, 2 * tile.BLOCK_N * D, stages=2)  # the next values come first
     out = torch.empty((B, N, H, D), dtype=q.dtype, device=q.device)
     lse = torch.empty((B, H, N), dtype=torch.float32, device=q.device)
     D1, D2 = chunks(D)

@@ -225,10 +225,11 @@ def product(a, b, *, is_kn=False, epilogue="linear", row=None, bias=None, u=None
     """epilogue(a @ b^T), or of a @ b with `is_kn`: a new y [M, N]. K and N as `is_aligned` asks."""
     a, b, u, r = (t if t is None else dense(t) for t in (a, b, u, r))
     (M, K), N = a.shape, b.shape[is_kn]
-    if tiles.warp_specialised(tiles.PRODUCT_HOPPER, (epilogue, K), a) and bias is None:
+    if tiles.warp_specialised(tiles.PRODUCT_HOPPER, (epilogue, K), a):
         from . import gemm_hopper  # Gluon is imported only where its rows are on
 
-        if gemm_hopper.fits(M, N, K, a.dtype):
+        has_its_options = bias is None and r is None and (partials is None) == (epilogue == "gelu")
+        if has_its_options and gemm_hopper.fits(M, N, K, a.dtype):
             tile = tiles.PRODUCT_HOPPER[epilogue, K]
             return gemm_hopper.product(a, b, is_kn, epilogue, row, u, z, partials, tile)
     tile = tiles.product_tile(tiles.arch(a.device), a.element_size(), epilogue, K)

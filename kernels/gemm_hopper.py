@@ -12,8 +12,8 @@ dtype, in pieces of 64 x 128. A fourth partition does the rest with a piece whil
 
 z is rounded before y is made of it, as eager PyTorch does; gemm.py rounds only what it writes.
 
-A tile's products take 16 K cycles; its 65536 operations of the special function unit 4096, so that the rest is ready
-in time from K of about 400 on. Cost, order of tiles and partial sums: as in gemm.py.
+A tile's products take 16 K cycles, its 65536 operations of the special function unit 4096: half of the products' at
+K = 512, the smallest preset's. Cost, order of tiles and partial sums: as in gemm.py.
 Deterministic. Needs what `fits` asks for, and no bias; gemm.py does all else.
 Compiled only: no GPU has run this yet, so the rows of tiles.PRODUCT_HOPPER are off.
 """
@@ -239,7 +239,7 @@ def product(a, b, is_kn: bool, epilogue: str, row, u, z, partials, tile: tiles.T
             f"product_hopper: got {a.dtype} M {M}, N {N}, K {K}, expected fp16 or bf16 and multiples of {TILE_M}, "
             f"{TILE_N} and {STEP}"
         )
-    tiles.require("product_hopper_kernel", tile, a, (TILE_M + TILE_N) * STEP)
+    tiles.require("product_hopper_kernel", tile, a, (TILE_M + TILE_N) * STEP, stages=2)  # one is in flight
     y = torch.empty((M, N), dtype=a.dtype, device=a.device)
 
     def matrix(t, *block):

@@ -71,9 +71,12 @@ def arch(device: torch.device) -> str:
     return _device_arch(device.index if device.index is not None else torch.cuda.current_device())
 
 
-def require(kernel: str, tile: Tile, x: torch.Tensor, elements: int) -> None:
+def require(kernel: str, tile: Tile, x: torch.Tensor, elements: int, stages: int = 1) -> None:
     """Refuse a tile that cannot fit: raise ValueError if what its loop keeps in flight, `elements` of x's dtype a step,
-    alone exceeds the shared memory. Before anything is compiled, and never for a tile that fits."""
+    alone exceeds the shared memory, or if it has fewer stages than the kernel's waits need not to wait for themselves.
+    Before anything is compiled, and never for a tile that fits."""
+    if tile.num_stages < stages:
+        raise ValueError(f"{kernel}: {tile} has {tile.num_stages} stages, expected at least {stages}")
     machine = arch(x.device)
     stages = tile.num_stages if tile.tma else tile.num_stages - 1  # a plain load's last stage lies in registers
     needed, there = stages * elements * x.element_size(), SHARED_BYTES[machine]

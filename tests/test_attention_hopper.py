@@ -148,7 +148,6 @@ PLANTED = [(kernel, *fault) for kernel, faults in FAULTS.items() for fault in fa
 @pytest.mark.parametrize("kernel, what, right, wrong", PLANTED, ids=[f"{f[0]}: {f[1]}" for f in PLANTED])
 def test_planted_faults_are_caught(monkeypatch, kernel, what, right, wrong):
     monkeypatch.setattr(tiles, "multiprocessors", lambda device: 1)
-
     assert caught(functools.partial(KERNELS[kernel], 64, True, N=640, B=1), right, wrong)
 
 
@@ -171,6 +170,9 @@ def test_a_tile_that_cannot_fit_is_refused(monkeypatch):
         simulated("attention_hopper")["attention_forward_hopper"](q, q, q, True, 0.1)
     with pytest.raises(ValueError, match="attention_hopper_backward_kernel: Tile"):
         simulated("attention_hopper_backward")["attention_backward_hopper"](*[q] * 4, None, None, *[q] * 3, True, 1)
+    monkeypatch.setitem(tiles.ATTENTION_HOPPER, 64, dataclasses.replace(tiles.ATTENTION_HOPPER[64], num_stages=1))
+    with pytest.raises(ValueError, match="has 1 stages, expected at least 2"):
+        simulated("attention_hopper")["attention_forward_hopper"](q, q, q, True, 0.1)
 
 
 def test_what_does_not_fit_is_refused():

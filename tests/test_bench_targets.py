@@ -31,6 +31,10 @@ def test_the_worst_case_against_the_best_peer_decides():
     # Timed again beside another peer: both count.
     again = dataclasses.replace(ATTENTION, ratios={"flex": 1.01})
     assert verdict("attention forward, D 64 the best peer", short, again)[0] == "1.01"
+    # And a later stage that had no time left takes nothing away.
+    late = dataclasses.replace(ATTENTION, median_ms=None, note="not timed: no time was left")
+    assert verdict("attention forward, D 64 the best peer", short, late)[0] == "1.2"
+    assert "no time was left" not in report.speed([short, late], markdown=True)
     reached = [dataclasses.replace(short, N=n) for n in (1024, 2304, 4096)]
     assert verdict("attention forward, D 64 the best peer", *reached)[-1] == "reached"
 

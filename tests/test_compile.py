@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from bench import rows
+from bench.compile import exp2_under
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -41,6 +42,19 @@ def test_a_good_kernel_is_green_on_every_architecture(samples):
 def test_a_spilled_kernel_is_red(samples):
     row = samples["spills", "sm_90"]
     assert not row.ok and row.stack > 0 and row.spill_loads > 0 and "spills" in row.note
+
+
+@pytest.mark.parametrize("order, under", [
+    ("HMMA MUFU wait0 MUFU", 0), ("open close MUFU wait0 MUFU", 1), ("open MUFU close wait0", 1),
+    ("close close wait1 MUFU wait0 MUFU", 1), ("close wait0 MUFU close", 0),
+])  # fmt: skip
+def test_exponentials_under_products_are_counted(order, under):
+    lines = {
+        "open": "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR28], R24 ;", "MUFU": "@P0 MUFU.EX2 R3, R4 ;",
+        "close": "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR32], R24, gsb0 ;", "HMMA": "HMMA.16816.F32.BF16 R4, R8, R4 ;",
+        "wait0": "WARPGROUP.DEPBAR.LE gsb0, 0x0 ;", "wait1": "WARPGROUP.DEPBAR.LE gsb0, 0x1 ;",
+    }  # fmt: skip
+    assert exp2_under("\n".join(lines[name] for name in order.split())) == under
 
 
 def test_tma_descriptors_are_seen(samples):

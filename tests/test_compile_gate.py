@@ -10,7 +10,8 @@ from tests.test_compile import child
 
 BASE = CompileRow(
     "compile", "attention", "attention_forward", "attention D64 bf16", "sm_90", "M128 N128 w8 s3", "3.7.1",
-    "IS_CAUSAL", regs=168, shared=100_000, occupancy=0.25, mma=8, wgmma=8, tma=4, waits="1,0", ok=True,
+    "IS_CAUSAL", regs=168, shared=100_000, occupancy=0.25, mma=8, wgmma=8, tma=4, waits="1,0", exp2=64,
+    exp2_under=60, ok=True,
 )  # fmt: skip
 
 
@@ -26,6 +27,7 @@ BASE = CompileRow(
         ({"wgmma": 0}, "wgmma 8 -> 0"),
         ({"tma": 0}, "tma 4 -> 0"),
         ({"waits": "0,0"}, "wgmma waits 1,0 -> 0,0"),
+        ({"exp2_under": 0}, "exponentials under products 60 -> 0"),
         ({"occupancy": 0.125}, "occupancy 0.25 -> 0.125"),
         ({"ok": False, "note": "the compiler failed (SIGABRT)"}, "the compiler failed (SIGABRT)"),
     ],

@@ -98,7 +98,6 @@ FAULTS = [
 @pytest.mark.parametrize("what, line, wrong", FAULTS, ids=[f[0] for f in FAULTS])
 def test_planted_faults_are_caught(monkeypatch, what, line, wrong):
     monkeypatch.setattr(tiles, "multiprocessors", lambda device: 1)
-
     assert caught(functools.partial(right, "gelu", M=384, N=512, K=320), line, wrong)
 
 
@@ -112,13 +111,17 @@ def test_a_row_is_off_until_a_gpu_has_measured_it(monkeypatch):
     assert called == [on]
     monkeypatch.setattr(gemm, "product_kernel", {(2,): lambda *args, **kwargs: called.append("plain")})
     monkeypatch.setattr(gemm.tiles, "multiprocessors", lambda device: 2)
-    for changed in ({"epilogue": "linear"}, {"epilogue": "gelu", "bias": b[0]}):
-        gemm.product(a, b.repeat(2, 1)[:512], **changed)
+    monkeypatch.setitem(tiles.PRODUCT_HOPPER, ("gelu_grad", 512), on)
+    sums = {"epilogue": "gelu_grad", "u": a}
+    for changed in (
+        {"epilogue": "linear"}, {"epilogue": "gelu", "bias": a[0]}, {"epilogue": "gelu", "r": a}, sums,
+    ):  # fmt: skip
+        gemm.product(a, b.repeat(2, 1), **changed)
     with tiles.target("sm_100"):
         gemm.product(a, b.repeat(2, 1), epilogue="gelu")
     monkeypatch.setitem(tiles.PRODUCT_HOPPER, ("gelu", 512), dataclasses.replace(on, evidence="compiled only"))
     gemm.product(a, b.repeat(2, 1), epilogue="gelu")
-    assert called[1:] == ["plain"] * 4
+    assert called[1:] == ["plain"] * 6
 
 
 def test_what_does_not_fit_is_refused():
@@ -127,3 +130,6 @@ def test_what_does_not_fit_is_refused():
     for x, w in ((a[:100], torch.zeros(256, 64)), (a, torch.zeros(128, 64)), (a.float(), torch.zeros(256, 64))):
         with pytest.raises(ValueError, match=r"product_hopper: got .* expected fp16 or bf16 and multiples of 128, 256"):
             module["product"](x, w.to(x.dtype), False, "gelu", None, None, None, None, TILE)
+    one, w = dataclasses.replace(TILE, num_stages=1), torch.zeros(256, 64, dtype=a.dtype)
+    with pytest.raises(ValueError, match=r"product_hopper_kernel: .* has 1 stages, expected at least 2"):
+        module["product"](a, w, False, "gelu", None, None, None, None, one)
