@@ -4,11 +4,9 @@ An operation here is how to make its inputs, how to run it (ours and the referen
 real pictures: emoji as tokens of a colour cube, embedded and projected by random tables.
 """
 
-import contextlib
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from unittest import mock
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,7 +15,7 @@ import torch.nn.functional as F
 from bench import cost
 from igpt import data, ops
 from igpt.config import PRESETS
-from igpt.kernels import reference, tiles
+from igpt.kernels import reference
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 VOCAB = 512
@@ -49,23 +47,9 @@ def tokens(B: int, N: int, device="cpu") -> torch.Tensor:
     return all_of_them[index].view(B, N).to(device)
 
 
-@contextlib.contextmanager
-def forced(form: str):
-    """Within this context norms and residuals take `form`, "plain" or "folded", or "specialised": folded, its products
-    with quick-gelu warp-specialised (sm_90). With "" what the tables say."""
-    with contextlib.ExitStack() as patches:
-        if form:
-            patches.enter_context(mock.patch.object(tiles, "form", lambda *_: form.replace("specialised", "folded")))
-        if form == "specialised":
-            on = {key: replace(tile, evidence="forced") for key, tile in tiles.PRODUCT_HOPPER.items()}
-            patches.enter_context(mock.patch.dict(tiles.PRODUCT_HOPPER, on))
-        yield
-
-
 @dataclass(frozen=True)
 class Case:
-    """One operation at one size. d = H D; the MLP's inner width is 4 d; V = 512. `form` forces how norms and residuals
-    are computed (`forced`), whatever the tables say."""
+    """One operation at one size. d = H D; the MLP's inner width is 4 d; V = 512."""
 
     op: str
     B: int
@@ -76,7 +60,6 @@ class Case:
     causal: bool = True
     direction: str = "fwd"
     preset: str = ""
-    form: str = ""
 
     @property
     def d(self) -> int:
@@ -85,12 +68,8 @@ class Case:
     @property
     def labels(self) -> dict:
         """The fields that a Row takes from its case."""
-        names = ("op", "B", "N", "H", "D", "dtype", "causal", "direction", "preset", "form")
+        names = ("op", "B", "N", "H", "D", "dtype", "causal", "direction", "preset")
         return {n: getattr(self, n) for n in names} | {"d": self.d}
-
-    def forced(self):
-        """The context in which this case is run, backward included."""
-        return forced(self.form)
 
     def inputs(self, device="cpu") -> dict[str, torch.Tensor]:
         """Tensors by name; on "meta", their shapes alone."""
@@ -173,50 +152,14 @@ def _qkv(c: Case, draw: Draw) -> dict:
     return {"qkv": qkv.view(c.B, c.N, 3, c.H, c.D)}
 
 
-class Attention(torch.autograd.Function):
-    """Attention in a form that the tile tables need not have chosen, sm_90 alone: "hopper" is the warp-specialised
-    kernels in Gluon, "one pass" the backward that makes five products and sums dq in memory."""
-
-    @staticmethod
-    def forward(ctx, qkv, causal, form):
-        from igpt.kernels.attention import attention_forward
-        from igpt.kernels.attention_hopper import attention_forward_hopper
-
-        run = attention_forward_hopper if form == "hopper" else attention_forward
-        out, lse = run(*qkv.unbind(2), causal, qkv.shape[-1] ** -0.5)
-        ctx.save_for_backward(qkv, out, lse)
-        ctx.causal, ctx.form = causal, form
-        return out
-
-    @staticmethod
-    def backward(ctx, dout):
-        from igpt.kernels.attention_backward import attention_backward_one_pass, delta_of
-        from igpt.kernels.attention_hopper_backward import attention_backward_hopper
-
-        qkv, out, lse = ctx.saved_tensors
-        dout, dqkv = dout.contiguous(), torch.empty_like(qkv)
-        given, shape = (dout, *qkv.unbind(2)), (*dqkv.unbind(2), ctx.causal, qkv.shape[-1] ** -0.5)
-        if ctx.form == "hopper":
-            attention_backward_hopper(*given, lse, delta_of(out, dout), *shape)
-        else:
-            attention_backward_one_pass(*given, out, lse, *shape)
-        return dqkv, None, None
-
-
-def _attention(ours: Callable) -> "Op":
-    return Op(
+OPS = {
+    "attention": Op(
         inputs=_qkv,
-        ours=ours,
+        ours=lambda c, impl: lambda qkv: ops.attention(qkv, causal=c.causal, impl=impl),
         reference=lambda c: lambda qkv: reference.attention(*qkv.unbind(2), c.causal),
         cost=lambda c, e: cost.attention(c.B, c.N, c.H, c.D, e, c.causal, c.direction),
         diff=("qkv",),
-    )
-
-
-OPS = {
-    "attention": _attention(lambda c, impl: lambda qkv: ops.attention(qkv, causal=c.causal, impl=impl)),
-    "attention_hopper": _attention(lambda c, impl: lambda qkv: Attention.apply(qkv, c.causal, "hopper")),
-    "attention_one_pass": _attention(lambda c, impl: lambda qkv: Attention.apply(qkv, c.causal, "one pass")),
+    ),
     "norm": Op(
         inputs=lambda c, draw: {"x": draw.stream(), "weight": draw.gain()},
         **_same("norm"),
@@ -283,7 +226,6 @@ OPS = {
 
 WIDTH_OPS = ("norm_mlp", "norm_linear", "linear_residual", "head_loss", "norm")
 ROW_OPS = (*WIDTH_OPS, "embed")
-FOLDED_OPS = ("norm_mlp", "norm_linear", "linear_residual")
 PIXEL_OPS = ("palette_encode", "palette_decode")
 
 
@@ -301,21 +243,9 @@ def correctness(quick: bool, gpu: bool) -> list[Case]:
         B, N = (4, 1024) if gpu else (2, 50)
         for H, D in ((8, 64), (8, 128), (16, 96)) if gpu else ((1, 64), (1, 96)):
             found += [Case(op, B, N, H, D, dtype, direction="fwd+bwd") for op in ROW_OPS]
-        found += [replace(c, form="folded") for c in found if c.op in FOLDED_OPS and c.dtype == dtype]
         if dtype == "bf16":  # first what speeds are shown of, should the time not do for all
             found += [Case(op, 2, 1024, 1, 64, "fp32") for op in PIXEL_OPS]
-            found += switched_off() if gpu else []
     return found
-
-
-def switched_off() -> list[Case]:
-    """The forms of attention and of the MLP that wait for a measurement, where the GPU at hand can run them."""
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
-        return []
-    widths = {"attention_hopper": tiles.ATTENTION_HOPPER, "attention_one_pass": tiles.ATTENTION_ONE_PASS}
-    forms = [(op, D, causal) for op, table in widths.items() for D in table for causal in (True, False)]
-    mlps = [Case("norm_mlp", 2, 1024, *shapes(p), "bf16", direction="fwd+bwd", form="specialised") for p in "sml"]
-    return [Case(op, 2, 1024, 4, D, "bf16", causal, "fwd+bwd") for op, D, causal in forms] + mlps
 
 
 def shapes(preset: str) -> tuple[int, int]:

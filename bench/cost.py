@@ -153,8 +153,6 @@ ATTENTION_PRODUCTS = {
 }
 # The other kernels with products.
 PRODUCTS = {
-    "gemm.product_kernel": lambda v: 2 * v["M"] * v["N"] * v["K"],
-    "gemm_hopper.product_hopper_kernel": lambda v: 2 * v["M"] * v["N"] * v["STEP"] * v["STEPS"],
     "head_loss.head_loss_kernel": lambda v: 2 * v["T"] * v["d"] * v["V"],
 }
 

@@ -52,11 +52,10 @@ class ImageGPTBlock(hf.ImageGPTBlock):
             return h + m(self.ln_2(h)), weights
         qkv = ops.norm_linear(h, self.ln_1.weight, a.c_attn.weight.t(), a.c_attn.bias, eps=self.ln_1.eps)
         out, weights = attend(a, qkv, layer_past, attention_mask, output_attentions)
-        h, squares = ops.linear_residual(out, a.c_proj.weight.t(), h, a.c_proj.bias, squares_for="norm_mlp")
+        h = ops.linear_residual(out, a.c_proj.weight.t(), h, a.c_proj.bias)
         h = ops.norm_mlp(
-            h, self.ln_2.weight, m.c_fc.weight.t(), m.c_proj.weight.t(), m.c_fc.bias, m.c_proj.bias, eps=self.ln_2.eps,
-            squares=squares,
-        )  # fmt: skip
+            h, self.ln_2.weight, m.c_fc.weight.t(), m.c_proj.weight.t(), m.c_fc.bias, m.c_proj.bias, eps=self.ln_2.eps
+        )
         return h, weights
 
 

@@ -20,10 +20,7 @@ RECOMPUTE = ("none", "mlp", "block")
 
 
 class Attention(nn.Module):
-    """h + attn(norm(h)): dense multi-head attention, causal for AR and full for BERT, no dropout.
-
-    Here and in MLP, `squares` goes with h from the product that wrote it to the norm that reads it (igpt/ops.py): None,
-    or what spares that norm a pass over h."""
+    """h + attn(norm(h)): dense multi-head attention, causal for AR and full for BERT, no dropout."""
 
     def __init__(self, config: Config, layer: int):
         super().__init__()
@@ -35,16 +32,15 @@ class Attention(nn.Module):
         self.b_qkv = nn.Parameter(torch.empty(3 * d)) if config.bias else None
         self.b_proj = nn.Parameter(torch.empty(d)) if config.bias else None
 
-    def forward(self, h_BNd, squares, impl: str):
+    def forward(self, h_BNd, impl: str):
         c, (B, N, d) = self.config, h_BNd.shape
         qkv, h_BNd = ops.norm_linear(
             h_BNd, self.norm, self.qkv, self.b_qkv,
-            eps=c.norm_eps, centred=c.centred, through=True, squares=squares, impl=impl,
+            eps=c.norm_eps, centred=c.centred, through=True, impl=impl,
         )  # fmt: skip
         qkv = qkv.view(B, N, 3, c.heads, c.head_dim)
         a = ops.attention(qkv, causal=c.causal, scale=self.scale, impl=impl)
-        a_BNd = a.reshape(B, N, d)
-        return ops.linear_residual(a_BNd, self.proj, h_BNd, self.b_proj, squares_for="norm_mlp", impl=impl)
+        return ops.linear_residual(a.reshape(B, N, d), self.proj, h_BNd, self.b_proj, impl=impl)
 
 
 class MLP(nn.Module):
@@ -59,12 +55,11 @@ class MLP(nn.Module):
         self.b_fc = nn.Parameter(torch.empty(inner)) if config.bias else None
         self.b_proj = nn.Parameter(torch.empty(d)) if config.bias else None
 
-    def forward(self, h_BNd, squares, impl: str, recompute: bool = False):
+    def forward(self, h_BNd, impl: str, recompute: bool = False):
         c = self.config
         return ops.norm_mlp(
             h_BNd, self.norm, self.fc, self.proj, self.b_fc, self.b_proj,
-            eps=c.norm_eps, centred=c.centred, recompute=recompute, squares=squares, squares_for="norm_linear",
-            impl=impl,
+            eps=c.norm_eps, centred=c.centred, recompute=recompute, impl=impl,
         )  # fmt: skip
 
 
@@ -74,8 +69,8 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.mlp = MLP(config)
 
-    def forward(self, h_BNd, squares, impl: str, recompute: bool = False):
-        return self.mlp(*self.attn(h_BNd, squares, impl), impl, recompute)
+    def forward(self, h_BNd, impl: str, recompute: bool = False):
+        return self.mlp(self.attn(h_BNd, impl), impl, recompute)
 
 
 class ImageGPT(nn.Module):
@@ -175,14 +170,13 @@ class ImageGPT(nn.Module):
         # Every op casts its parameters to the stream's dtype; autocast's own casts would only do it twice.
         with torch.autocast(device, enabled=False):
             h = ops.embed(tokens_BN, self.wte, self.wpe, self.sos, masked_BN, dtype=dtype, impl=self.impl)
-            squares = None
             for block in self.blocks:
                 if each is not None:
                     each(h, block.attn.norm)
                 if self.recompute == "block" and torch.is_grad_enabled():
-                    h, squares = checkpoint(block, h, squares, self.impl, use_reentrant=False)
+                    h = checkpoint(block, h, self.impl, use_reentrant=False)
                 else:
-                    h, squares = block(h, squares, self.impl, self.recompute == "mlp")
+                    h = block(h, self.impl, self.recompute == "mlp")
         return h
 
     def normed(self, h, weight):

@@ -26,7 +26,6 @@ if HAS_TRITON:
     from igpt.kernels import attention as attention_kernel
     from igpt.kernels import decode_attention as decode_attention_kernel
     from igpt.kernels import embedding as embedding_kernel
-    from igpt.kernels import gemm
     from igpt.kernels import head_loss as head_loss_kernel
     from igpt.kernels import norm as norm_kernel
     from igpt.kernels import norm_linear as norm_linear_kernel
@@ -122,22 +121,19 @@ def norm(x, weight, *, eps: float = 1e-5, centred: bool = False, impl: str = "au
 
 def norm_linear(
     x, norm_weight, weight, bias=None,
-    *, eps: float = 1e-5, centred: bool = False, through: bool = False, squares=None, impl: str = "auto",
+    *, eps: float = 1e-5, centred: bool = False, through: bool = False, impl: str = "auto",
 ):  # fmt: skip
     """norm(x) @ weight^T + bias: (..., d), weight (out, d) -> (..., out).
 
     through: return (y, x). A residual connection that reads this x hands its gradient back through this operation,
-    where the kernels add it in the pass that makes x's own. squares: what the operation that wrote x gave beside it
-    (squares_for="norm_linear"): the norm's statistics then cost the kernels no pass over x."""
+    where the kernels add it in the pass that makes x's own."""
     _floating("x", x)
     _shape("norm_weight", norm_weight, (x.shape[-1],))
     _shape("weight", weight, (None, x.shape[-1]))
     _shape("bias", bias, (weight.shape[0],))
     norm_weight, weight, bias = _cast(x.dtype, norm_weight, weight, bias)
     if resolve(impl, x):
-        return norm_linear_kernel.norm_linear(
-            x, norm_weight, weight, bias, eps, centred, squares=squares, through=through
-        )
+        return norm_linear_kernel.norm_linear(x, norm_weight, weight, bias, eps, centred, through)
     if cpu.suits(x):
         y = _rows(cpu.NormLinear, x, norm_weight, weight, bias, eps, centred)
     else:
@@ -151,38 +147,27 @@ def linear(x, weight):
     return _rows(cpu.Linear, x, weight, None) if cpu.suits(x) else F.linear(x, weight)
 
 
-def linear_residual(a, weight, residual, bias=None, *, squares_for: str | None = None, impl: str = "auto"):
-    """residual + a @ weight^T + bias: (..., in), weight (out, in), residual (..., out) -> (..., out).
-
-    squares_for: return (y, squares), which the named operation ("norm_linear", "norm_mlp") on y takes; None where the
-    kernels have no use for them."""
+def linear_residual(a, weight, residual, bias=None, *, impl: str = "auto"):
+    """residual + a @ weight^T + bias: (..., in), weight (out, in), residual (..., out) -> (..., out)."""
     _floating("a", a)
     _shape("weight", weight, (None, a.shape[-1]))
     _shape("residual", residual, (*a.shape[:-1], weight.shape[0]))
     _shape("bias", bias, (weight.shape[0],))
-    _reader(squares_for)
     weight, residual, bias = _cast(a.dtype, weight, residual, bias)
-    emitted = None
     if resolve(impl, a):
-        emits = gemm.hands_squares("linear_residual", residual, weight, squares_for)
-        y = norm_linear_kernel.linear_residual(a, weight, residual, bias, emit_squares=emits)
-        y, emitted = y if emits else (y, None)
-    elif cpu.suits(a):
-        y = residual + _rows(cpu.Linear, a, weight, bias)
-    else:
-        y = _addmm(residual if bias is None else residual + bias, a, weight)
-    return y if squares_for is None else (y, emitted)
+        return norm_linear_kernel.linear_residual(a, weight, residual, bias)
+    if cpu.suits(a):
+        return residual + _rows(cpu.Linear, a, weight, bias)
+    return _addmm(residual if bias is None else residual + bias, a, weight)
 
 
 def norm_mlp(
     x, norm_weight, w_fc, w_proj, b_fc=None, b_proj=None,
-    *, eps: float = 1e-5, centred: bool = False, recompute: bool = False, squares=None, squares_for: str | None = None,
-    impl: str = "auto",
+    *, eps: float = 1e-5, centred: bool = False, recompute: bool = False, impl: str = "auto",
 ):  # fmt: skip
     """x + quick_gelu(norm(x) @ w_fc^T + b_fc) @ w_proj^T + b_proj: (..., d), w_fc (inner, d), w_proj (d, inner).
 
-    recompute: backward makes quick_gelu's result again from its argument, so that only one (..., inner) is kept.
-    squares, squares_for: as in norm_linear and linear_residual."""
+    recompute: backward makes quick_gelu's result again from its argument, so that only one (..., inner) is kept."""
     _floating("x", x)
     d = x.shape[-1]
     _shape("norm_weight", norm_weight, (d,))
@@ -190,22 +175,13 @@ def norm_mlp(
     _shape("w_proj", w_proj, (d, w_fc.shape[0]))
     _shape("b_fc", b_fc, (w_fc.shape[0],))
     _shape("b_proj", b_proj, (d,))
-    _reader(squares_for)
     norm_weight, w_fc, w_proj, b_fc, b_proj = _cast(x.dtype, norm_weight, w_fc, w_proj, b_fc, b_proj)
-    emitted = None
     if resolve(impl, x):
-        emits = gemm.hands_squares("norm_mlp", x, w_proj, squares_for)
-        y = norm_mlp_kernel.norm_mlp(
-            x, norm_weight, w_fc, w_proj, b_fc, b_proj, eps, centred,
-            recompute=recompute, squares=squares, emit_squares=emits,
-        )  # fmt: skip
-        y, emitted = y if emits else (y, None)
-    elif cpu.suits(x):
+        return norm_mlp_kernel.norm_mlp(x, norm_weight, w_fc, w_proj, b_fc, b_proj, eps, centred, recompute)
+    if cpu.suits(x):
         training = torch.is_grad_enabled()
-        y = _rows(cpu.NormMLP, x, norm_weight, w_fc, w_proj, b_fc, b_proj, eps, centred, training, recompute)
-    else:
-        y = _torch_norm_mlp(x, norm_weight, w_fc, w_proj, b_fc, b_proj, eps, centred, recompute)
-    return y if squares_for is None else (y, emitted)
+        return _rows(cpu.NormMLP, x, norm_weight, w_fc, w_proj, b_fc, b_proj, eps, centred, training, recompute)
+    return _torch_norm_mlp(x, norm_weight, w_fc, w_proj, b_fc, b_proj, eps, centred, recompute)
 
 
 def _torch_norm_mlp(x, norm_weight, w_fc, w_proj, b_fc, b_proj, eps, centred, recompute):
@@ -312,11 +288,6 @@ def _addmm(added, a, weight, alpha: float = 1.0):
         return torch.addmm(out, rows, weight.t(), beta=0, alpha=alpha).view(*a.shape[:-1], -1)
     added = added.flatten(0, -2) if added.dim() > 1 else added
     return torch.addmm(added, rows, weight.t(), alpha=alpha).view(*a.shape[:-1], -1)
-
-
-def _reader(squares_for):
-    if squares_for not in (None, "norm_linear", "norm_mlp"):
-        raise ValueError(f"squares_for: got {squares_for!r}, expected None, 'norm_linear' or 'norm_mlp'")
 
 
 def _cast(dtype, *tensors):

@@ -36,6 +36,7 @@ from .heads import (
     view_args,
     zero_tile,
 )
+from .interpreter import INTERPRETED
 from .primitives import LOG2E, check_device
 
 MAX_HEAD_DIM = 128  # wider accumulators would not fit the registers
@@ -85,8 +86,8 @@ def attention_forward_kernel(
 def attention_forward(q, k, v, causal: bool, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """out (B, N, H, D) contiguous, lse fp32 (B, H, N) in base 2."""
     B, N, H, D = q.shape
-    if tiles.warp_specialised(tiles.ATTENTION_HOPPER, D, q):
-        from . import attention_hopper, hopper  # Gluon is imported only where its rows are on
+    if tiles.arch(q.device) == "sm_90" and not INTERPRETED:
+        from . import attention_hopper, hopper  # Gluon is imported only where it runs
 
         if hopper.fits(q, k, v):
             return attention_hopper.attention_forward_hopper(q, k, v, causal, scale)

@@ -8,12 +8,6 @@ blocks of queries for dq, which also writes delta (fp32, (B, H, N)), then one ov
 products in all, 14 B H N^2 D FLOPs, half of it if causal. Each sum belongs to one program and runs in a fixed order,
 in fp32: no atomics, and every run gives the same bits. p and ds enter their products in the inputs' dtype.
 
-The other form, `attention_backward_one_pass`, makes p and ds once, over blocks of keys, and adds each block's part of
-dq to an fp32 sum in memory: five products instead of seven, 8 B N H D bytes a block of keys through L2, and a sum whose
-order, so whose last bits, differ from run to run. A row of tiles.ATTENTION_ONE_PASS selects it, never where torch is
-asked for deterministic algorithms. A row of tiles.ATTENTION_HOPPER_BACKWARD selects attention_hopper_backward.py, the
-same two kernels warp-specialised.
-
 Queries past N read q, dout, lse and delta as zero, so that they add p dout = 0 and ds = 0. Keys past N only touch
 gradients past N where the product sums over queries; where it sums over keys (dq) they are masked.
 """
@@ -26,7 +20,6 @@ from . import tiles
 from .heads import (
     HEAD_COUNTS,
     add_product,
-    add_tile,
     head_of,
     heads_in_group,
     is_aligned,
@@ -39,6 +32,7 @@ from .heads import (
     view_args,
     zero_tile,
 )
+from .interpreter import INTERPRETED
 from .primitives import LOG2E
 
 ROWS = 64  # of a program that only streams them
@@ -88,9 +82,9 @@ def attention_dq_kernel(
 @triton.jit(do_not_specialize=HEAD_COUNTS)
 def attention_dkdv_kernel(
     q, q_tail, q_strides, k, k_tail, k_strides, v, v_tail, v_strides, dout, dout_tail, dout_strides,
-    dq_sum, dq_sum_tail, dq_sum_strides, lse, delta, dk, dk_strides, dv, dv_strides,
+    lse, delta, dk, dk_strides, dv, dv_strides,
     scale, scale_log2, N, H, HEADS, GROUP,
-    D: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_DQ: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    D: tl.constexpr, IS_CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     i_n, i_bh = tile_and_head(tl.cdiv(N, BLOCK_N), HEADS, GROUP)  # the first keys are seen by the most queries
     i_b, i_h = i_bh // H, i_bh % H
@@ -105,8 +99,6 @@ def attention_dkdv_kernel(
     b_k = load_tile(k, start_n, N, BLOCK_N, D)
     b_v = load_tile(v, start_n, N, BLOCK_N, D)
     b_dk, b_dv = zero_tile(BLOCK_N, D), zero_tile(BLOCK_N, D)
-    if HAS_DQ:
-        dq_sum = head_of(dq_sum, dq_sum_tail, dq_sum_strides, i_b, i_h)
     start_m, stop_m = 0, 0
     if IS_CAUSAL:
         start_m, stop_m = start_n, start_n + max(BLOCK_M, BLOCK_N)
@@ -122,10 +114,7 @@ def attention_dkdv_kernel(
                 b_p = tl.where(o_n[:, None] <= o_m[None, :], b_p, 0.0)
             b_dv = add_product(b_dv, b_p.to(b_dout[0].dtype), b_dout)
             b_ds = b_p * (outer_dots(b_v, b_dout) - b_delta[None, :])
-            b_ds = b_ds.to(b_q[0].dtype)
-            b_dk = add_product(b_dk, b_ds, b_q)
-            if HAS_DQ:
-                add_tile(dq_sum, i_m, add_product(zero_tile(BLOCK_M, D), tl.trans(b_ds), b_k), N, BLOCK_M, D)
+            b_dk = add_product(b_dk, b_ds.to(b_q[0].dtype), b_q)
         start_m, stop_m = stop_m, N
     dk = head_of(dk, None, dk_strides, i_b, i_h)
     store_tile(dk, start_n, scale_tile(b_dk, scale), N, BLOCK_N, D)
@@ -145,25 +134,13 @@ def attention_delta_kernel(
     tl.store(delta + i_bh.to(tl.int64) * N + o_m, row_dots(b_out, b_dout), mask=o_m < N)
 
 
-@triton.jit(do_not_specialize=HEAD_COUNTS)
-def attention_finish_dq_kernel(
-    dq_sum, dq_sum_strides, dq, dq_strides, scale, N, H, HEADS, D: tl.constexpr, BLOCK_M: tl.constexpr
-):
-    i_m, i_bh = tile_and_head(tl.cdiv(N, BLOCK_M), HEADS, HEADS)
-    i_b, i_h = i_bh // H, i_bh % H
-    b_dq = load_tile(head_of(dq_sum, None, dq_sum_strides, i_b, i_h), i_m * BLOCK_M, N, BLOCK_M, D)
-    store_tile(head_of(dq, None, dq_strides, i_b, i_h), i_m * BLOCK_M, scale_tile(b_dq, scale), N, BLOCK_M, D)
-
-
 def attention_backward(dout, q, k, v, out, lse, dq, dk, dv, causal: bool, scale: float) -> None:
     """Fill dq, dk, dv. All are views (B, N, H, D) with a contiguous last dimension, lse fp32 (B, H, N) in base 2."""
     if not q.numel():
         return
     aligned = all(map(is_aligned, (dout, q, k, v)))
-    if aligned and tiles.one_pass(q):
-        return attention_backward_one_pass(dout, q, k, v, out, lse, dq, dk, dv, causal, scale)
-    if tiles.warp_specialised(tiles.ATTENTION_HOPPER_BACKWARD, q.shape[3], q):
-        from . import attention_hopper_backward, hopper  # Gluon is imported only where its rows are on
+    if tiles.arch(q.device) == "sm_90" and not INTERPRETED:
+        from . import attention_hopper_backward, hopper  # Gluon is imported only where it runs
 
         if hopper.fits(dout, q, k, v, dq, dk, dv):
             delta = delta_of(out, dout)
@@ -180,18 +157,12 @@ def attention_backward(dout, q, k, v, out, lse, dq, dk, dv, causal: bool, scale:
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     tile = tiles.attention_tile(tiles.ATTENTION_DKDV, q, aligned)
-    _dkdv(dout, q, k, v, lse, delta, dk, dv, None, causal, scale, tile)
-
-
-def attention_backward_one_pass(dout, q, k, v, out, lse, dq, dk, dv, causal: bool, scale: float) -> None:
-    """The same with five products, and dq summed in an order that differs from run to run."""
-    B, N, H, D = q.shape
-    tile = tiles.ATTENTION_ONE_PASS[D]
-    dq_sum = torch.zeros((B, N, H, D), dtype=torch.float32, device=q.device)
-    _dkdv(dout, q, k, v, lse, delta_of(out, dout), dk, dv, dq_sum, causal, scale, tile)
-    attention_finish_dq_kernel[(triton.cdiv(N, ROWS) * B * H,)](
-        dq_sum=dq_sum, dq_sum_strides=dq_sum.stride()[:3], dq=dq, dq_strides=dq.stride()[:3],
-        scale=scale, N=N, H=H, HEADS=B * H, D=D, BLOCK_M=ROWS, num_warps=4,
+    tiles.require("attention_dkdv_kernel", tile, q, 2 * tile.BLOCK_M * q.shape[3])
+    attention_dkdv_kernel[(triton.cdiv(q.shape[1], tile.BLOCK_N) * lse.shape[0] * lse.shape[1],)](
+        **_views(dout, q, k, v, tile),
+        lse=lse, delta=delta, dk=dk, dk_strides=dk.stride()[:3], dv=dv, dv_strides=dv.stride()[:3],
+        **_shape(q, scale), IS_CAUSAL=causal, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
 
 
@@ -204,17 +175,6 @@ def delta_of(out, dout) -> torch.Tensor:
         N=N, H=H, HEADS=B * H, D=D, BLOCK_M=ROWS, num_warps=4,
     )  # fmt: skip
     return delta
-
-
-def _dkdv(dout, q, k, v, lse, delta, dk, dv, dq_sum, causal, scale, tile) -> None:
-    tiles.require("attention_dkdv_kernel", tile, q, 2 * tile.BLOCK_M * q.shape[3])
-    attention_dkdv_kernel[(triton.cdiv(q.shape[1], tile.BLOCK_N) * lse.shape[0] * lse.shape[1],)](
-        **_views(dout, q, k, v, tile),
-        **view_args("dq_sum", dq_sum, tile.BLOCK_M, tile.tma),
-        lse=lse, delta=delta, dk=dk, dk_strides=dk.stride()[:3], dv=dv, dv_strides=dv.stride()[:3],
-        **_shape(q, scale), IS_CAUSAL=causal, HAS_DQ=dq_sum is not None, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
-    )  # fmt: skip
 
 
 def _views(dout, q, k, v, tile: tiles.Tile) -> dict:

@@ -3,23 +3,22 @@
     logits = norm(x, norm_weight) @ head_weight.T                          # (T, d), (V, d) -> (T, V)
     nll    = logsumexp(logits, -1) - logits[arange(T), targets]            # (T,), fp32
 
-The released norm only scales rows, so it folds: logits = rstd * (x @ (g * W)^T), with sum(x^2) taken in the product's
-own loop. The centred one doesn't fold (a large mean would cancel): a row kernel writes n first, and the product runs
-on n and W. The vocabulary is walked in chunks of BLOCK_N with an online log-sum-exp: any V runs, and 128 rows by 256
-colours move a third fewer bytes from L2 than the 64 by 512 that registers could hold at once.
+A row kernel writes n = norm(x); the product runs on it. (Folding the norm into the product would save the pass, but a
+tile that both multiplies asynchronously and is summed through registers gets too few places in the pipeline, and the
+rounding of g * W is one error for all rows, which dnorm_weight adds up.) The vocabulary is walked in chunks of BLOCK_N
+with an online log-sum-exp: any V runs, and 128 rows by 256 colours move a third fewer bytes from L2 than the 64 by 512
+that registers could hold at once.
 
 With gradients to come a chunk leaves as shifted = exp(logit - running max) in x's dtype with its fp32 maximum, since
-lse isn't known before the last chunk. Saved besides the inputs: shifted, maxima, lse and the norm's stats. Backward:
+the sum isn't known before the last chunk. Saved besides the inputs: n and the norm's stats, shifted, maxima, and of
+each row the last maximum and the sum of exponentials over it (joined as lse they would lose digits of softmax):
 
-    dlogits = dnll * (shifted * exp(maximum - lse) - onehot)
+    dlogits = dnll * (shifted * exp(maximum - last maximum) / sum - onehot)
     dn = dlogits @ W,   dW = dlogits^T @ n,   dx and dnorm_weight from dn by the norm's backward (kernels/rows.py)
 
 Near certainty softmax - 1 keeps its digits although shifted is rounded: a target that likely is its chunk's maximum,
-and shifted is exactly 1 there. The two products are the vendor's; the row kernel makes n again on its way. fp32:
-accumulators, statistics, lse, nll. Deterministic: no atomics.
-
-Floor: forward 2 T d V FLOPs, T d + V d elements read (and T V written for backward); backward 4 T d V FLOPs,
-6 T d + 4 T V elements. A target outside [0, V) gives NaN.
+and shifted is exactly 1 there. Backward's two products are the vendor's. fp32: accumulators, statistics, sums, nll.
+Deterministic: no atomics. A target outside [0, V) gives NaN.
 """
 
 import torch
@@ -28,15 +27,35 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import rows, tiles
-from .gemm import dense, load_block, store_block
 from .primitives import check_device
 
 
 @triton.jit
+def load_block(p, i_row, i_col, rows, cols, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, USE_TMA: tl.constexpr):
+    """[BLOCK_R, BLOCK_C] of a contiguous [rows, cols], 0 outside of it."""
+    if USE_TMA:
+        return p.load([i_row, i_col])
+    else:
+        o_r, o_c = i_row + tl.arange(0, BLOCK_R), i_col + tl.arange(0, BLOCK_C)
+        m = (o_r < rows)[:, None] & (o_c < cols)[None, :]
+        return tl.load(p + o_r[:, None].to(tl.int64) * cols + o_c[None, :], mask=m, other=0.0)
+
+
+@triton.jit
+def store_block(p, b, i_row, i_col, rows, cols, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, USE_TMA: tl.constexpr):
+    if USE_TMA:
+        p.store([i_row, i_col], b.to(p.dtype))
+    else:
+        o_r, o_c = i_row + tl.arange(0, BLOCK_R), i_col + tl.arange(0, BLOCK_C)
+        m = (o_r < rows)[:, None] & (o_c < cols)[None, :]
+        tl.store(p + o_r[:, None].to(tl.int64) * cols + o_c[None, :], b.to(p.dtype.element_ty), mask=m)
+
+
+@triton.jit
 def head_loss_kernel(
-    x, weight, targets, nll, rstd, lse, shifted, maxima, T, d, V, eps,
+    n, weight, targets, nll, sums, shifted, maxima, T, d, V,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    IS_FOLDED: tl.constexpr, HAS_GRAD: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_GRAD: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     i_m = tl.program_id(0) * BLOCK_M
     o_m, o_n = i_m + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
@@ -47,18 +66,10 @@ def head_loss_kernel(
     b_picked = tl.zeros([BLOCK_M], tl.float32)
     for i_n in range(0, V, BLOCK_N):
         b_logits = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        b_squares = tl.zeros([BLOCK_M], tl.float32)
         for i_k in range(0, d, BLOCK_K):
-            b_x = load_block(x, i_m, i_k, T, d, BLOCK_M, BLOCK_K, USE_TMA)  # [BLOCK_M, BLOCK_K]
+            b_n = load_block(n, i_m, i_k, T, d, BLOCK_M, BLOCK_K, USE_TMA)  # [BLOCK_M, BLOCK_K]
             b_w = load_block(weight, i_n, i_k, V, d, BLOCK_N, BLOCK_K, USE_TMA)  # [BLOCK_N, BLOCK_K]
-            b_logits = tl.dot(b_x, b_w.T, b_logits, input_precision=PRECISION)
-            if IS_FOLDED:
-                b_wide = b_x.to(tl.float32)
-                b_squares += tl.sum(b_wide * b_wide, 1)
-        if IS_FOLDED:
-            b_rstd = tl.rsqrt(b_squares / d + eps)
-            b_logits *= b_rstd[:, None]
-            tl.store(rstd + o_m, b_rstd, mask=m_m)
+            b_logits = tl.dot(b_n, b_w.T, b_logits, input_precision=PRECISION)
         # Columns are counted from the chunk's first, so that one set of numbers serves all: registers are scarce here.
         b_logits = tl.where(o_n[None, :] < V - i_n, b_logits, float("-inf"))
         b_picked += tl.sum(tl.where(o_n[None, :] == (b_target - i_n)[:, None], b_logits, 0.0), 1)
@@ -69,19 +80,19 @@ def head_loss_kernel(
         if HAS_GRAD:
             store_block(shifted, b_exp, i_m, i_n, T, V, BLOCK_M, BLOCK_N, USE_TMA)
             tl.store(maxima + o_m.to(tl.int64) * tl.cdiv(V, BLOCK_N) + i_n // BLOCK_N, b_max, mask=m_m)
-    b_lse = b_max + tl.log(b_sum)
-    b_nll = tl.where((b_target >= 0) & (b_target < V), b_lse - b_picked, float("nan"))
+    b_nll = tl.where((b_target >= 0) & (b_target < V), b_max + tl.log(b_sum) - b_picked, float("nan"))
     tl.store(nll + o_m, b_nll, mask=m_m)
     if HAS_GRAD:
-        tl.store(lse + o_m, b_lse, mask=m_m)
+        tl.store(sums + o_m, b_max, mask=m_m)
+        tl.store(sums + T + o_m, b_sum, mask=m_m)
 
 
 @triton.jit
 def dlogits_kernel(
-    dnll, shifted, maxima, lse, targets, dlogits, T, V,
+    dnll, shifted, maxima, sums, targets, dlogits, T, V,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """dnll (softmax - onehot), softmax = exp(logit - running max) exp(running max - lse)."""
+    """dnll (softmax - onehot), softmax = exp(logit - running max) exp(running max - last max) / sum."""
     o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     i_n = tl.program_id(1) * BLOCK_N
     o_n = i_n + tl.arange(0, BLOCK_N)
@@ -89,7 +100,8 @@ def dlogits_kernel(
     o_tile = o_m.to(tl.int64)[:, None] * V + o_n[None, :]
     m_tile = m_m[:, None] & (o_n < V)[None, :]
     b_max = tl.load(maxima + o_m.to(tl.int64) * tl.cdiv(V, CHUNK) + i_n // CHUNK, mask=m_m, other=0.0)
-    b_scale = tl.exp(b_max - tl.load(lse + o_m, mask=m_m, other=0.0))
+    b_last = tl.load(sums + o_m, mask=m_m, other=0.0)
+    b_scale = tl.div_rn(tl.exp(b_max - b_last), tl.load(sums + T + o_m, mask=m_m, other=1.0))
     b_p = tl.load(shifted + o_tile, mask=m_tile, other=0.0).to(tl.float32) * b_scale[:, None]  # [BLOCK_M, BLOCK_N]
     b_target = tl.load(targets + o_m, mask=m_m, other=0).to(tl.int32)
     b_p = tl.where(o_n[None, :] == b_target[:, None], b_p - 1.0, b_p)
@@ -97,9 +109,15 @@ def dlogits_kernel(
     tl.store(dlogits + o_tile, b_p.to(dlogits.dtype.element_ty), mask=m_tile)
 
 
+def dense(t: torch.Tensor) -> torch.Tensor:
+    """t, or a copy of it, contiguous from an address that 16 divides."""
+    t = t.contiguous()
+    return t if t.data_ptr() % 16 == 0 else t.clone()
+
+
 def launch_forward(x, norm_weight, head_weight, targets, eps: float, centred: bool, has_grad: bool):
-    """x [T, d] -> nll [T], the norm's stats, and for backward (empty unless has_grad) lse [T], shifted [T, V] and
-    maxima [T, chunks]."""
+    """x [T, d] -> nll [T] and for backward (empty unless has_grad) n [T, d], the norm's stats, sums [2, T], shifted
+    [T, V] and maxima [T, chunks]."""
     (T, d), V = x.shape, head_weight.shape[0]
     tile = tiles.head_loss_tile(tiles.arch(x.device), x.element_size(), d, V)
     tiles.require("head_loss_kernel", tile, x, (tile.BLOCK_M + tile.BLOCK_N) * tile.BLOCK_K)
@@ -107,33 +125,26 @@ def launch_forward(x, norm_weight, head_weight, targets, eps: float, centred: bo
     def new(*shape, dtype=torch.float32, exists=True):
         return torch.empty(shape if exists else 0, dtype=dtype, device=x.device)
 
-    nll, stats, lse = new(T), new(1, T), new(T, exists=has_grad)
+    nll, sums = new(T), new(2, T, exists=has_grad)
     shifted = new(T, V, dtype=x.dtype, exists=has_grad)
     maxima = new(T, triton.cdiv(V, tile.BLOCK_N), exists=has_grad)
-    if centred:
-        x, stats = rows.norm_forward(x, norm_weight, eps, centred)
-        weight = head_weight
-    else:
-        weight = norm_weight * head_weight
-    x, weight = dense(x), dense(weight)
+    n, stats = rows.norm_forward(x, norm_weight, eps, centred)
 
     def matrix(t, *block):
         return TensorDescriptor.from_tensor(t, block) if tile.tma and t.numel() else t
 
     if T:
         head_loss_kernel[(triton.cdiv(T, tile.BLOCK_M),)](
-            x=matrix(x, tile.BLOCK_M, tile.BLOCK_K), weight=matrix(weight, tile.BLOCK_N, tile.BLOCK_K),
-            targets=targets, nll=nll, rstd=stats, lse=lse, shifted=matrix(shifted, tile.BLOCK_M, tile.BLOCK_N),
-            maxima=maxima, T=T, d=d, V=V, eps=eps,
-            BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_K=tile.BLOCK_K,
-            IS_FOLDED=not centred, HAS_GRAD=has_grad, USE_TMA=tile.tma,
-            PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
+            n=matrix(n, tile.BLOCK_M, tile.BLOCK_K), weight=matrix(dense(head_weight), tile.BLOCK_N, tile.BLOCK_K),
+            targets=targets, nll=nll, sums=sums, shifted=matrix(shifted, tile.BLOCK_M, tile.BLOCK_N),
+            maxima=maxima, T=T, d=d, V=V, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_K=tile.BLOCK_K,
+            HAS_GRAD=has_grad, USE_TMA=tile.tma, PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
-    return nll, stats, lse, shifted, maxima
+    return nll, *((n, stats) if has_grad else (new(0, dtype=x.dtype), new(0))), sums, shifted, maxima
 
 
-def launch_backward(dnll, x, norm_weight, head_weight, targets, stats, lse, shifted, maxima):
+def launch_backward(dnll, x, norm_weight, head_weight, targets, n, stats, sums, shifted, maxima):
     """dx [T, d], dnorm_weight [d], dhead_weight [V, d]."""
     T, V = shifted.shape
     chunk = tiles.head_loss_tile(tiles.arch(x.device), x.element_size(), x.shape[1], V).BLOCK_N
@@ -141,10 +152,10 @@ def launch_backward(dnll, x, norm_weight, head_weight, targets, stats, lse, shif
     BLOCK_M, BLOCK_N = 16, min(chunk, 128)
     if T:
         dlogits_kernel[(triton.cdiv(T, BLOCK_M), triton.cdiv(V, BLOCK_N))](
-            dnll=dnll, shifted=shifted, maxima=maxima, lse=lse, targets=targets, dlogits=dlogits, T=T, V=V,
+            dnll=dnll, shifted=shifted, maxima=maxima, sums=sums, targets=targets, dlogits=dlogits, T=T, V=V,
             BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, CHUNK=chunk, num_warps=4,
         )  # fmt: skip
-    dx, dnorm_weight, n = rows.norm_backward(dlogits @ head_weight, x, norm_weight, stats, write_n=True)
+    dx, dnorm_weight, _ = rows.norm_backward(dlogits @ head_weight, x, norm_weight, stats)
     return dx, dnorm_weight, dlogits.t() @ n
 
 
@@ -152,7 +163,7 @@ def launch_backward(dnll, x, norm_weight, head_weight, targets, stats, lse, shif
 def head_loss_op(
     x: torch.Tensor, norm_weight: torch.Tensor, head_weight: torch.Tensor, targets: torch.Tensor,
     eps: float, centred: bool, has_grad: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     check_device("head_loss", x, norm_weight, head_weight, targets)
     return launch_forward(x, norm_weight, head_weight, targets, eps, centred, has_grad)
 
@@ -165,17 +176,18 @@ def _(x, norm_weight, head_weight, targets, eps, centred, has_grad):
     def new(*shape, dtype=torch.float32, exists=True):
         return x.new_empty(shape if exists else 0, dtype=dtype)
 
-    lse, shifted = new(T, exists=has_grad), new(T, V, dtype=x.dtype, exists=has_grad)
-    return new(T), new(1 + centred, T), lse, shifted, new(T, (V + chunk - 1) // chunk, exists=has_grad)
+    n, stats = new(*x.shape, dtype=x.dtype, exists=has_grad), new(1 + centred, T, exists=has_grad)
+    sums, shifted = new(2, T, exists=has_grad), new(T, V, dtype=x.dtype, exists=has_grad)
+    return new(T), n, stats, sums, shifted, new(T, (V + chunk - 1) // chunk, exists=has_grad)
 
 
 @torch.library.custom_op("igpt::head_loss_backward", mutates_args=())
 def head_loss_backward_op(
     dnll: torch.Tensor, x: torch.Tensor, norm_weight: torch.Tensor, head_weight: torch.Tensor, targets: torch.Tensor,
-    stats: torch.Tensor, lse: torch.Tensor, shifted: torch.Tensor, maxima: torch.Tensor,
+    n: torch.Tensor, stats: torch.Tensor, sums: torch.Tensor, shifted: torch.Tensor, maxima: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     check_device("head_loss_backward", dnll, x, norm_weight, head_weight, targets)
-    return launch_backward(dnll.contiguous(), x, norm_weight, head_weight, targets, stats, lse, shifted, maxima)
+    return launch_backward(dnll.contiguous(), x, norm_weight, head_weight, targets, n, stats, sums, shifted, maxima)
 
 
 @head_loss_backward_op.register_fake

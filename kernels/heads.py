@@ -97,21 +97,6 @@ def store_tile(head, start, tile, N, ROWS: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def add_tile(head, start, tile, N, ROWS: tl.constexpr, D: tl.constexpr):
-    """Add to the rows that lie before N, atomically, in no fixed order: by TMA's reduction, or through pointers."""
-    if len(head) == 2:
-        p, m = pointers(head, start, N, ROWS, 0, head_width(D), D)
-        tl.atomic_add(p, tile[0], mask=m, sem="relaxed")
-        if len(tile) == 2:
-            p, m = pointers(head, start, N, ROWS, head_width(D), tail_width(D), D)
-            tl.atomic_add(p, tile[1], mask=m, sem="relaxed")
-    else:
-        head[2].atomic_add([head[0], head[1], start, 0], tile[0].reshape(1, 1, ROWS, head_width(D)))
-        if len(tile) == 2:
-            head[3].atomic_add([head[0], head[1], start, head_width(D)], tile[1].reshape(1, 1, ROWS, tail_width(D)))
-
-
-@triton.jit
 def zero_tile(ROWS: tl.constexpr, D: tl.constexpr):
     TAIL: tl.constexpr = tail_width(D)
     tile = (tl.zeros([ROWS, head_width(D)], tl.float32),)

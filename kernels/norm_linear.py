@@ -12,11 +12,8 @@ T tokens. FLOPs: 2 T d out forward, 4 T d out backward, for either. Bytes in 16 
     linear_residual  forward: 2 in + 2 out and the residual, 2 out, or 6 out where addmm copies it first
                      backward: two products, 4 (out + in); the residual's gradient is dy itself
 
-Two forms (kernels/tiles.py, FORMS). "plain": a norm kernel, the vendor's products, the residual in addmm's beta.
-"folded" (not for the centred norm): our product scales its rows by rstd and adds the residual in its epilogue
-(kernels/gemm.py), so n never exists and the forward bytes are 2 (d + out) and 2 d for the statistics, or nothing for
-them where the product that wrote x gave its `squares`; and 2 in + 4 out. Backward is the same in both: folding it too
-would cost a pass over dy and y, 3 d wide each, to scale dy and to take the row's dot, against 4 d saved.
+A norm kernel, the vendor's products, the residual in addmm's beta. Folding the norm and the residual into products of
+our own gained nothing (docs/tried.md).
 
 Saved for backward: x, a, the weights, and 4 bytes a token of statistics (8 centred). n is not saved: the backward pass
 over x that makes dx writes it again (kernels/rows.py). Products accumulate in fp32 in the vendor's library; n is
@@ -25,28 +22,23 @@ rounded to x's dtype before its product, as eager PyTorch does. Deterministic wh
 
 import torch
 
-from . import gemm, rows
+from . import rows
 from .primitives import check_device
 
 
 @torch.library.custom_op("igpt::norm_linear", mutates_args=())
 def norm_linear_op(
     x: torch.Tensor, gain: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
-    squares: torch.Tensor | None, eps: float, centred: bool, form: str,
+    eps: float, centred: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    check_device("norm_linear", x, gain, weight, bias, squares)
-    rows_x = rows.as_rows(x)
-    if gemm.is_folded(form, "norm_linear", x, weight, centred=centred):
-        stats = gemm.rstd_of(rows_x, gain, squares, eps)
-        y = gemm.product(rows_x, weight * gain, row=stats, bias=bias)
-    else:
-        n, stats = rows.norm_forward(rows_x, gain, eps, centred)
-        y = n @ weight.t() if bias is None else torch.addmm(bias, n, weight.t())
+    check_device("norm_linear", x, gain, weight, bias)
+    n, stats = rows.norm_forward(rows.as_rows(x), gain, eps, centred)
+    y = n @ weight.t() if bias is None else torch.addmm(bias, n, weight.t())
     return y.view(*x.shape[:-1], -1), stats
 
 
 @norm_linear_op.register_fake
-def _(x, gain, weight, bias, squares, eps, centred, form):
+def _(x, gain, weight, bias, eps, centred):
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
     return y, x.new_empty((1 + centred, x.numel() // x.shape[-1]), dtype=torch.float32)
 
@@ -77,7 +69,7 @@ def _norm_linear_setup(ctx, inputs, output):
 
 def _norm_linear_backward(ctx, dy, _):
     dx, dgain, dweight, dbias = norm_linear_backward_op(dy, None, *ctx.saved_tensors)
-    return dx, dgain, dweight, dbias if ctx.has_bias else None, None, None, None, None
+    return dx, dgain, dweight, dbias if ctx.has_bias else None, None, None
 
 
 norm_linear_op.register_autograd(_norm_linear_backward, setup_context=_norm_linear_setup)
@@ -98,26 +90,24 @@ class NormLinearThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, dres):
         if dy is None:
-            return dres, *[None] * 7
+            return dres, *[None] * 5
         saved = ctx.saved_tensors  # once: a checkpointed block unpacks them but one time
         dx, dgain, dweight, dbias = norm_linear_backward_op(dy, dres, *saved)
-        return dx, dgain, dweight, None if saved[3] is None else dbias, *[None] * 4
+        return dx, dgain, dweight, None if saved[3] is None else dbias, None, None
 
 
 @torch.library.custom_op("igpt::linear_residual", mutates_args=())
 def linear_residual_op(
-    a: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, bias: torch.Tensor | None, form: str,
-    emit_squares: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    a: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
     check_device("linear_residual", a, weight, residual, bias)
-    folded = emit_squares or gemm.is_folded(form, "linear_residual", a, weight)
-    y, squares = gemm.product_residual(rows.as_rows(a), weight, rows.as_rows(residual), bias, folded, emit_squares)
-    return y.view(residual.shape), squares
+    added = residual if bias is None else residual + bias
+    return torch.addmm(rows.as_rows(added), rows.as_rows(a), weight.t()).view(residual.shape)
 
 
 @linear_residual_op.register_fake
-def _(a, weight, residual, bias, form, emit_squares):
-    return a.new_empty(residual.shape), gemm.empty_squares(residual, emit_squares)
+def _(a, weight, residual, bias):
+    return a.new_empty(residual.shape)
 
 
 @torch.library.custom_op("igpt::linear_residual_backward", mutates_args=())
@@ -135,50 +125,39 @@ def _(dy, a, weight, bias):
 
 
 def _linear_residual_setup(ctx, inputs, output):
-    a, weight, _, bias, *_ = inputs
+    a, weight, _, bias = inputs
     ctx.save_for_backward(a, weight, bias)
     ctx.has_bias = bias is not None
-    ctx.set_materialize_grads(False)  # the squares' gradient would be as many zeros
 
 
-def _linear_residual_backward(ctx, dy, _):
+def _linear_residual_backward(ctx, dy):
     da, dweight, dbias = linear_residual_backward_op(dy, *ctx.saved_tensors)
-    return da, dweight, dy, dbias if ctx.has_bias else None, None, None
+    return da, dweight, dy, dbias if ctx.has_bias else None
 
 
 linear_residual_op.register_autograd(_linear_residual_backward, setup_context=_linear_residual_setup)
 
 
-def norm_linear(
-    x, norm_weight, weight, bias=None, eps: float = 1e-5, centred: bool = False, form: str | None = None,
-    squares=None, through: bool = False,
-):  # fmt: skip
+def norm_linear(x, norm_weight, weight, bias=None, eps: float = 1e-5, centred: bool = False, through: bool = False):
     """norm(x) @ weight^T + bias: (..., d) -> (..., out). Differentiable in x, norm_weight, weight and bias.
 
-    form: "plain", "folded" or the table's choice. squares: of x, from the operation that wrote it (emit_squares).
     through: return (y, x), for a residual connection to read x from, whose gradient then costs no pass of its own.
     Raises ValueError naming the argument for a wrong shape or dtype: all are in x's dtype."""
     rows.check_norm("norm_linear", x, norm_weight)
     rows.check_operand("norm_linear", "weight", weight, x.dtype, (None, x.shape[-1]))
     rows.check_operand("norm_linear", "bias", bias, x.dtype, weight.shape[:1])
-    gemm.check_squares("norm_linear", squares, x)
-    form = gemm.check_form("norm_linear", form, weight, centred=centred)
-    arguments = x, norm_weight, weight, bias, squares, eps, centred, form
+    arguments = x, norm_weight, weight, bias, eps, centred
     if through and torch.is_grad_enabled():
         return NormLinearThrough.apply(*arguments)
     y, _ = norm_linear_op(*arguments)
     return (y, x) if through else y
 
 
-def linear_residual(a, weight, residual, bias=None, form: str | None = None, emit_squares: bool = False):
+def linear_residual(a, weight, residual, bias=None):
     """residual + a @ weight^T + bias: (..., in) -> (..., out). Differentiable in all four.
 
-    form: "plain", "folded" or the table's choice. emit_squares: also return the sums of y^2 over each 128 columns, for
-    the `squares` of the norm that reads y; folded whatever the table says.
     Raises ValueError naming the argument for a wrong shape or dtype: all are in a's dtype."""
     rows.check_operand("linear_residual", "weight", weight, a.dtype, (None, a.shape[-1]))
     rows.check_operand("linear_residual", "residual", residual, a.dtype, (*a.shape[:-1], weight.shape[0]))
     rows.check_operand("linear_residual", "bias", bias, a.dtype, weight.shape[:1])
-    form = gemm.check_form("linear_residual", "folded" if emit_squares else form, weight)
-    y, squares = linear_residual_op(a, weight, residual, bias, form, emit_squares)
-    return (y, squares.detach()) if emit_squares else y
+    return linear_residual_op(a, weight, residual, bias)

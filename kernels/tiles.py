@@ -152,43 +152,6 @@ def head_loss_tile(arch: str, element_bytes: int, d: int, vocab: int) -> Tile:
     return HEAD_LOSS.get((arch, element_bytes), HEAD_LOSS["portable", element_bytes])
 
 
-# Products with epilogues (kernels/gemm.py): (architecture, bytes of an element), or of 16-bit elements, where a
-# measurement asks for it, (architecture, epilogue, K). BLOCK_N is 128 or 256.
-PRODUCT = {
-    ("portable", 2): Tile(128, 128, 32, num_warps=8, num_stages=3),
-    ("portable", 4): Tile(64, 128, 16, num_warps=8, num_stages=2),
-    ("sm_80", 2): Tile(128, 128, 32, num_warps=8, num_stages=4),
-    ("sm_90", 2): Tile(128, 256, 64, num_warps=8, num_stages=3, tma=True),
-    ("sm_100", 2): Tile(128, 256, 64, num_warps=8, num_stages=3, tma=True),
-    ("gfx942", 2): Tile(128, 128, 64, num_warps=8, num_stages=2),
-}
-
-
-def product_tile(arch: str, element_bytes: int, epilogue: str, K: int) -> Tile:
-    special = PRODUCT.get((arch, epilogue, K)) if element_bytes == 2 else None
-    return special or PRODUCT.get((arch, element_bytes), PRODUCT["portable", element_bytes])
-
-
-# The same, warp-specialised (kernels/gemm_hopper.py): (epilogue, K), each row off until a GPU has measured it, as those
-# of ATTENTION_HOPPER below. Rows and columns of a tile and of a step are the kernel's own; stages are the ring's.
-PRODUCT_HOPPER = {
-    ("gelu", 512): Tile(128, 256, 64, num_warps=4, num_stages=3, tma=True),
-    ("gelu", 1024): Tile(128, 256, 64, num_warps=4, num_stages=3, tma=True),
-    ("gelu", 1536): Tile(128, 256, 64, num_warps=4, num_stages=3, tma=True),
-    ("gelu_grad", 512): Tile(128, 256, 64, num_warps=4, num_stages=3, tma=True),
-    ("gelu_grad", 1024): Tile(128, 256, 64, num_warps=4, num_stages=3, tma=True),
-    ("gelu_grad", 1536): Tile(128, 256, 64, num_warps=4, num_stages=3, tma=True),
-}
-
-# How an operation with a norm or a residual runs: (architecture, operation, width) -> "folded" where a measurement has
-# shown that our products with epilogues beat the vendor's with passes around them; everywhere else "plain".
-FORMS: dict[tuple[str, str, int], str] = {}
-
-
-def form(operation: str, arch: str, d: int) -> str:
-    return FORMS.get((arch, operation, d), "plain")
-
-
 # Attention (kernels/attention.py, attention_backward.py): (architecture, head dim up to) -> BLOCK_M queries, BLOCK_N
 # keys. Two rows stand for every architecture: "fp32", whose products run outside of the matrix units, and "unaligned",
 # views whose rows don't start at 16 bytes, loaded one element at a time.
@@ -199,9 +162,6 @@ ATTENTION_FORWARD = {
     ("sm_80", 64): Tile(128, 64, num_warps=8, num_stages=3),
     ("sm_80", 96): Tile(128, 64, num_warps=8, num_stages=3),
     ("sm_80", 128): Tile(128, 64, num_warps=8, num_stages=4),
-    ("sm_90", 64): Tile(128, 128, num_warps=8, num_stages=3, tma=True),
-    ("sm_90", 96): Tile(128, 128, num_warps=8, num_stages=3, tma=True),
-    ("sm_90", 128): Tile(128, 128, num_warps=8, num_stages=2, tma=True),
     ("sm_100", 64): Tile(128, 128, num_warps=8, num_stages=2, tma=True),
     ("sm_100", 96): Tile(128, 128, num_warps=8, num_stages=2, tma=True),
     ("sm_100", 128): Tile(128, 128, num_warps=8, num_stages=2, tma=True),
@@ -219,9 +179,6 @@ ATTENTION_DQ = {
     ("sm_80", 64): Tile(128, 64, num_warps=8, num_stages=2),
     ("sm_80", 96): Tile(128, 32, num_warps=8, num_stages=3),
     ("sm_80", 128): Tile(64, 64, num_warps=8, num_stages=2),
-    ("sm_90", 64): Tile(128, 64, num_warps=8, num_stages=3, tma=True),
-    ("sm_90", 96): Tile(128, 64, num_warps=8, num_stages=3, tma=True),
-    ("sm_90", 128): Tile(128, 64, num_warps=8, num_stages=3, tma=True),
     ("sm_100", 64): Tile(128, 64, num_warps=8, num_stages=2, tma=True),
     ("sm_100", 96): Tile(128, 64, num_warps=8, num_stages=2, tma=True),
     ("sm_100", 128): Tile(128, 64, num_warps=8, num_stages=2, tma=True),
@@ -238,9 +195,6 @@ ATTENTION_DKDV = {
     ("sm_80", 64): Tile(64, 64, num_warps=8, num_stages=3),
     ("sm_80", 96): Tile(32, 128, num_warps=8, num_stages=2),
     ("sm_80", 128): Tile(64, 64, num_warps=8, num_stages=3),
-    ("sm_90", 64): Tile(64, 128, num_warps=8, num_stages=3, tma=True),
-    ("sm_90", 96): Tile(64, 128, num_warps=8, num_stages=3, tma=True),
-    ("sm_90", 128): Tile(64, 128, num_warps=8, num_stages=3, tma=True),
     ("sm_100", 64): Tile(64, 128, num_warps=8, num_stages=3, tma=True),
     ("sm_100", 96): Tile(64, 128, num_warps=4, num_stages=2, tma=True),
     ("sm_100", 128): Tile(64, 128, num_warps=8, num_stages=2, tma=True),
@@ -259,24 +213,8 @@ def attention_tile(table: dict, q: torch.Tensor, aligned: bool) -> Tile:
     return table[row, min(width for name, width in table if name == row and width >= q.shape[3])]
 
 
-# The one-pass backward (kernels/attention_backward.py) by head dim: a row counts once a GPU has measured it right and
-# quicker than ATTENTION_DQ's and ATTENTION_DKDV's together, and says so; "compiled only" is off.
-ATTENTION_ONE_PASS = {
-    64: Tile(64, 128, num_warps=8, num_stages=3, tma=True),
-    96: Tile(64, 128, num_warps=8, num_stages=3, tma=True),
-}
-
-
-def one_pass(q: torch.Tensor) -> bool:
-    """Whether the backward of q (B, N, H, D) is to run in one pass, which is not deterministic."""
-    tile = ATTENTION_ONE_PASS.get(q.shape[3])
-    chosen = tile is not None and tile.evidence != "compiled only" and q.dtype != torch.float32
-    return chosen and arch(q.device) == "sm_90" and not torch.are_deterministic_algorithms_enabled()
-
-
-# The warp-specialised kernels (kernels/attention_hopper.py, attention_hopper_backward.py): a row counts once a GPU has
-# measured it right and quicker than the plain tables', and says so; "compiled only" is off. BLOCK_M rows in two
-# consumers, BLOCK_N streamed rows, num_stages of which are in shared memory.
+# The warp-specialised kernels of sm_90 (kernels/attention_hopper.py, attention_hopper_backward.py) by head dim: BLOCK_M
+# rows in two consumers, BLOCK_N streamed rows, num_stages of which are in shared memory.
 ATTENTION_HOPPER = {
     64: Tile(128, 128, num_warps=4, num_stages=4, tma=True),
     96: Tile(128, 128, num_warps=4, num_stages=3, tma=True),
@@ -287,13 +225,6 @@ ATTENTION_HOPPER_BACKWARD = {
     96: Tile(128, 64, num_warps=4, num_stages=4, tma=True),
     128: Tile(128, 64, num_warps=4, num_stages=2, tma=True),
 }
-
-
-def warp_specialised(table: dict, key, x: torch.Tensor) -> bool:
-    """Whether the kernel of this table is to run what `key` names, of x, where its shapes fit."""
-    tile = table.get(key)
-    return tile is not None and tile.evidence != "compiled only" and arch(x.device) == "sm_90"
-
 
 # The embedding table's gradient (kernels/embedding.py): (architecture, bytes of an element) -> BLOCK_M colours,
 # BLOCK_N columns, BLOCK_K positions a step. "ragged": widths that 16 doesn't divide. fp32 has 32 rows: from 64 on

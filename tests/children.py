@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 
 from igpt import train
-from igpt.kernels import tiles
 
 FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(["igpt.train", "tests.children"])
@@ -68,20 +67,19 @@ def train_until(asked: train.Options, step: int | None) -> None:
     train_here(asked)
 
 
-def rank_main(rank: int, world: int, port: int, asked: train.Options, until: int | None, form: str) -> None:
-    tiles.form = lambda *_: form
+def rank_main(rank: int, world: int, port: int, asked: train.Options, until: int | None) -> None:
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
     train_until(asked, until)
 
 
-def train_together(world: int, asked: train.Options, until: int | None = None, form: str = "plain") -> None:
+def train_together(world: int, asked: train.Options, until: int | None = None) -> None:
     """As torchrun would, without its start."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    ranks = [start(rank_main, rank, world, port, asked, until, form) for rank in range(world)]
+    ranks = [start(rank_main, rank, world, port, asked, until) for rank in range(world)]
     for child in ranks:
         child.join(120)
     codes = [child.exitcode for child in ranks]

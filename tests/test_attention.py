@@ -1,10 +1,9 @@
 """Fused attention: error budgets of output and gradients, masks, layouts, hard values, determinism, bad input.
 
-Every budget runs with the portable tiles and with the GPU's own; in the interpreter "own" is sm_90, so that the
+Every budget runs with the portable tiles and with the GPU's own; in the interpreter "own" is sm_100, so that the
 descriptors (TMA) are tested too."""
 
 import contextlib
-import dataclasses
 
 import pytest
 import torch
@@ -23,7 +22,7 @@ HALF = (torch.bfloat16, torch.float16)
 def family(request):
     with contextlib.ExitStack() as stack:
         if request.param == "portable" or INTERPRETED:
-            stack.enter_context(tiles.target("portable" if request.param == "portable" else "sm_90"))
+            stack.enter_context(tiles.target("portable" if request.param == "portable" else "sm_100"))
         yield request.param
 
 
@@ -107,7 +106,7 @@ def test_other_head_dims(D, family, device, poison_empty):
 
 
 def test_a_full_picture(device, poison_empty):
-    with tiles.target("sm_90") if INTERPRETED else contextlib.nullcontext():
+    with tiles.target("sm_100") if INTERPRETED else contextlib.nullcontext():
         check_packed(draw(1, 1024, 3, 1, 64, device=device), True)
 
 
@@ -219,28 +218,6 @@ def test_lse_is_base_two(family, device):
     assert (lse - exact).abs().max() < 16 * torch.finfo(torch.float32).eps * 8
 
 
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("D", [64, 96])
-def test_one_pass_backward(D, causal, device, monkeypatch, poison_empty):
-    """Off by default; by a measured row's word it runs, and is as right. The interpreter has no TMA reduction."""
-    assert not tiles.one_pass(draw(1, 1, 1, D))
-    monkeypatch.setitem(
-        tiles.ATTENTION_ONE_PASS, D,
-        dataclasses.replace(tiles.ATTENTION_ONE_PASS[D], tma=not INTERPRETED, evidence="a test"),
-    )  # fmt: skip
-    with tiles.target("sm_90") if INTERPRETED else contextlib.nullcontext():
-        if tiles.arch(device) != "sm_90":
-            pytest.skip("the one-pass form has rows for sm_90 alone")
-        qkv = draw(2, 150, 3, 1, D, device=device)
-        assert tiles.one_pass(qkv[:, :, 0])
-        check_packed(qkv, causal)
-        torch.use_deterministic_algorithms(True)
-        try:
-            assert not tiles.one_pass(qkv[:, :, 0])
-        finally:
-            torch.use_deterministic_algorithms(False)
-
-
 @pytest.mark.skipif(not INTERPRETED, reason="asks for 4 GB of a GPU")
 def test_offsets_past_two_to_the_31(device):
     """Strides whose products overflow 32 bits. The memory between is never touched."""
@@ -329,9 +306,9 @@ def test_every_architecture_has_tiles(arch, table):
 ])  # fmt: skip
 def test_a_tile_that_cannot_fit_is_refused(table, kernel, device, monkeypatch):
     """By name and before any launch: two streamed operands of 512 rows and 64 columns, 2 stages of them."""
-    monkeypatch.setitem(getattr(tiles, table), ("sm_90", 64), tiles.Tile(512, 512, num_stages=2, tma=True))
+    monkeypatch.setitem(getattr(tiles, table), ("sm_100", 64), tiles.Tile(512, 512, num_stages=2, tma=True))
     q = draw(1, 16, 1, 64, device=device)
-    with tiles.target("sm_90"), pytest.raises(ValueError, match=f"{kernel}: Tile.* 262144 bytes .* sm_90 has 232448"):
+    with tiles.target("sm_100"), pytest.raises(ValueError, match=f"{kernel}: Tile.* 262144 bytes .* sm_100 has 232448"):
         attention(q.requires_grad_(), q, q, True).sum().backward()
 
 

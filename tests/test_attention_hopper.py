@@ -151,17 +151,6 @@ def test_planted_faults_are_caught(monkeypatch, kernel, what, right, wrong):
     assert caught(functools.partial(KERNELS[kernel], 64, True, N=640, B=1), right, wrong)
 
 
-@pytest.mark.parametrize("table", [tiles.ATTENTION_HOPPER, tiles.ATTENTION_HOPPER_BACKWARD])
-def test_a_row_is_off_until_a_gpu_has_measured_it(monkeypatch, table):
-    q = torch.empty(1, 128, 2, 64, device="meta", dtype=torch.bfloat16)
-    monkeypatch.setitem(table, 64, dataclasses.replace(table[64], evidence="compiled only"))
-    assert not tiles.warp_specialised(table, 64, q)
-    monkeypatch.setitem(table, 64, dataclasses.replace(table[64], evidence="H200, some day"))
-    assert tiles.warp_specialised(table, 64, q)
-    with tiles.target("sm_100"):
-        assert not tiles.warp_specialised(table, 64, q)
-
-
 def test_a_tile_that_cannot_fit_is_refused(monkeypatch):
     q = torch.zeros(1, 128, 2, 64, dtype=torch.bfloat16)
     for table in (tiles.ATTENTION_HOPPER, tiles.ATTENTION_HOPPER_BACKWARD):

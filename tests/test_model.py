@@ -1,4 +1,3 @@
-import copy
 import math
 
 import pytest
@@ -7,7 +6,7 @@ from einops import rearrange
 
 import igpt
 from bench.budget import compare
-from igpt.kernels import reference, rows, tiles
+from igpt.kernels import reference
 
 SMALL = {"n_layer": 2, "width": 64, "heads": 1, "n_ctx": 48, "vocab": 32}
 
@@ -199,28 +198,6 @@ def test_recompute_gives_the_same_gradients(recompute, impl):
         assert torch.equal(p.grad, q.grad)
 
 
-@pytest.mark.parametrize("objective", ["ar", "bert"])
-def test_folded_blocks_hand_their_squares_on(objective, monkeypatch):
-    """Of all norms in front of products only the very first reads the stream for its statistics."""
-    monkeypatch.setattr(tiles, "form", lambda *_: "folded")
-    passes, real = [], rows.norm_forward
-    monkeypatch.setattr(rows, "norm_forward", lambda *a, **k: passes.append(a) or real(*a, **k))
-    ours, eager = small(impl="triton", objective=objective), small(objective=objective)
-    exact, tokens = copy.deepcopy(eager).double(), tokens_for(ours)
-    masked = None if objective == "ar" else ours.draw_mask(tokens, torch.Generator().manual_seed(0))
-    found = []
-    for model in (ours, eager, exact):
-        loss = model.loss(tokens, masked)
-        found.append([loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))])
-    assert len(passes) == 1
-    for name, *three in zip(["loss", *dict(ours.named_parameters())], *found):
-        errors = compare(name, *three)
-        assert errors.ok, errors
-    ours.recompute = "block"
-    again = ours.loss(tokens, masked)
-    assert all(map(torch.equal, found[0], [again.detach(), *torch.autograd.grad(again, list(ours.parameters()))]))
-
-
 def test_classifier():
     model = small(classes=5)
     logits = model.classify(model.trunk(tokens_for(model)))
@@ -238,9 +215,7 @@ def test_full_graph_compile():
 
 
 @pytest.mark.parametrize("recompute", ["none", "block"])
-@pytest.mark.parametrize("form", ["plain", "folded"])
-def test_full_graph_compile_with_the_kernels(form, recompute, monkeypatch):
-    monkeypatch.setattr(tiles, "form", lambda *_: form)
+def test_full_graph_compile_with_the_kernels(recompute):
     model = small(impl="triton")
     model.recompute, tokens = recompute, tokens_for(model)
     weights = list(model.parameters())

@@ -9,17 +9,12 @@ from test_norm import DTYPES, assert_budget, values
 from bench.budget import against_fp64
 from igpt.kernels import norm_linear as products
 from igpt.kernels import norm_mlp as mlp
-from igpt.kernels import reference, tiles
+from igpt.kernels import reference
 
-# Rows, width, output width: aligned, odd in each, one row. The folded form takes multiples of 16.
+# Rows, width, output width: aligned, odd in each, one row.
 SHAPES = [((2, 16), 64, 128), ((7,), 100, 72), ((2, 3), 513, 40), ((1,), 40, 513), ((1, 5), 256, 96)]
-ALIGNED = [((2, 16), 64, 128), ((7,), 112, 80), ((2, 3), 272, 48), ((1,), 48, 528), ((139,), 80, 32)]
-# The plain form, and the folded one by pointers and by TMA; which shapes each takes, and whether the norm may centre.
-FORMS = [("plain", "portable"), ("folded", "portable"), ("folded", "sm_90")]
-WAYS = [("plain", "portable", False), ("plain", "portable", True), *((*f, False) for f in FORMS[1:])]
-CASES = [(case, *way) for way in WAYS for case in (SHAPES if way[0] == "plain" else ALIGNED)]
-cases = pytest.mark.parametrize(("case", "form", "arch", "centred"), CASES, ids=str)
-ways = pytest.mark.parametrize(("form", "arch", "centred"), WAYS, ids=str)
+cases = pytest.mark.parametrize("case", SHAPES, ids=str)
+norms = pytest.mark.parametrize("centred", [False, True])
 
 
 def inputs(kind, shape, d, out, dtype, bias, device):
@@ -42,36 +37,37 @@ def mlp_inputs(kind, shape, d, f, dtype, bias, device):
     return t
 
 
-def check(ours, eager, t, arch="portable", centred=False, **options):
+def check(ours, eager, t, centred=False, **options):
     """`eager` knows only of `centred`."""
     if centred:
         ours, eager = functools.partial(ours, centred=True), functools.partial(eager, centred=True)
-    with tiles.target(arch):
-        assert_budget(against_fp64(lambda **k: ours(**k, **options), eager, t, tuple(t)))
+    assert_budget(against_fp64(lambda **k: ours(**k, **options), eager, t, tuple(t)))
+
+
+@norms
+@cases
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_norm_linear(case, dtype, centred, device, poison_empty):
+    t = inputs("normal", *case, dtype, case[1] % 8 == 0, device)
+    check(products.norm_linear, reference.norm_linear, t, centred)
 
 
 @cases
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_norm_linear(case, dtype, form, arch, centred, device, poison_empty):
-    t = inputs("normal", *case, dtype, case[1] % 8 == 0, device)
-    check(products.norm_linear, reference.norm_linear, t, arch, centred, form=form)
-
-
-@pytest.mark.parametrize(("case", "form", "arch"), [c[:3] for c in CASES if not c[3]], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_linear_residual(case, dtype, form, arch, device, poison_empty):
+def test_linear_residual(case, dtype, device, poison_empty):
     shape, d, out = case
     t = inputs("normal", shape, d, out, dtype, d % 8 == 0, device)
     del t["norm_weight"]
     t["a"], t["residual"] = t.pop("x"), values("normal", (*shape, out), dtype, 6).to(device)
-    check(products.linear_residual, reference.linear_residual, t, arch, form=form)
+    check(products.linear_residual, reference.linear_residual, t)
 
 
+@norms
 @cases
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_norm_mlp(case, dtype, form, arch, centred, device, poison_empty):
-    t = mlp_inputs("normal", *case, dtype, form == "plain" and case[1] % 8 == 0, device)
-    check(mlp.norm_mlp, reference.norm_mlp, t, arch, centred, form=form)
+def test_norm_mlp(case, dtype, centred, device, poison_empty):
+    t = mlp_inputs("normal", *case, dtype, case[1] % 8 == 0, device)
+    check(mlp.norm_mlp, reference.norm_mlp, t, centred)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -94,42 +90,18 @@ def test_residual_through_the_norm(dtype, device, poison_empty):
     assert all(torch.equal(g, w) for g, w in zip(got, want))
 
 
-@pytest.mark.parametrize(("form", "arch"), FORMS)
 @pytest.mark.parametrize("bias", [False, True])
-def test_norm_mlp_recomputing(bias, form, arch, device, poison_empty):
-    """And with biases, whose backward is the plain one in both forms."""
+def test_norm_mlp_recomputing(bias, device, poison_empty):
     t = mlp_inputs("normal", (2, 7), 80, 144, torch.bfloat16, bias, device)
-    check(mlp.norm_mlp, reference.norm_mlp, t, arch, form=form, recompute=True)
+    check(mlp.norm_mlp, reference.norm_mlp, t, recompute=True)
 
 
-@ways
+@norms
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", ["mean", "outliers", "large", "zeros"])
-def test_hard_values(kind, dtype, form, arch, centred, device, poison_empty):
+def test_hard_values(kind, dtype, centred, device, poison_empty):
     t = mlp_inputs(kind, (12,), 144, 160, dtype, False, device)
-    check(mlp.norm_mlp, reference.norm_mlp, t, arch, centred, form=form)
-
-
-@pytest.mark.parametrize("arch", ["portable", "sm_90"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_squares_replace_the_pass_over_x(dtype, arch, device, poison_empty):
-    """A block's two halves and the next norm, each norm's statistics coming from the product before it."""
-    t = mlp_inputs("normal", (2, 5), 144, 80, dtype, False, device)
-    t["a"] = values("normal", (2, 5, 80), dtype, 6).to(device)
-
-    def eager(a, x, norm_weight, w_fc, w_proj):
-        x = reference.norm_mlp(reference.linear_residual(a, w_proj, x), norm_weight, w_fc, w_proj)
-        return reference.norm_linear(x, norm_weight, w_fc)
-
-    def ours(a, x, norm_weight, w_fc, w_proj):
-        x, squares = products.linear_residual(a, w_proj, x, emit_squares=True)
-        options = {"form": "folded", "squares": squares}
-        x, squares = mlp.norm_mlp(x, norm_weight, w_fc, w_proj, **options, emit_squares=True)
-        want = torch.stack([p.float().square().sum(-1) for p in x.detach().flatten(0, 1).split(128, 1)])
-        torch.testing.assert_close(squares, want, rtol=2 * torch.finfo(dtype).eps, atol=0)
-        return products.norm_linear(x, norm_weight, w_fc, form="folded", squares=squares)
-
-    check(ours, eager, t, arch)
+    check(mlp.norm_mlp, reference.norm_mlp, t, centred)
 
 
 def test_strides(device):
@@ -148,9 +120,8 @@ def test_nothing_is_kept_without_gradients(device):
     want = mlp.norm_mlp(**{k: v.requires_grad_() for k, v in t.items()})
     with torch.no_grad():
         assert torch.equal(mlp.norm_mlp(**t), want)
-    for form in ("plain", "folded"):
-        out = mlp.norm_mlp_op(*t.values(), None, None, None, 1e-5, False, form, False, False, False)
-        assert [o.numel() for o in out] == [4 * 32, 0, 4, 0, 0]
+    out = mlp.norm_mlp_op(*t.values(), None, None, 1e-5, False, False, False)
+    assert [o.numel() for o in out] == [4 * 32, 4, 0, 0]
 
 
 def test_backward_keeps_nothing_twice(device):
@@ -177,10 +148,10 @@ def test_opcheck_and_compile(bias, device):
     weights = a["x"], a["norm_weight"], a["w_fc"], a["w_proj"]
     hidden = torch.randn(2, 5, 48, device=device, requires_grad=True)
     ops, biases = torch.ops.igpt, (b_fc, b_proj)
-    torch.library.opcheck(ops.norm_mlp, (*weights, *biases, None, 1e-5, False, "folded", True, True, True))
-    torch.library.opcheck(ops.norm_mlp, (*weights, *biases, None, 1e-5, True, "", False, True, False))
-    torch.library.opcheck(ops.norm_linear, (*weights[:3], b_fc, None, 1e-5, False, ""))
-    torch.library.opcheck(ops.linear_residual, (hidden, a["w_proj"], a["x"], b_proj, "", True))
+    torch.library.opcheck(ops.norm_mlp, (*weights, *biases, 1e-5, False, True, True))
+    torch.library.opcheck(ops.norm_mlp, (*weights, *biases, 1e-5, True, True, False))
+    torch.library.opcheck(ops.norm_linear, (*weights[:3], b_fc, 1e-5, False))
+    torch.library.opcheck(ops.linear_residual, (hidden, a["w_proj"], a["x"], b_proj))
 
     def block(**t):
         qkv = products.norm_linear(t["x"], t["norm_weight"], t["w_fc"], t.get("b_fc"))
@@ -202,11 +173,3 @@ def test_bad_input(device):
         products.norm_linear(t["x"], t["norm_weight"], t["w_proj"])
     with pytest.raises(ValueError, match="linear_residual: residual: got"):
         products.linear_residual(t["x"], t["w_fc"], t["x"])
-    with pytest.raises(ValueError, match="norm_mlp: form: got 'folded' with centred=True"):
-        mlp.norm_mlp(**t, centred=True, form="folded")
-    with pytest.raises(ValueError, match=r"linear_residual: form: got 'folded' for weights .* multiples of 16"):
-        products.linear_residual(t["x"], t["w_fc"][:63], torch.zeros(4, 63, device=device), emit_squares=True)
-    with pytest.raises(ValueError, match="norm_mlp: form: got 'quick'"):
-        mlp.norm_mlp(**t, form="quick")
-    with pytest.raises(ValueError, match="norm_mlp: squares: got"):
-        mlp.norm_mlp(**t, squares=torch.zeros(2, 4, device=device))

@@ -143,12 +143,11 @@ def test_one_two_and_four_processes_share_a_run(unbroken, tmp_path):
 
 
 def test_kernels_train_under_fsdp(tmp_path):
-    """In both forms of the block; folded, fp32 squares travel beside a bf16 stream."""
     asked = {"steps": 2, "batch": 4, "save_every": 2, "valid_every": 2, "valid_pictures": 4}
     train.run(options(tmp_path / "torch", **asked))
-    for form, dtype, tolerance in (("plain", "fp32", {}), ("folded", "bf16", {"tolerance": 2**-8})):
-        children.train_together(2, options(tmp_path / form, impl="triton", dtype=dtype, **asked), form=form)
-        assert agree(curve(tmp_path / form), curve(tmp_path / "torch"), **tolerance)
+    for dtype, tolerance in (("fp32", {}), ("bf16", {"tolerance": 2**-8})):
+        children.train_together(2, options(tmp_path / dtype, impl="triton", dtype=dtype, **asked))
+        assert agree(curve(tmp_path / dtype), curve(tmp_path / "torch"), **tolerance)
 
 
 def test_torchrun_masks_and_bf16(tmp_path):
