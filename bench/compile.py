@@ -32,7 +32,6 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 if __package__ is None or __package__ == "":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from bench import predict
 from bench.machine import FAULTS
 from bench.rows import CompileRow, to_json
 from igpt.kernels import tiles
@@ -275,15 +274,12 @@ class Job:
 
     launch: Launch
     row: CompileRow
-    work: predict.Work
     cases: set[str]  # all that launch it; the row is named by the first
     needs_wgmma: bool = True
 
 
 def judged(job: Job, evidence: dict) -> CompileRow:
     row = dataclasses.replace(job.row, **evidence)
-    if row.arch == "sm_90":
-        row = dataclasses.replace(row, predicted_ms=predict.milliseconds(row, job.work))
     wrong = problems(row, job.needs_wgmma)
     return dataclasses.replace(row, ok=not wrong, note="; ".join(wrong) or row.note)
 
@@ -361,15 +357,14 @@ def plan(cases: Iterable, archs: Iterable[str]) -> tuple[list[Job], list[Compile
                 names[named.key] += 1
                 if names[named.key] > 1:
                     named = dataclasses.replace(named, variant=f"{named.variant} #{names[named.key]}")
-                work = predict.work(f"{launch.file}.{launch.name}", launch.values)
-                seen[launch.key] = Job(launch, named, work, {case.name}, launch.name not in case.small_products)
+                seen[launch.key] = Job(launch, named, {case.name}, launch.name not in case.small_products)
                 jobs.append(seen[launch.key])
     return jobs, broken
 
 
 COLUMNS = (
-    "kernel", "function", "case", "arch", "tile", "regs", "stack", "shared", "occupancy", "mma", "tma",
-    "waits", "exp2_under", "predicted_ms",
+    "kernel", "function", "case", "arch", "tile", "regs", "stack", "shared", "occupancy", "mma", "tma", "waits",
+    "exp2_under",
 )  # fmt: skip
 
 

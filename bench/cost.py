@@ -148,7 +148,7 @@ ATTENTION_PRODUCTS = {
     "attention_forward_kernel": lambda v: 2,
     "attention_hopper_kernel": lambda v: 2,
     "attention_dq_kernel": lambda v: 3,
-    "attention_dkdv_kernel": lambda v: 5 if v["HAS_DQ"] else 4,
+    "attention_dkdv_kernel": lambda v: 4,
     "attention_hopper_backward_kernel": lambda v: 4 if v["OWNS_KEYS"] else 3,
 }
 # The other kernels with products.

@@ -104,7 +104,6 @@ def correct(job: Job) -> None:
 def deterministic(job: Job) -> None:
     sizes = (1, 32, 1, 64) if job.rehearse else (4, 1024, 8, 64)
     chosen = [Case(op, *sizes, "bf16") for op in ("attention", *cases.ROW_OPS)]
-    chosen += [case for case in cases.switched_off() if case.op != "attention_one_pass"]  # whose sum has no order
     job.log.take(checks.determinism(chosen, job.device, runs=2 if job.rehearse else 20))
     job.log.take(checks.step(job.device))
 
@@ -123,7 +122,7 @@ def attention(job: Job) -> None:
     job.operations([
         Case("attention", max(1, TOKENS // N), N, *cases.shapes(preset), "bf16", causal, direction, preset)
         for N, causal in sizes for direction in ("fwd", "bwd") for preset in PRESETS
-    ], "sdpa,sdpa cudnn,sdpa flash,sdpa efficient,flash-attn 4,ours gluon,ours one pass")  # fmt: skip
+    ], "sdpa,sdpa cudnn,sdpa flash,sdpa efficient,flash-attn 4")  # fmt: skip
 
 
 def others(job: Job) -> None:
@@ -136,16 +135,6 @@ def others(job: Job) -> None:
     ]  # fmt: skip
     pixels = [Case(op, 4096, 1024, 1, 64, "fp32") for op in cases.PIXEL_OPS]
     job.operations([*chosen, *pixels], "torch path,liger")
-
-
-def formed(job: Job) -> None:
-    """Plain or folded, by operation and width: the rows of tiles.FORMS."""
-    arch = "portable" if job.rehearse else tune.this_arch()
-    run = job.run()
-    with job.log.path.with_name("tiles.txt").open("a") as file:
-        for line in tune.forms(arch, job.device, run.timer, 0.0 if job.rehearse else job.seconds / 2, job.rehearse):
-            print(line, file=file, flush=True)
-            job.log.say(line)
 
 
 def autotuned(job: Job) -> None:
@@ -164,12 +153,11 @@ def autotuned(job: Job) -> None:
 
 
 def steps(job: Job) -> None:
-    """Whole training steps against Hugging Face, the presets at 1024 first; then, at 1024, against our folded form and
-    torch.compile."""
+    """Whole training steps against Hugging Face, the presets at 1024 first; then, at 1024, against torch.compile."""
     chosen = [ModelCase(preset, max(1, STEP_TOKENS // N), N, "bf16", "step") for N in LENGTHS for preset in PRESETS]
     job.models(chosen, "hugging face")
     if not job.rehearse:  # torch.compile would wait for a C++ compiler
-        job.models(chosen[: len(PRESETS)], "ours folded,ours specialised,torch.compile")
+        job.models(chosen[: len(PRESETS)], "torch.compile")
 
 
 def sampled(job: Job) -> None:
@@ -185,7 +173,7 @@ def sampled(job: Job) -> None:
 
 def searched(job: Job) -> None:
     """Tiles, with the time that is left."""
-    argv = ["--seconds", str(job.seconds), "--without-forms", *(["--rehearse"] if job.rehearse else [])]
+    argv = ["--seconds", str(job.seconds), *(["--rehearse"] if job.rehearse else [])]
     tune.main([*argv, "--out", str(job.log.path.with_name("tiles.txt"))])
 
 
@@ -204,7 +192,6 @@ STAGES = {
     "steps": Stage(steps, 95),
     "sampled": Stage(sampled, 45),
     "others": Stage(others, 35),
-    "formed": Stage(formed, 20),
     "cold": Stage(cold, 35),
     "sanitized": Stage(sanitized, 25),
     "autotuned": Stage(autotuned, 45),

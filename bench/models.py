@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench import cost
-from bench.cases import DTYPES, forced, tokens
+from bench.cases import DTYPES, tokens
 from bench.peers import Absent, compiled, importable
 from igpt import ImageGPT
 from igpt.config import PRESETS
@@ -20,7 +20,6 @@ from igpt.hf import apply_igpt_kernels
 from igpt.kernels import reference
 
 DIRECTIONS = ("fwd", "fwd+bwd", "step")
-FORMS = {"ours folded": "folded", "ours specialised": "specialised"}  # bench.cases.forced
 SDPA_ORDER = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 
 
@@ -145,16 +144,6 @@ def build(name: str, case: ModelCase, device: str):
         logits = hugging_face_logits
     elif name == "ours":
         return runner(case, ours(case, device), ImageGPT.__call__, ImageGPT.loss, device)
-    elif name in FORMS:
-        if device != "cuda" or (FORMS[name] == "specialised" and torch.cuda.get_device_capability() != (9, 0)):
-            return Absent("this form is the kernels', on a GPU, if specialised on sm_90")
-        run = runner(case, ours(case, device), ImageGPT.__call__, ImageGPT.loss, device)
-
-        def formed():
-            with forced(FORMS[name]):
-                return run()
-
-        return formed
     elif name == "eager":
         model, logits = ours(case, device), eager_logits
     elif name == "torch.compile":
@@ -173,8 +162,6 @@ def build(name: str, case: ModelCase, device: str):
 
 NOTES = {
     "ours": "",
-    "ours folded": "norms and residuals in our products' epilogues, whatever the table says",
-    "ours specialised": "the same, products with quick-gelu warp-specialised",
     "hugging face": "attention scale as shipped: divides by int(sqrt(head dim)), right only for 64; dropout off",
     "hugging face patched": "igpt.hf.apply_igpt_kernels on the same",
     "eager": "kernels/reference.py on our weights",

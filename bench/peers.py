@@ -7,14 +7,14 @@ import functools
 import importlib.util
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.cases import Case
-from igpt.kernels import reference, tiles
+from igpt.kernels import reference
 
 SCORES_LIMIT = 24e9  # bytes of N x N scores past which an eager peer is not run
 
@@ -148,18 +148,6 @@ def liger(case: Case, device: str):
     return known.get(case.op, Absent(f"Liger has no {case.op}"))
 
 
-# Our own forms of attention that the tile tables may have off: the operation in bench/cases.py.
-OFF = {"ours gluon": "attention_hopper", "ours one pass": "attention_one_pass"}
-
-
-def switched_off(case: Case, device: str, name: str):
-    if device != "cuda" or torch.cuda.get_device_capability() != (9, 0):
-        return Absent("it runs on sm_90 alone")
-    if name == "ours one pass" and (case.direction == "fwd" or case.D not in tiles.ATTENTION_ONE_PASS):
-        return Absent(f"it is a backward, of head dims {list(tiles.ATTENTION_ONE_PASS)}")
-    return replace(case, op=OFF[name]).ours()
-
-
 def torch_path(case: Case, device: str):
     """Our own impl="torch", where "auto" would run the kernels."""
     if case.op.startswith("palette"):
@@ -176,13 +164,12 @@ ATTENTION = {
     "sdpa efficient": functools.partial(sdpa, backend=SDPBackend.EFFICIENT_ATTENTION),
     "flex": flex,
     "flash-attn 4": flash4,
-    **{name: functools.partial(switched_off, name=name) for name in OFF},
 }
-UNPACKED = ATTENTION.keys() - {"eager", *OFF}
+UNPACKED = ATTENTION.keys() - {"eager"}
 OTHERS = {"eager": eager, "torch.compile": compiled_reference, "torch path": torch_path, "liger": liger}
 
 
-WHOLE = ("ours folded", "ours specialised", "hugging face", "hugging face patched")  # bench/models.py
+WHOLE = ("hugging face", "hugging face patched")  # bench/models.py
 NAMES = (*dict.fromkeys([*ATTENTION, *OTHERS]), *WHOLE)
 
 

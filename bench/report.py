@@ -38,7 +38,7 @@ def speed(rows: list[Row], markdown: bool) -> str:
     cases: dict[tuple, dict[str, Row]] = defaultdict(dict)
     for r in rows:
         batch = r.B if r.suite == "sampling" else 0  # elsewhere a peer may have needed a smaller one
-        by_impl = cases[r.op, r.preset, batch, r.N, r.dtype, r.causal, r.form, r.direction]
+        by_impl = cases[r.op, r.preset, batch, r.N, r.dtype, r.causal, r.direction]
         by_impl[r.impl] = joined(by_impl.get(r.impl), r)
     lines = []
     for by_impl in cases.values():
@@ -70,8 +70,8 @@ def compiled(rows: list[CompileRow], markdown: bool) -> str:
 
 def steps(rows: list[StepRow]) -> str:
     parts = []
-    for preset, form in dict.fromkeys((r.preset, r.form) for r in rows):
-        mine = [r for r in rows if (r.preset, r.form) == (preset, form)]
+    for preset in dict.fromkeys(r.preset for r in rows):
+        mine = [r for r in rows if r.preset == preset]
         parts.append(f"{step.title(mine)}\n{step.table(mine)}")
     return "\n\n".join(parts)
 

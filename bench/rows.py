@@ -27,7 +27,6 @@ class Row:
     d: int = 0
     causal: bool = True
     preset: str = ""
-    form: str = ""
     device: str = ""
     gpu: str = ""
     driver: str = ""
@@ -61,8 +60,7 @@ class Row:
         size = f"{self.preset} " if self.preset else ""
         shape = " ".join(f"{k}{v}" for k in ("B", "N", "H", "D", "d") if (v := getattr(self, k)))
         full = "" if self.causal else " full"
-        form = f" {self.form}" if self.form else ""
-        return f"{size}{shape} {self.dtype}{full}{form} {self.direction}"
+        return f"{size}{shape} {self.dtype}{full} {self.direction}"
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -72,8 +70,7 @@ class Row:
 @dataclass(frozen=True)
 class StepRow:
     """One kernel's share of a training step: `launches` of it, the bytes of its arguments each once, its FLOPs, and
-    the floor of their sum at an H200's ceilings. Counted from recorded launches, not timed. form: where one was
-    forced (bench.cases.forced)."""
+    the floor of their sum at an H200's ceilings. Counted from recorded launches, not timed."""
 
     suite: str
     preset: str
@@ -85,7 +82,6 @@ class StepRow:
     bytes: float
     flops: float
     floor_ms: float
-    form: str = ""
 
 
 @dataclass(frozen=True)
@@ -95,8 +91,7 @@ class CompileRow:
     spill_loads and spill_stores count instructions (LDL, STL; on AMD spilled registers), stack and shared are bytes,
     occupancy is resident warps over the machine's limit, waits are the wgmma wait depths in program order: a 0 waits
     for every product in flight, so nothing overlaps there. exp2_under: how many of the exp2 exponentials are issued
-    with a product in flight. variant: the constants that tell one binary of a function from another. predicted_ms:
-    bench/predict.py's guess for an H200."""
+    with a product in flight. variant: the constants that tell one binary of a function from another."""
 
     suite: str
     kernel: str
@@ -120,7 +115,6 @@ class CompileRow:
     exp2_under: int = 0
     instructions: int = 0
     dots: int = 0
-    predicted_ms: float | None = None
     ok: bool = False
     note: str = ""
 

@@ -208,7 +208,7 @@ def main(argv: list[str] | None = None) -> int:
         flags = ["--device", device, "--peers", args.peers, "--budget", str(left), "--preset", *args.preset]
         finish(log, "sampling", start(log, "sampling", *flags))
     if suite in ("quick", "full"):
-        flags = ["--preset", "s"] if suite == "quick" else ["--form", "plain", "folded"]
+        flags = ["--preset", "s"] if suite == "quick" else []
         finish(log, "step", start(log, "step", *flags))
     found, failed = log.rows(), failures(log)
     extra = ""

@@ -6,7 +6,6 @@ dispatch mode. Bytes are compulsory: each tensor of a launch once, however often
 
 import argparse
 import contextlib
-import itertools
 import math
 import sys
 from collections import defaultdict
@@ -20,7 +19,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from bench import cost
-from bench.cases import forced
 from bench.compile import capture
 from bench.rows import StepRow, to_json
 from igpt import ImageGPT
@@ -64,12 +62,11 @@ def without_autocast():
         yield
 
 
-def account(preset: str, B: int, N: int, arch: str = "sm_90", form: str = "") -> list[StepRow]:
-    """Rows of one training step (loss and backward, bf16) of B pictures, most bytes first. form: as bench.cases.forced
-    takes it."""
+def account(preset: str, B: int, N: int, arch: str = "sm_90") -> list[StepRow]:
+    """Rows of one training step (loss and backward, bf16) of B pictures, most bytes first."""
     model = ImageGPT.from_preset(preset, impl="triton", device="meta", dtype=torch.bfloat16, n_ctx=N)
     tokens = torch.empty(B, N, dtype=torch.int64, device="meta")
-    with without_autocast(), forced(form), Vendor() as vendor, capture(arch) as launches:
+    with without_autocast(), Vendor() as vendor, capture(arch) as launches:
         model.loss(tokens).backward()
     total = defaultdict(lambda: [0, 0.0, 0.0])
     ours = [(name := f"{x.file}.{x.name}", *astuple(cost.launch(name, x.values))[::-1]) for x in launches]
@@ -78,7 +75,7 @@ def account(preset: str, B: int, N: int, arch: str = "sm_90", form: str = "") ->
             sums = total[name, is_vendor]
             sums[0], sums[1], sums[2] = sums[0] + 1, sums[1] + n_bytes, sums[2] + flops
     rows = [
-        StepRow("step", preset, B, N, name, vendor, n, b, f, cost.H200.floor_ms(cost.Cost(f, b), "bf16"), form)
+        StepRow("step", preset, B, N, name, vendor, n, b, f, cost.H200.floor_ms(cost.Cost(f, b), "bf16"))
         for (name, vendor), (n, b, f) in total.items()
     ]
     return sorted(rows, key=lambda r: -r.floor_ms)
@@ -86,7 +83,7 @@ def account(preset: str, B: int, N: int, arch: str = "sm_90", form: str = "") ->
 
 def title(rows: list[StepRow]) -> str:
     r = rows[0]
-    return f"iGPT-{r.preset.upper()}, {r.B} x {r.N} tokens, bf16, loss and backward{r.form and f', {r.form} norms'}"
+    return f"iGPT-{r.preset.upper()}, {r.B} x {r.N} tokens, bf16, loss and backward"
 
 
 def table(rows: list[StepRow]) -> str:
@@ -105,12 +102,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seq", type=int, default=1024)
     parser.add_argument("--arch", default="sm_90")
-    forms = ("plain", "folded", "specialised")
-    parser.add_argument("--form", nargs="+", choices=forms, default=[""], help="default: the tables'")
     parser.add_argument("--out", type=Path, help="append rows as JSON lines to this file")
     args = parser.parse_args(argv)
-    for preset, form in itertools.product(args.preset, args.form):
-        rows = account(preset, args.batch, args.seq, args.arch, form)
+    for preset in args.preset:
+        rows = account(preset, args.batch, args.seq, args.arch)
         if args.out:
             with args.out.open("a") as out:
                 out.writelines(to_json(row) + "\n" for row in rows)

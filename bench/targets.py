@@ -1,33 +1,28 @@
 """The numbers this project wants to reach on an H200, in bf16, and which of them a run's rows reach.
 
 `python -m bench.targets bench/results/h200/rows.jsonl`. Each has its cases, and counts as reached where the worst of
-them does. "on" is the value with the best of our own forms that the tables have off (peers.OFF, models.FORMS): what
-turning its row on would give.
+them does.
 """
 
 import argparse
-import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from bench import rows
-from bench.models import FORMS
-from bench.peers import OFF
 from bench.rows import Row
 
-OWN = {*OFF, *FORMS, "ours again", "torch path"}  # no rivals
+OWN = {"ours again", "torch path"}  # no rivals
 HEADS = {64: 1.1, 96: 1.2, 128: 1.1}
 
 
 @dataclass(frozen=True)
 class Value:
-    """What one case reached, and what it would with our best form on."""
+    """What one case reached."""
 
     case: str
     value: float
-    on: float
 
 
 @dataclass(frozen=True)
@@ -54,11 +49,6 @@ def size(r: Row) -> str:
     return f"{r.preset.upper()} {r.N}".strip()
 
 
-def gained(r: Row) -> float:
-    """How many times quicker the best of our forms is than the tables' choice, at least 1."""
-    return 1 / min([1.0, *(ratio for name, ratio in r.ratios.items() if name in OWN - {"ours again", "torch path"})])
-
-
 def ratio(peer: str | None, **wanted) -> Callable[[list[Row]], Iterator[Value]]:
     """Our speed over one peer's, or over the best one's."""
 
@@ -66,7 +56,7 @@ def ratio(peer: str | None, **wanted) -> Callable[[list[Row]], Iterator[Value]]:
         for r in ours(found, **wanted):
             rivals = [x for name, x in r.ratios.items() if name == peer or (peer is None and name not in OWN)]
             if rivals:
-                yield Value(size(r), min(rivals), min(rivals) * gained(r))
+                yield Value(size(r), min(rivals))
 
     return values
 
@@ -76,20 +66,20 @@ def of_floor(found: list[Row]) -> Iterator[Value]:
     balances 184, so that its bytes alone would ask for what no product allows."""
     for r in ours(found, op="head_loss", direction="fwd+bwd"):
         if r.pct_floor:
-            yield Value(size(r), r.pct_floor, r.pct_floor)
+            yield Value(size(r), r.pct_floor)
 
 
 def pixels(found: list[Row]) -> Iterator[Value]:
     for r in ours(found, op="palette_encode"):
         rate = r.B * r.N / r.median_ms / 1e6
-        yield Value("", rate, rate)
+        yield Value("", rate)
 
 
 def utilisation(preset: str) -> Callable[[list[Row]], Iterator[Value]]:
     def values(found: list[Row]) -> Iterator[Value]:
         for r in ours(found, op="model", direction="step", preset=preset, N=1024):
             if r.mfu:
-                yield Value(size(r), 100 * r.mfu, 100 * r.mfu * gained(r))
+                yield Value(size(r), 100 * r.mfu)
 
     return values
 
@@ -102,15 +92,14 @@ def over_1024(field: str) -> Callable[[list[Row]], Iterator[Value]]:
         for r in ours(found, op="model", direction="step", N=4096):
             base = short.get(r.preset)
             if base and base.B * base.N == r.B * r.N and getattr(base, field) and getattr(r, field):
-                quotient = getattr(r, field) / getattr(base, field)
-                yield Value(size(r), quotient, quotient)
+                yield Value(size(r), getattr(r, field) / getattr(base, field))
 
     return values
 
 
 def seconds(found: list[Row]) -> Iterator[Value]:
     for r in ours(found, op="first step"):
-        yield Value(size(r), r.median_ms / 1e3, r.median_ms / 1e3)
+        yield Value(size(r), r.median_ms / 1e3)
 
 
 def targets() -> list[Target]:
@@ -147,7 +136,7 @@ def merged(found: Iterable) -> list[Row]:
     """Our rows on a GPU in bf16, one a case."""
     kept: dict[tuple, Row] = {}
     for r in found:
-        of_ours = isinstance(r, Row) and r.impl == "ours" and r.device == "cuda" and not r.form
+        of_ours = isinstance(r, Row) and r.impl == "ours" and r.device == "cuda"
         if of_ours and (r.dtype == "bf16" or r.op.startswith("palette")):
             key = r.op, r.preset, r.N, r.D, r.causal, r.direction
             kept[key] = rows.joined(kept.get(key), r)
@@ -155,28 +144,24 @@ def merged(found: Iterable) -> list[Row]:
 
 
 def verdicts(found: Iterable) -> list[list[str]]:
-    """For each number: what it is, what is asked, what the worst case reached and would with a row on, each case, and
-    the verdict."""
+    """For each number: what it is, what is asked, what the worst case reached, each case, and the verdict."""
     mine, lines = merged(found), []
     for t in targets():
         values = list(t.values(mine))
         asked = f"{'at most' if t.at_most else 'at least'} {t.asked:g} {t.unit}"
         if not values:
-            lines.append([t.name, asked, "-", "", "", "not measured"])
+            lines.append([t.name, asked, "-", "", "not measured"])
             continue
-        worst, best_on = ((max if t.at_most else min)(getattr(v, x) for v in values) for x in ("value", "on"))
+        worst = (max if t.at_most else min)(v.value for v in values)
         each = ", ".join(f"{v.case} {v.value:.3g}".strip() for v in values)
         said = "reached" if t.reached(worst) else "missed"
-        if said == "missed" and t.reached(best_on):
-            said = "missed: reached with a row on"
         if len(values) < t.cases:
             said += f" ({len(values)} of {t.cases} cases)"
-        on = "" if math.isclose(worst, best_on) else f"{best_on:.3g}"
-        lines.append([t.name, asked, f"{worst:.3g}", on, each, said])
+        lines.append([t.name, asked, f"{worst:.3g}", each, said])
     return lines
 
 
-HEAD = ["number", "asked", "worst case", "on", "cases", "verdict"]
+HEAD = ["number", "asked", "worst case", "cases", "verdict"]
 
 
 def main(argv: list[str] | None = None) -> int:

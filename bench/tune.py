@@ -33,41 +33,29 @@ from igpt.kernels.tiles import Tile
 
 WARPS, STAGES = (4, 8), (2, 3, 4)
 PRESETS = ("s", "m", "l")
-# Tables of sm_90 whose rows may be off: the kernel, its operation and direction, the values tried.
-SWITCHED_OFF = {
-    "ATTENTION_HOPPER": ("attention_hopper_kernel", "attention_hopper", "fwd", {"num_stages": STAGES}),
-    "ATTENTION_HOPPER_BACKWARD": (
-        "attention_hopper_backward_kernel", "attention_hopper", "bwd", {"num_stages": STAGES},
-    ),
-    "ATTENTION_ONE_PASS": (
-        "attention_dkdv_kernel", "attention_one_pass", "bwd",
-        {"BLOCK_M": (32, 64), "BLOCK_N": (64, 128), "num_warps": WARPS, "num_stages": STAGES},
-    ),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Search:
     """One row of one table: where it stands, the kernel whose launches it shapes, the case that is timed, and the
-    values tried. `rival`: what a row that may be off must beat to be on; such a table is of sm_90 alone."""
+    values tried. A key of one number is that of a table of sm_90 alone."""
 
     table: str
-    key: tuple
+    key: tuple | int
     kernel: str
     case: Case
     values: dict
-    rival: Case | None = None
 
     @property
     def name(self) -> str:
         return f"{self.table} {self.key}"
 
     def row_key(self, arch: str):
-        return self.key[0] if self.rival else (arch, *self.key)
+        return (arch, *self.key) if isinstance(self.key, tuple) else self.key
 
     def current(self, arch: str) -> Tile:
         table, key = getattr(tiles, self.table), self.row_key(arch)
-        return table[key] if self.rival else table.get(key, table["portable", *self.key])
+        return table[key] if key in table else table["portable", *self.key]
 
     def candidates(self, arch: str) -> list[Tile]:
         """The table's own row first."""
@@ -76,25 +64,28 @@ class Search:
 
     @contextlib.contextmanager
     def using(self, tile: Tile, arch: str):
-        with mock.patch.dict(getattr(tiles, self.table), {self.row_key(arch): tile}), self.case.forced():
+        with mock.patch.dict(getattr(tiles, self.table), {self.row_key(arch): tile}):
             yield
 
 
 def searches(arch: str) -> Iterator[Search]:
-    """The most valuable first: the presets' attention at 1024, then the products, the head, the norms; what may be off
-    last, for a kernel that dies on a GPU takes the process's context with it."""
+    """The most valuable first: the presets' attention at 1024, then the head, the embedding, the norms."""
+    blocks = {"BLOCK_M": (64, 128), "BLOCK_N": (64, 128), "num_warps": WARPS, "num_stages": STAGES}
     for preset in PRESETS:
         H, D = cases.shapes(preset)
         case = Case("attention", 32, 1024, H, D, "bf16", preset=preset)
-        blocks = {"BLOCK_M": (64, 128), "BLOCK_N": (64, 128), "num_warps": WARPS, "num_stages": STAGES}
+        backward = dataclasses.replace(case, direction="bwd")
+        if arch == "sm_90":
+            stages = {"num_stages": (2, 3, 4, 5)}
+            yield Search("ATTENTION_HOPPER", D, "attention_hopper_kernel", case, stages)
+            yield Search("ATTENTION_HOPPER_BACKWARD", D, "attention_hopper_backward_kernel", backward, stages)
+            continue
         yield Search("ATTENTION_FORWARD", (D,), "attention_forward_kernel", case, blocks)
-        case = dataclasses.replace(case, direction="bwd")
+        case = backward
         yield Search("ATTENTION_DKDV", (D,), "attention_dkdv_kernel", case, blocks | {"BLOCK_M": (32, 64, 128)})
         yield Search("ATTENTION_DQ", (D,), "attention_dq_kernel", case, blocks)
     H, D = cases.shapes("m")
-    case = Case("norm_mlp", 32, 1024, H, D, "bf16", direction="fwd", preset="m", form="folded")
     blocks |= {"BLOCK_N": (128, 256), "BLOCK_K": (32, 64), "num_stages": (3, 4)}
-    yield Search("PRODUCT", (2,), "product_kernel", case, blocks)
     case = Case("head_loss", 32, 1024, H, D, "bf16", direction="fwd", preset="m")
     yield Search("HEAD_LOSS", (2,), "head_loss_kernel", case, blocks)
     case = Case("embed", 32, 1024, H, D, "bf16", direction="bwd", preset="m")
@@ -105,12 +96,6 @@ def searches(arch: str) -> Iterator[Search]:
         for preset, width in (("s", 512), ("m", 1024), ("l", 2048)):
             case = Case("norm", 32, 1024, *cases.shapes(preset), "bf16", direction=direction, preset=preset)
             yield Search(table, (width,), kernel, case, {"BLOCK_M": (1, 2, 4, 8, 16), "num_warps": (2, 4, 8, 16)})
-    for table, (kernel, op, direction, values) in SWITCHED_OFF.items() if arch == "sm_90" else ():
-        for preset in PRESETS:
-            H, D = cases.shapes(preset)
-            rival = Case("attention", 32, 1024, H, D, "bf16", direction=direction, preset=preset)
-            if D in getattr(tiles, table):
-                yield Search(table, (D,), kernel, dataclasses.replace(rival, op=op), values, rival)
 
 
 def this_arch() -> str:
@@ -173,14 +158,12 @@ def agree(a, b) -> bool:
 
 def timed(
     search: Search, arch: str, device: str, places: set[int], timer, seconds: float
-) -> tuple[list[tuple[float, Tile]], float | None]:
-    """(ms, tile) of every candidate that runs and agrees with the table's row, quickest first; and the rival's ms."""
+) -> list[tuple[float, Tile]]:
+    """(ms, tile) of every candidate that runs and agrees with the table's row, quickest first."""
     inputs = search.case.inputs(device)
     candidates = search.candidates(arch)
     wanted = answers(search, inputs, candidates[0], arch)
-    variants, rival = {}, {}
-    if search.rival:
-        rival = {None: call(search.rival.ours("triton"), inputs, search.rival.diff, search.rival.direction)}
+    variants = {}
     for place, tile in enumerate(candidates):
         if place and place not in places:
             continue
@@ -200,58 +183,24 @@ def timed(
             print(f"  {tile}: {type(fault).__name__}", file=sys.stderr)
     first = interleaved(variants, timer, seconds / 2, least=3, most=10)
     best = sorted(first, key=lambda t: first[t].median)[:4]
-    finalists = {t: variants[t] for t in {*best, candidates[0]}} | rival
-    last = interleaved(finalists, timer, seconds / 2, least=5, most=50)
-    against = last.pop(None).median if rival else None
-    return sorted(((s.median, t) for t, s in last.items()), key=lambda x: x[0]), against
+    last = interleaved({t: variants[t] for t in {*best, candidates[0]}}, timer, seconds / 2, least=5, most=50)
+    return sorted(((s.median, t) for t, s in last.items()), key=lambda x: x[0])
 
 
-def paste(search: Search, arch: str, ranked: list[tuple[float, Tile]], rival_ms: float | None, device: str) -> str:
-    """The row for kernels/tiles.py: the best where it beats the table's own by 2% or more, else the table's own. One
-    that has a rival is on, which is to say has its evidence, where it beats that by as much."""
+def paste(search: Search, arch: str, ranked: list[tuple[float, Tile]], device: str) -> str:
+    """The row for kernels/tiles.py: the best where it beats the table's own by 2% or more, else the table's own."""
     now = search.current(arch)
     mine = next(ms for ms, tile in ranked if tile == now)
     best_ms, best = ranked[0]
     if best_ms > 0.98 * mine:
         best_ms, best = mine, now
     gpu, note = stamp(device)["gpu"].removeprefix("NVIDIA "), f"{best_ms:.4f} ms, the table's {mine:.4f}"
-    evidence = f"{gpu} {datetime.date.today().isoformat()}"
-    if rival_ms:
-        note += f", its rival's {rival_ms:.4f}"
-        evidence = evidence if best_ms < 0.98 * rival_ms else "compiled only"
-    best = dataclasses.replace(best, evidence=evidence)
+    best = dataclasses.replace(best, evidence=f"{gpu} {datetime.date.today().isoformat()}")
     defaults = {f.name: f.default for f in dataclasses.fields(Tile)}
     options = {k: v for k, v in dataclasses.asdict(best).items() if v != defaults[k] and not k.startswith("BLOCK")}
     shown = [f"{k}={v!r}" for k, v in options.items()]
     sizes = [str(v) for v in (best.BLOCK_M, best.BLOCK_N, best.BLOCK_K) if v]
     return f"    {search.row_key(arch)!r}: Tile({', '.join([*sizes, *shown])}),  # {note}"
-
-
-def forms(arch: str, device: str, timer, seconds: float, small: bool) -> Iterator[str]:
-    """Rows of tiles.FORMS: for each operation and width, "folded" where forward and backward beat "plain" by 2%. With
-    the MLP's, whether its rows of tiles.PRODUCT_HOPPER are to be on, which is where they win."""
-    sizes = [(None, (1, 16, 1, 16, "fp32"))] if small else [(p, (32, 1024, *cases.shapes(p), "bf16")) for p in PRESETS]
-    for op, (preset, size) in itertools.product(cases.FOLDED_OPS, sizes):
-        case = Case(op, *size, direction="fwd+bwd", preset=preset or "")
-        inputs, variants = case.inputs(device), {}
-        specialised = op == "norm_mlp" and arch == "sm_90"
-        for form in ("plain", "folded", *(["specialised"] if specialised else [])):
-            forced = dataclasses.replace(case, form=form)
-            fn = call(forced.ours("triton"), inputs, forced.diff, forced.direction)
-
-            def variant(fn=fn, forced=forced):
-                with forced.forced():
-                    return fn()
-
-            variants[form] = variant
-        times = interleaved(variants, timer, seconds / len(sizes) / len(cases.FOLDED_OPS), least=3)
-        plain, folded = times["plain"].median, times["folded"].median
-        best, note = folded, f"folded {folded:.4f} ms, plain {plain:.4f}"
-        if specialised:
-            best = min(folded, times["specialised"].median)
-            note += f", PRODUCT_HOPPER at K {case.d} {'on' if best < 0.98 * folded else 'off'}: {best:.4f}"
-        chosen = "folded" if best < 0.98 * plain else "plain"
-        yield f'FORMS  ("{arch}", "{op}", {case.d}): "{chosen}",  # {note}'
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -260,7 +209,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="only tables whose name and key contain this")
     parser.add_argument("--arch", choices=tiles.ARCHS, help="with --compile-only; otherwise the GPU's")
     parser.add_argument("--compile-only", action="store_true", help="no GPU: what compiles clean, as JSON")
-    parser.add_argument("--without-forms", action="store_true", help="tiles only: FORMS were measured already")
     parser.add_argument("--rehearse", action="store_true", help="one small search on a CPU, in the interpreter")
     parser.add_argument("--out", type=Path, help="append the rows to paste (or the JSON lines) to this file")
     args = parser.parse_args(argv)
@@ -283,9 +231,6 @@ def main(argv: list[str] | None = None) -> int:
             with args.out.open("a") as file:
                 print(line, file=file)
 
-    if args.only in "FORMS" and not args.without_forms:
-        for line in forms(arch, device, timer, 0.0 if args.rehearse else args.seconds / 10, args.rehearse):
-            say(line)
     for done, search in enumerate(chosen):
         left = args.seconds - (time.monotonic() - start)
         if left < 5:
@@ -294,7 +239,7 @@ def main(argv: list[str] | None = None) -> int:
         share = 0.1 if args.rehearse else min(10.0, left / 2)
         try:
             found = timed(search, arch, device, places.get(search.name, set()), timer, share)
-            say(f"{search.table}  {paste(search, arch, *found, device).strip()}")
+            say(f"{search.table}  {paste(search, arch, found, device).strip()}")
         except FAULTS as fault:
             say(f"{search.name}: raised {type(fault).__name__}: {str(fault)[:200]}")
     return 0

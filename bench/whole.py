@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 
 from bench import models, peers
-from bench.cases import FOLDED_OPS
 from bench.machine import ceilings, stamp
 from bench.measure import Run, filled, warmed
 from bench.models import ModelCase
@@ -53,12 +52,7 @@ def whole(
                 if run.device == "cuda":
                     torch.cuda.reset_peak_memory_stats()
                     held = torch.cuda.memory_allocated()
-                form = models.FORMS.get(name)
-                if red := run.red & {(f"{op} {form}", case.dtype) for op in FOLDED_OPS}:
-                    why = f"the correctness of {', '.join(op for op, _ in sorted(red))} is red"
-                    variants[key], fitted[key] = Absent(why), case
-                else:
-                    variants[key], fitted[key] = fitting(name, case, run.device)
+                variants[key], fitted[key] = fitting(name, case, run.device)
                 if run.device == "cuda":
                     peak[key] = (torch.cuda.max_memory_allocated() - held) / 1e9
         yield from _rows(variants, fitted, peak, run)

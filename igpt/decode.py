@@ -116,7 +116,7 @@ class Decoder:
             cache[:, :, :, :N] = self.stored(qkv[:, :, 1:]).permute(2, 0, 3, 1, 4)
             n = ops.attention(qkv, causal=True, scale=a.scale, impl=model.impl)
             h = ops.linear_residual(n.reshape(B, N, -1), a.proj, h, a.b_proj, impl=model.impl)
-            h, _ = block.mlp(h, None, model.impl)
+            h = block.mlp(h, model.impl)
 
     @torch.inference_mode()
     def step(self, position: int, previous_B):

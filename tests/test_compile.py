@@ -117,7 +117,7 @@ again = config.n_layer * cost.attention(2, 256, config.heads, config.head_dim, 2
 have = sum(r.flops for r in rows)
 assert abs(have - want - again) < 1e-6 * want, (have, want, again)
 names = {r.kernel for r in rows}
-assert any("attention_dkdv" in n for n in names) and any("norm_forward" in n for n in names), names
+assert any("attention_hopper_backward" in n for n in names) and any("norm_forward" in n for n in names), names
 # Autograd once filled a gradient with zeros for each output that backward never reads: 8% of a step's bytes.
 assert not {r.kernel for r in rows} & {"zeros", "copy_"}, rows
 """)
