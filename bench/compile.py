@@ -25,7 +25,6 @@ from pathlib import Path
 
 import torch
 import triton
-from torch._library.custom_ops import OPDEFS
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
@@ -34,7 +33,8 @@ if __package__ is None or __package__ == "":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench.machine import FAULTS
 from bench.rows import CompileRow, to_json
-from igpt.kernels import tiles
+from igpt.kernels.device import SHARED_BYTES, target
+from igpt.kernels.launching import recording
 
 # Portable tiles must fit the smallest shared memory we know of: an Ada or consumer Ampere card's 99 KB.
 TARGETS = {
@@ -49,7 +49,7 @@ TARGETS = {
 @dataclass(frozen=True)
 class Machine:
     """Limits of one multiprocessor (CUDA C programming guide; CDNA3 guide): bytes of shared memory, resident warps
-    and blocks, registers, registers given out at a time to a warp. tiles.SHARED_BYTES: what one block may ask for."""
+    and blocks, registers, registers given out at a time to a warp. SHARED_BYTES: what one block may ask for."""
 
     shared: int
     warps: int
@@ -127,30 +127,16 @@ def capture(arch: str) -> Iterator[list[Launch]]:
     launches: list[Launch] = []
     backend = make_backend(TARGETS[arch])
 
-    def record(self, *args, grid, warmup, **kwargs):
-        kwargs |= {"debug": False, "instrumentation_mode": ""}
-        bound, specialization, options = create_function_from_signature(self.signature, self.params, backend)(
-            *args, **kwargs
-        )
-        options, signature, constexprs, attrs = self._pack_args(backend, kwargs, bound, specialization, options)
-        grid = tuple(grid(bound) if callable(grid) else grid)
+    def record(kernel: JITFunction, grid: tuple, arguments: dict) -> None:
+        arguments = arguments | {"debug": False, "instrumentation_mode": ""}
+        bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+        bound, specialization, options = bind(**arguments)
+        options, signature, constexprs, attrs = kernel._pack_args(backend, arguments, bound, specialization, options)
         values = {name: alias(value) for name, value in bound.items()}
-        launches.append(Launch(self, arch, signature, constexprs, attrs, options.__dict__, grid, values))
+        launches.append(Launch(kernel, arch, signature, constexprs, attrs, options.__dict__, grid, values))
 
-    # On meta tensors a custom op runs its fake; here it must run its body, for the launches. Operations that are
-    # imported later would still run their fakes.
-    ours = [op for op in OPDEFS.values() if op._namespace == "igpt"]
-    fakes = [op._abstract_fn for op in ours]
-    run, JITFunction.run = JITFunction.run, record
-    try:
-        for op in ours:
-            op._abstract_fn = op._init_fn
-        with tiles.target(arch):
-            yield launches
-    finally:
-        JITFunction.run = run
-        for op, fake in zip(ours, fakes):
-            op._abstract_fn = fake
+    with target(arch), recording(record):
+        yield launches
 
 
 def occupancy(machine: Machine, regs: int, shared: int, warps: int, lanes: int = 32) -> float:
@@ -263,7 +249,7 @@ def problems(row: CompileRow, needs_wgmma: bool = True) -> list[str]:
         found.append("a product without wgmma")
     if row.stack or row.spill_loads or row.spill_stores:
         found.append(f"spills: {row.stack} bytes of stack, {row.spill_loads} loads, {row.spill_stores} stores")
-    if row.shared > (there := tiles.SHARED_BYTES[row.arch]):
+    if row.shared > (there := SHARED_BYTES[row.arch]):
         found.append(f"{row.shared} bytes of shared memory, {there} exist")
     return found
 

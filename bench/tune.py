@@ -29,6 +29,7 @@ from bench.machine import FAULTS, ROOT, stamp
 from bench.measure import call
 from bench.timing import CpuTimer, CudaTimer, interleaved
 from igpt.kernels import tiles
+from igpt.kernels.device import ARCHS, arch
 from igpt.kernels.tiles import Tile
 
 WARPS, STAGES = (4, 8), (2, 3, 4)
@@ -99,7 +100,7 @@ def searches(arch: str) -> Iterator[Search]:
 
 
 def this_arch() -> str:
-    return tiles.arch(torch.device("cuda"))
+    return arch(torch.device("cuda"))
 
 
 def compile_jobs(search: Search, arch: str) -> list:
@@ -207,7 +208,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.tune", description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=300.0)
     parser.add_argument("--only", default="", help="only tables whose name and key contain this")
-    parser.add_argument("--arch", choices=tiles.ARCHS, help="with --compile-only; otherwise the GPU's")
+    parser.add_argument("--arch", choices=ARCHS, help="with --compile-only; otherwise the GPU's")
     parser.add_argument("--compile-only", action="store_true", help="no GPU: what compiles clean, as JSON")
     parser.add_argument("--rehearse", action="store_true", help="one small search on a CPU, in the interpreter")
     parser.add_argument("--out", type=Path, help="append the rows to paste (or the JSON lines) to this file")

@@ -110,13 +110,14 @@ class Decoder:
         c, model, (B, N) = self.config, self.model, tokens_BN.shape
         form = {"eps": c.norm_eps, "centred": c.centred, "impl": model.impl}
         h = ops.embed(tokens_BN, model.wte, model.wpe, model.sos, dtype=self.dtype, impl=model.impl)
+        add = None
         for block, cache in zip(model.blocks, self.cache):
             a = block.attn
-            qkv = ops.norm_linear(h, a.norm, a.qkv, a.b_qkv, **form).view(B, N, 3, c.heads, c.head_dim)
+            qkv, h = ops.norm_linear(h, a.norm, a.qkv, a.b_qkv, add=add, through=True, **form)
+            qkv = qkv.view(B, N, 3, c.heads, c.head_dim)
             cache[:, :, :, :N] = self.stored(qkv[:, :, 1:]).permute(2, 0, 3, 1, 4)
             n = ops.attention(qkv, causal=True, scale=a.scale, impl=model.impl)
-            h = ops.linear_residual(n.reshape(B, N, -1), a.proj, h, a.b_proj, impl=model.impl)
-            h = block.mlp(h, model.impl)
+            add, h = block.mlp(h, ops.linear(n.reshape(B, N, -1), a.proj, a.b_proj), model.impl)
 
     @torch.inference_mode()
     def step(self, position: int, previous_B):

@@ -50,12 +50,14 @@ class ImageGPTBlock(hf.ImageGPTBlock):
             )  # fmt: skip
             h = h + out
             return h + m(self.ln_2(h)), weights
-        qkv = ops.norm_linear(h, self.ln_1.weight, a.c_attn.weight.t(), a.c_attn.bias, eps=self.ln_1.eps)
-        out, weights = attend(a, qkv, layer_past, attention_mask, output_attentions)
-        h = ops.linear_residual(out, a.c_proj.weight.t(), h, a.c_proj.bias)
-        h = ops.norm_mlp(
-            h, self.ln_2.weight, m.c_fc.weight.t(), m.c_proj.weight.t(), m.c_fc.bias, m.c_proj.bias, eps=self.ln_2.eps
+        qkv, h = ops.norm_linear(
+            h, self.ln_1.weight, a.c_attn.weight.t(), a.c_attn.bias, through=True, eps=self.ln_1.eps
         )
+        out, weights = attend(a, qkv, layer_past, attention_mask, output_attentions)
+        h = ops.norm_mlp(
+            h, self.ln_2.weight, m.c_fc.weight.t(), m.c_proj.weight.t(), m.c_fc.bias, m.c_proj.bias,
+            add=ops.linear(out, a.c_proj.weight.t(), a.c_proj.bias), eps=self.ln_2.eps,
+        )  # fmt: skip
         return h, weights
 
 

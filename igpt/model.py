@@ -19,8 +19,12 @@ MASK_PROBABILITY = 0.15
 RECOMPUTE = ("none", "mlp", "block")
 
 
+def total(h, add):
+    return h if add is None else h + add
+
+
 class Attention(nn.Module):
-    """h + attn(norm(h)): dense multi-head attention, causal for AR and full for BERT, no dropout."""
+    """attn(norm(h)): dense multi-head attention, causal for AR and full for BERT, no dropout."""
 
     def __init__(self, config: Config, layer: int):
         super().__init__()
@@ -32,19 +36,19 @@ class Attention(nn.Module):
         self.b_qkv = nn.Parameter(torch.empty(3 * d)) if config.bias else None
         self.b_proj = nn.Parameter(torch.empty(d)) if config.bias else None
 
-    def forward(self, h_BNd, impl: str):
+    def forward(self, h_BNd, add_BNd, impl: str):
         c, (B, N, d) = self.config, h_BNd.shape
         qkv, h_BNd = ops.norm_linear(
             h_BNd, self.norm, self.qkv, self.b_qkv,
-            eps=c.norm_eps, centred=c.centred, through=True, impl=impl,
+            add=add_BNd, through=True, eps=c.norm_eps, centred=c.centred, impl=impl,
         )  # fmt: skip
         qkv = qkv.view(B, N, 3, c.heads, c.head_dim)
         a = ops.attention(qkv, causal=c.causal, scale=self.scale, impl=impl)
-        return ops.linear_residual(a.reshape(B, N, d), self.proj, h_BNd, self.b_proj, impl=impl)
+        return ops.linear(a.reshape(B, N, d), self.proj, self.b_proj), h_BNd
 
 
 class MLP(nn.Module):
-    """h + proj(quick_gelu(fc(norm(h)))), d -> 4d -> d."""
+    """proj(quick_gelu(fc(norm(h)))), d -> 4d -> d."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -55,22 +59,26 @@ class MLP(nn.Module):
         self.b_fc = nn.Parameter(torch.empty(inner)) if config.bias else None
         self.b_proj = nn.Parameter(torch.empty(d)) if config.bias else None
 
-    def forward(self, h_BNd, impl: str, recompute: bool = False):
+    def forward(self, h_BNd, add_BNd, impl: str, recompute: bool = False):
         c = self.config
         return ops.norm_mlp(
-            h_BNd, self.norm, self.fc, self.proj, self.b_fc, self.b_proj,
+            h_BNd, self.norm, self.fc, self.proj, self.b_fc, self.b_proj, add=add_BNd, through=True,
             eps=c.norm_eps, centred=c.centred, recompute=recompute, impl=impl,
         )  # fmt: skip
 
 
 class Block(nn.Module):
+    """Both branches on the residual stream h + add: what one adds, the next one's norm sums up (igpt/ops.py)."""
+
     def __init__(self, config: Config, layer: int):
         super().__init__()
         self.attn = Attention(config, layer)
         self.mlp = MLP(config)
 
-    def forward(self, h_BNd, impl: str, recompute: bool = False):
-        return self.mlp(self.attn(h_BNd, impl), impl, recompute)
+    def forward(self, h_BNd, add_BNd, impl: str, recompute: bool = False):
+        add_BNd, h_BNd = self.attn(h_BNd, add_BNd, impl)
+        add_BNd, h_BNd = self.mlp(h_BNd, add_BNd, impl, recompute)
+        return h_BNd, add_BNd
 
 
 class ImageGPT(nn.Module):
@@ -170,14 +178,16 @@ class ImageGPT(nn.Module):
         # Every op casts its parameters to the stream's dtype; autocast's own casts would only do it twice.
         with torch.autocast(device, enabled=False):
             h = ops.embed(tokens_BN, self.wte, self.wpe, self.sos, masked_BN, dtype=dtype, impl=self.impl)
+            add = None
             for block in self.blocks:
                 if each is not None:
+                    h, add = total(h, add), None
                     each(h, block.attn.norm)
                 if self.recompute == "block" and torch.is_grad_enabled():
-                    h = checkpoint(block, h, self.impl, use_reentrant=False)
+                    h, add = checkpoint(block, h, add, self.impl, use_reentrant=False)
                 else:
-                    h = block(h, self.impl, self.recompute == "mlp")
-        return h
+                    h, add = block(h, add, self.impl, self.recompute == "mlp")
+            return total(h, add)
 
     def normed(self, h, weight):
         """norm(h) with this model's eps and form: a probe feature's, or the final norm's, before pooling."""
@@ -216,7 +226,7 @@ class ImageGPT(nn.Module):
         with torch.autocast(h_BNd.device.type, enabled=False):
             return ops.head_loss(
                 h_BNd, self.norm_f, self.head, targets_BN,
-                reduction="none", eps=c.norm_eps, centred=c.centred, impl=self.impl,
+                eps=c.norm_eps, centred=c.centred, impl=self.impl,
             )  # fmt: skip
 
     @staticmethod

@@ -20,8 +20,9 @@ import torch
 import triton
 import triton.language as tl
 
-from . import tiles
+from . import checks, tiles
 from .attention_backward import attention_backward
+from .device import arch, check_device
 from .heads import (
     HEAD_COUNTS,
     add_product,
@@ -37,7 +38,9 @@ from .heads import (
     zero_tile,
 )
 from .interpreter import INTERPRETED
-from .primitives import LOG2E, check_device
+from .launching import launch
+from .primitives import LOG2E
+from .registration import differentiable, operation
 
 MAX_HEAD_DIM = 128  # wider accumulators would not fit the registers
 
@@ -83,121 +86,120 @@ def attention_forward_kernel(
     tl.store(lse + i_bh.to(tl.int64) * N + o_m, b_max + tl.log2(b_sum), mask=o_m < N)
 
 
-def attention_forward(q, k, v, causal: bool, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """out (B, N, H, D) contiguous, lse fp32 (B, H, N) in base 2."""
+def attention_forward(q, k, v, causal: bool, scale: float, out, lse) -> None:
+    """Fill out (B, N, H, D) contiguous, lse fp32 (B, H, N) in base 2, from views with a contiguous last dimension."""
     B, N, H, D = q.shape
-    if tiles.arch(q.device) == "sm_90" and not INTERPRETED:
+    if not out.numel():
+        return
+    if arch(q.device) == "sm_90" and not INTERPRETED:
         from . import attention_hopper, hopper  # Gluon is imported only where it runs
 
         if hopper.fits(q, k, v):
-            return attention_hopper.attention_forward_hopper(q, k, v, causal, scale)
-    out = torch.empty((B, N, H, D), dtype=q.dtype, device=q.device)
-    lse = torch.empty((B, H, N), dtype=torch.float32, device=q.device)
-    if out.numel():
-        tile = tiles.attention_tile(tiles.ATTENTION_FORWARD, q, all(map(is_aligned, (q, k, v))))
-        tiles.require("attention_forward_kernel", tile, q, 2 * tile.BLOCK_N * D)
-        attention_forward_kernel[(triton.cdiv(N, tile.BLOCK_M) * B * H,)](
-            **view_args("q", q, tile.BLOCK_M, tile.tma),
-            **view_args("k", k, tile.BLOCK_N, tile.tma),
-            **view_args("v", v, tile.BLOCK_N, tile.tma),
-            out=out, out_strides=out.stride()[:3], lse=lse,
-            scale_log2=scale * LOG2E.value, N=N, H=H, HEADS=B * H, GROUP=heads_in_group(q),
-            D=D, IS_CAUSAL=causal, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
-        )  # fmt: skip
-    return out, lse
+            return attention_hopper.attention_forward_hopper(q, k, v, causal, scale, out, lse)
+    tile = tiles.attention_tile(tiles.ATTENTION_FORWARD, q, all(map(is_aligned, (q, k, v))))
+    tiles.require("attention_forward_kernel", tile, q, 2 * tile.BLOCK_N * D)
+    launch(
+        attention_forward_kernel, (triton.cdiv(N, tile.BLOCK_M) * B * H,),
+        **view_args("q", q, tile.BLOCK_M, tile.tma),
+        **view_args("k", k, tile.BLOCK_N, tile.tma),
+        **view_args("v", v, tile.BLOCK_N, tile.tma),
+        out=out, out_strides=out.stride()[:3], lse=lse,
+        scale_log2=scale * LOG2E.value, N=N, H=H, HEADS=B * H, GROUP=heads_in_group(q),
+        D=D, IS_CAUSAL=causal, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-@torch.library.custom_op("igpt::attention", mutates_args=())
-def attention_op(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    check_device("attention", q, k, v)
-    return attention_forward(_rows(q), _rows(k), _rows(v), causal, scale)
-
-
-@attention_op.register_fake
-def _(q, k, v, causal, scale):
-    B, N, H, D = q.shape
+def _forward_outputs(q, *_):
+    """Of q (B, N, H, D), or of a packed (B, N, 3, H, D)."""
+    B, N, *_, H, D = q.shape
     return q.new_empty((B, N, H, D)), q.new_empty((B, H, N), dtype=torch.float32)
 
 
-@torch.library.custom_op("igpt::attention_backward", mutates_args=())
-def attention_backward_op(
-    dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
-    causal: bool, scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    check_device("attention_backward", dout, q, k, v)
-    dq, dk, dv = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
+@operation(
+    "attention(Tensor q, Tensor k, Tensor v, bool causal, float scale) -> (Tensor, Tensor)", _forward_outputs
+)
+def attention_op(q, k, v, causal: bool, scale: float, out, lse) -> None:
+    attention_forward(_rows(q), _rows(k), _rows(v), causal, scale, out, lse)
+
+
+@operation("attention_packed(Tensor qkv, bool causal, float scale) -> (Tensor, Tensor)", _forward_outputs)
+def attention_packed_op(qkv, causal: bool, scale: float, out, lse) -> None:
+    attention_forward(*_rows(qkv).unbind(2), causal, scale, out, lse)
+
+
+@operation(
+    "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, bool causal, float scale) "
+    "-> (Tensor, Tensor, Tensor)",
+    lambda dout, q, *_: tuple(q.new_empty(q.shape) for _ in range(3)),
+)
+def attention_backward_op(dout, q, k, v, out, lse, causal: bool, scale: float, dq, dk, dv) -> None:
     attention_backward(_rows(dout), _rows(q), _rows(k), _rows(v), out, lse, dq, dk, dv, causal, scale)
-    return dq, dk, dv
 
 
-@attention_backward_op.register_fake
-def _(dout, q, k, v, out, lse, causal, scale):
-    return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
-
-
-@torch.library.custom_op("igpt::attention_packed", mutates_args=())
-def attention_packed_op(qkv: torch.Tensor, causal: bool, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    check_device("attention_packed", qkv)
-    return attention_forward(*_rows(qkv).unbind(2), causal, scale)
-
-
-@attention_packed_op.register_fake
-def _(qkv, causal, scale):
-    B, N, _, H, D = qkv.shape
-    return qkv.new_empty((B, N, H, D)), qkv.new_empty((B, H, N), dtype=torch.float32)
-
-
-@torch.library.custom_op("igpt::attention_packed_backward", mutates_args=())
-def attention_packed_backward_op(
-    dout: torch.Tensor, qkv: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, causal: bool, scale: float
-) -> torch.Tensor:
-    check_device("attention_packed_backward", dout, qkv)
-    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+@operation(
+    "attention_packed_backward(Tensor dout, Tensor qkv, Tensor out, Tensor lse, bool causal, float scale) -> Tensor",
+    lambda dout, qkv, *_: qkv.new_empty(qkv.shape),
+)
+def attention_packed_backward_op(dout, qkv, out, lse, causal: bool, scale: float, dqkv) -> None:
     attention_backward(_rows(dout), *_rows(qkv).unbind(2), out, lse, *dqkv.unbind(2), causal, scale)
-    return dqkv
 
 
-@attention_packed_backward_op.register_fake
-def _(dout, qkv, out, lse, causal, scale):
-    return qkv.new_empty(qkv.shape)
+@differentiable
+class Attention(torch.autograd.Function):
+    """q, k, v (B, N, H, D), causal, scale -> out, lse."""
+
+    @staticmethod
+    def forward(q, k, v, causal, scale):
+        return attention_op(q, k, v, causal, scale)
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs):
+        *qkv, ctx.causal, ctx.scale = inputs
+        ctx.save_for_backward(*qkv, *outputs)
+        ctx.mark_non_differentiable(outputs[1])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, dout, _):
+        return *attention_backward_op(dout, *ctx.saved_tensors, ctx.causal, ctx.scale), None, None
 
 
-def _setup(ctx, inputs, output):
-    *qkv, ctx.causal, ctx.scale = inputs
-    ctx.save_for_backward(*qkv, *output)
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
+@differentiable
+class AttentionPacked(torch.autograd.Function):
+    """qkv (B, N, 3, H, D), causal, scale -> out, lse."""
+
+    @staticmethod
+    def forward(qkv, causal, scale):
+        return attention_packed_op(qkv, causal, scale)
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs):
+        qkv, ctx.causal, ctx.scale = inputs
+        ctx.save_for_backward(qkv, *outputs)
+        ctx.mark_non_differentiable(outputs[1])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, dout, _):
+        return attention_packed_backward_op(dout, *ctx.saved_tensors, ctx.causal, ctx.scale), None, None
 
 
-def _backward(ctx, dout, _):
-    return *attention_backward_op(dout, *ctx.saved_tensors, ctx.causal, ctx.scale), None, None
-
-
-def _packed_backward(ctx, dout, _):
-    return attention_packed_backward_op(dout, *ctx.saved_tensors, ctx.causal, ctx.scale), None, None
-
-
-attention_op.register_autograd(_backward, setup_context=_setup)
-attention_packed_op.register_autograd(_packed_backward, setup_context=_setup)
-
-
-def _check(name: str, x: torch.Tensor, scale: float | None) -> float:
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"{name}: got {x.dtype}, expected fp32, fp16 or bf16")
+def _scale(name: str, x: torch.Tensor, scale: float | None) -> float:
+    """The scale, after what the kernels ask of x (..., D). Raises ValueError."""
     D = x.shape[-1]
+    if x.dtype not in tiles.FLOATS:
+        checks.refuse("attention", name, x.dtype, "fp32, fp16 or bf16")
     if D % 16 or not 0 < D <= MAX_HEAD_DIM:
-        raise ValueError(f"{name}: got head dim {D}, expected a multiple of 16 up to {MAX_HEAD_DIM}")
+        checks.refuse("attention", name, f"head dim {D}", f"a multiple of 16 up to {MAX_HEAD_DIM}")
     scale = D**-0.5 if scale is None else float(scale)
     # The maximum of s is scale times that of q k^T only for a positive scale.
     if not 0 < scale < float("inf"):
-        raise ValueError(f"scale: got {scale}, expected a positive number")
+        checks.refuse("attention", "scale", scale, "a positive number")
     return scale
 
 
@@ -207,16 +209,15 @@ def attention(q, k, v, causal: bool, scale: float | None = None) -> torch.Tensor
     Any strides; only a last dimension that is not contiguous costs a copy. Differentiable in q, k and v.
     Raises ValueError for another rank or dtype, a head dim that is no multiple of 16 up to 128, shapes or dtypes that
     differ, or a scale that is not positive."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() != 4:
-            raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected (B, N, H, D)")
-        if x.dtype != q.dtype or x.shape != q.shape:
-            raise ValueError(f"{name}: got {x.dtype} {tuple(x.shape)}, expected q's {q.dtype} {tuple(q.shape)}")
-    return attention_op(q, k, v, causal, _check("q", q, scale))[0]
+    checks.attention(q, k, v)
+    scale = _scale("q", q, scale)
+    check_device("attention", q, k, v)
+    return Attention(q, k, v, causal, scale)[0]
 
 
 def attention_packed(qkv, causal: bool, scale: float | None = None) -> torch.Tensor:
     """The same of one packed view (B, N, 3, H, D) -> (B, N, H, D); its gradient is one packed tensor too."""
-    if qkv.dim() != 5 or qkv.shape[2] != 3:
-        raise ValueError(f"qkv: got shape {tuple(qkv.shape)}, expected (B, N, 3, H, D)")
-    return attention_packed_op(qkv, causal, _check("qkv", qkv, scale))[0]
+    checks.attention_packed(qkv)
+    scale = _scale("qkv", qkv, scale)
+    check_device("attention", qkv)
+    return AttentionPacked(qkv, causal, scale)[0]

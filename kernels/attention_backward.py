@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from . import tiles
+from .device import arch
 from .heads import (
     HEAD_COUNTS,
     add_product,
@@ -33,6 +34,7 @@ from .heads import (
     zero_tile,
 )
 from .interpreter import INTERPRETED
+from .launching import launch
 from .primitives import LOG2E
 
 ROWS = 64  # of a program that only streams them
@@ -139,7 +141,7 @@ def attention_backward(dout, q, k, v, out, lse, dq, dk, dv, causal: bool, scale:
     if not q.numel():
         return
     aligned = all(map(is_aligned, (dout, q, k, v)))
-    if tiles.arch(q.device) == "sm_90" and not INTERPRETED:
+    if arch(q.device) == "sm_90" and not INTERPRETED:
         from . import attention_hopper_backward, hopper  # Gluon is imported only where it runs
 
         if hopper.fits(dout, q, k, v, dq, dk, dv):
@@ -150,7 +152,8 @@ def attention_backward(dout, q, k, v, out, lse, dq, dk, dv, causal: bool, scale:
     delta = torch.empty_like(lse)
     tile = tiles.attention_tile(tiles.ATTENTION_DQ, q, aligned)
     tiles.require("attention_dq_kernel", tile, q, 2 * tile.BLOCK_N * q.shape[3])
-    attention_dq_kernel[(triton.cdiv(q.shape[1], tile.BLOCK_M) * lse.shape[0] * lse.shape[1],)](
+    launch(
+        attention_dq_kernel, (triton.cdiv(q.shape[1], tile.BLOCK_M) * lse.shape[0] * lse.shape[1],),
         **_views(dout, q, k, v, tile), **view_args("out", out, tile.BLOCK_M, tile.tma),
         lse=lse, delta=delta, dq=dq, dq_strides=dq.stride()[:3], **_shape(q, scale),
         IS_CAUSAL=causal, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N,
@@ -158,7 +161,8 @@ def attention_backward(dout, q, k, v, out, lse, dq, dk, dv, causal: bool, scale:
     )  # fmt: skip
     tile = tiles.attention_tile(tiles.ATTENTION_DKDV, q, aligned)
     tiles.require("attention_dkdv_kernel", tile, q, 2 * tile.BLOCK_M * q.shape[3])
-    attention_dkdv_kernel[(triton.cdiv(q.shape[1], tile.BLOCK_N) * lse.shape[0] * lse.shape[1],)](
+    launch(
+        attention_dkdv_kernel, (triton.cdiv(q.shape[1], tile.BLOCK_N) * lse.shape[0] * lse.shape[1],),
         **_views(dout, q, k, v, tile),
         lse=lse, delta=delta, dk=dk, dk_strides=dk.stride()[:3], dv=dv, dv_strides=dv.stride()[:3],
         **_shape(q, scale), IS_CAUSAL=causal, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N,
@@ -170,7 +174,8 @@ def delta_of(out, dout) -> torch.Tensor:
     """delta = rowsum(dout out) of views (B, N, H, D): fp32 (B, H, N)."""
     B, N, H, D = out.shape
     delta = torch.empty((B, H, N), dtype=torch.float32, device=out.device)
-    attention_delta_kernel[(triton.cdiv(N, ROWS) * B * H,)](
+    launch(
+        attention_delta_kernel, (triton.cdiv(N, ROWS) * B * H,),
         out=out, out_strides=out.stride()[:3], dout=dout, dout_strides=dout.stride()[:3], delta=delta,
         N=N, H=H, HEADS=B * H, D=D, BLOCK_M=ROWS, num_warps=4,
     )  # fmt: skip

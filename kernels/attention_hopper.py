@@ -17,7 +17,6 @@ Deterministic. Needs what `hopper.fits` asks for; attention.py does all else.
 Compiled only: no GPU has run this yet, so the rows of tiles.ATTENTION_HOPPER are off.
 """
 
-import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -29,8 +28,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from . import tiles
+from .device import multiprocessors
 from .heads import HEAD_COUNTS, heads_in_group
 from .hopper import CONSUMER_REGISTERS, PRODUCER_REGISTERS, TILE, chunks, describe, issue_dots, require, tile_of
+from .launching import launch
 from .primitives import LOG2E
 
 
@@ -249,23 +250,23 @@ def attention_hopper_kernel(
     )  # fmt: skip
 
 
-def attention_forward_hopper(q, k, v, causal: bool, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """out (B, N, H, D) contiguous, lse fp32 (B, H, N) in base 2. Raises ValueError if the tensors do not fit."""
+def attention_forward_hopper(q, k, v, causal: bool, scale: float, out, lse) -> None:
+    """Fill out (B, N, H, D) contiguous, lse fp32 (B, H, N) in base 2. Raises ValueError if the tensors do not fit."""
     require(scale, q=q, k=k, v=v)
     B, N, H, D = q.shape
     tile = tiles.ATTENTION_HOPPER[D]
     tiles.require("attention_hopper_kernel", tile, q, 2 * tile.BLOCK_N * D, stages=2)  # the next values come first
-    out = torch.empty((B, N, H, D), dtype=q.dtype, device=q.device)
-    lse = torch.empty((B, H, N), dtype=torch.float32, device=q.device)
     D1, D2 = chunks(D)
 
     def four(width):
         return [describe(t, rows, width) for t, rows in ((q, TILE // 2), (k, TILE), (v, TILE), (out, TILE // 2))]
 
     M_TILES = N // TILE
-    attention_hopper_kernel[(min(tiles.multiprocessors(q.device), M_TILES * B * H),)](
-        *four(D1), *four(D2 or D1), lse, scale * LOG2E.value, N, H, M_TILES, B * H, heads_in_group(q),
+    launch(
+        attention_hopper_kernel, (min(multiprocessors(q.device), M_TILES * B * H),),
+        **dict(zip(("q_desc", "k_desc", "v_desc", "out_desc"), four(D1))),
+        **dict(zip(("q_tail", "k_tail", "v_tail", "out_tail"), four(D2 or D1))),
+        p_lse=lse, scale_log2=scale * LOG2E.value, N=N, H=H, M_TILES=M_TILES, HEADS=B * H, GROUP=heads_in_group(q),
         D1=D1, D2=D2, BLOCK=TILE, STAGES=tile.num_stages, IS_CAUSAL=causal,
         CONSUMER_REGISTERS=CONSUMER_REGISTERS, PRODUCER_REGISTERS=PRODUCER_REGISTERS, num_warps=tile.num_warps,
     )  # fmt: skip
-    return out, lse

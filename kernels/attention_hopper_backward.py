@@ -37,6 +37,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from . import tiles
+from .device import multiprocessors
 from .heads import HEAD_COUNTS, heads_in_group
 from .hopper import (
     CONSUMER_REGISTERS,
@@ -49,6 +50,7 @@ from .hopper import (
     require,
     tile_of,
 )
+from .launching import launch
 from .primitives import LOG2E
 
 
@@ -324,9 +326,13 @@ def _launch(tile, owns_keys: bool, owned, streamed, grads, lse, delta, causal: b
     # no registers to tell them apart.
     places = 1 if owns_keys and D == 128 else 2
     TILES = N // TILE
-    attention_hopper_backward_kernel[(min(tiles.multiprocessors(lse.device), TILES * B * H),)](
-        *six(D1), *six(D2 or D1), *(describe_flat(t, tile.BLOCK_N) for t in (lse, delta)), lse, delta,
-        scale, scale * LOG2E.value, N, H, TILES, B * H, heads_in_group(owned[0]),
+    launch(
+        attention_hopper_backward_kernel, (min(multiprocessors(lse.device), TILES * B * H),),
+        **dict(zip(("a_desc", "b_desc", "x_desc", "y_desc", "da_desc", "db_desc"), six(D1))),
+        **dict(zip(("a_tail", "b_tail", "x_tail", "y_tail", "da_tail", "db_tail"), six(D2 or D1))),
+        lse_desc=describe_flat(lse, tile.BLOCK_N), delta_desc=describe_flat(delta, tile.BLOCK_N), p_lse=lse,
+        p_delta=delta, scale=scale, scale_log2=scale * LOG2E.value, N=N, H=H, TILES=TILES, HEADS=B * H,
+        GROUP=heads_in_group(owned[0]),
         D1=D1, D2=D2, TILE=TILE, BLOCK=tile.BLOCK_N, STAGES=tile.num_stages, PLACES=places,
         IS_CAUSAL=causal, OWNS_KEYS=owns_keys,
         CONSUMER_REGISTERS=CONSUMER_REGISTERS, PRODUCER_REGISTERS=PRODUCER_REGISTERS, num_warps=tile.num_warps,

@@ -19,8 +19,10 @@ import torch
 import triton
 import triton.language as tl
 
-from . import tiles
-from .primitives import LOG2E, check_device
+from .device import arch, check_device, multiprocessors
+from .launching import launch
+from .primitives import LOG2E
+from .registration import operation
 
 LOWEST: tl.constexpr = tl.constexpr(-1e30)  # a maximum before any key; finite, since inf - inf is NaN
 
@@ -105,44 +107,34 @@ def combine_kernel(partial, maxima, sums, out, D, SPLITS: tl.constexpr, BLOCK_D:
 
 def splits(heads: int, n_ctx: int, device: torch.device) -> int:
     """Ways to split the keys: two programs a multiprocessor, no fewer than 64 keys of a full cache each."""
-    wanted = min(triton.cdiv(2 * tiles.multiprocessors(device), heads), n_ctx // 64)
+    wanted = min(triton.cdiv(2 * multiprocessors(device), heads), n_ctx // 64)
     return 1 << (max(1, wanted).bit_length() - 1)
 
 
-def launch(qkv, k_cache, v_cache, position, scale: float):
+@operation(
+    "decode_attention(Tensor qkv, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor position, float scale) -> Tensor",
+    lambda qkv, *_: qkv.new_empty((qkv.shape[0], *qkv.shape[2:])),
+)
+def decode_attention_op(qkv, k_cache, v_cache, position, scale: float, out) -> None:
     """out (B, H, D); the caches gain a row."""
     B, _, H, D = qkv.shape
     n_ctx, device = k_cache.shape[2], qkv.device
     SPLITS, BLOCK_D = splits(B * H, n_ctx, device), triton.next_power_of_2(D)
-    out = torch.empty((B, H, D), dtype=qkv.dtype, device=device)
     shape = (B * H, SPLITS) if SPLITS > 1 else (0, 0)
     partial = torch.empty((*shape, D), dtype=torch.float32, device=device)
     maxima, sums = (torch.empty(shape, dtype=torch.float32, device=device) for _ in range(2))
-    attention_kernel[(B * H, SPLITS)](
+    launch(
+        attention_kernel, (B * H, SPLITS),
         qkv=qkv.contiguous(), k_cache=k_cache, v_cache=v_cache, position=position, out=out,
         partial=partial, maxima=maxima, sums=sums, H=H, D=D, n_ctx=n_ctx,
         stride_b=k_cache.stride(0), stride_h=k_cache.stride(1), scale=scale, SPLITS=SPLITS, BLOCK_N=32, BLOCK_D=BLOCK_D,
         LIMIT=torch.finfo(k_cache.dtype).max if k_cache.element_size() == 1 else 0, num_warps=4,
     )  # fmt: skip
     if SPLITS > 1:
-        combine_kernel[(B * H,)](
-            partial=partial, maxima=maxima, sums=sums, out=out, D=D, SPLITS=SPLITS, BLOCK_D=BLOCK_D, num_warps=4
-        )
-    return out
-
-
-@torch.library.custom_op("igpt::decode_attention", mutates_args=("k_cache", "v_cache"))
-def decode_attention_op(
-    qkv: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, position: torch.Tensor, scale: float
-) -> torch.Tensor:
-    check_device("decode_attention", qkv, k_cache, v_cache, position)
-    return launch(qkv, k_cache, v_cache, position, scale)
-
-
-@decode_attention_op.register_fake
-def _(qkv, k_cache, v_cache, position, scale):
-    B, _, H, D = qkv.shape
-    return qkv.new_empty((B, H, D))
+        launch(
+            combine_kernel, (B * H,),
+            partial=partial, maxima=maxima, sums=sums, out=out, D=D, SPLITS=SPLITS, BLOCK_D=BLOCK_D, num_warps=4,
+        )  # fmt: skip
 
 
 def decode_attention(qkv, k_cache, v_cache, position, scale: float | None = None):
@@ -159,9 +151,10 @@ def decode_attention(qkv, k_cache, v_cache, position, scale: float | None = None
         if not fits or cache.stride()[2:] != (D, 1) or cache.stride() != k_cache.stride():
             got = f"{tuple(cache.shape)} with strides {cache.stride()}"
             raise ValueError(f"decode_attention: {name}: got {got}, expected ({B}, {H}, n_ctx, {D}) with dense rows")
-    if k_cache.element_size() == 1 and tiles.arch(qkv.device) == "sm_80":
+    if k_cache.element_size() == 1 and arch(qkv.device) == "sm_80":
         raise ValueError(f"decode_attention: k_cache: got {k_cache.dtype} on sm_80, expected bf16: fp8 came with sm_89")
     if position.numel() != 1 or position.is_floating_point():
         got = f"{position.dtype} {tuple(position.shape)}"
         raise ValueError(f"decode_attention: position: got {got}, expected one integer")
+    check_device("decode_attention", qkv, k_cache, v_cache, position)
     return decode_attention_op(qkv, k_cache, v_cache, position, D**-0.5 if scale is None else scale)

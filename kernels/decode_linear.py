@@ -18,8 +18,11 @@ import torch
 import triton
 import triton.language as tl
 
-from . import rows, tiles
-from .primitives import check_device, quick_gelu
+from . import checks, tiles
+from .device import arch, check_device
+from .launching import launch
+from .primitives import quick_gelu
+from .registration import operation
 
 
 @triton.jit
@@ -87,13 +90,21 @@ def linear_kernel(
     tl.store(y + o_y, b_y.to(y.dtype.element_ty), mask=m_y)
 
 
-def launch(x, weight, scale, bias, residual, norm: str, gain, eps: float, gelu: bool, dtype: torch.dtype):
+OPERANDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@operation(
+    "decode_linear(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, Tensor? residual, str norm, Tensor? gain, "
+    "float eps, bool gelu, ScalarType dtype) -> Tensor",
+    lambda x, weight, *options: x.new_empty((x.shape[0], weight.shape[0]), dtype=options[-1]),
+)
+def decode_linear_op(x, weight, scale, bias, residual, norm: str, gain, eps: float, gelu: bool, dtype, y) -> None:
     """y (B, O) in `dtype`. norm: "" (none), "rms" or "layer"."""
     (B, K), O = x.shape, weight.shape[0]
     operand = torch.bfloat16 if weight.dtype == torch.int8 else weight.dtype
-    tile = tiles.decode_linear_tile(tiles.arch(x.device), operand.itemsize, B)
-    y = torch.empty((B, O), dtype=dtype, device=x.device)
-    linear_kernel[(triton.cdiv(O, tile.BLOCK_N), triton.cdiv(B, tile.BLOCK_M))](
+    tile = tiles.decode_linear_tile(arch(x.device), operand.itemsize, B)
+    launch(
+        linear_kernel, (triton.cdiv(O, tile.BLOCK_N), triton.cdiv(B, tile.BLOCK_M)),
         x=x.contiguous(), gain=gain, weight=weight.contiguous(), scale=scale, bias=bias,
         residual=None if residual is None else residual.contiguous(), y=y, B=B, O=O, K=K, eps=eps,
         BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_K=tile.BLOCK_K, OPERAND=OPERANDS[operand],
@@ -102,24 +113,6 @@ def launch(x, weight, scale, bias, residual, norm: str, gain, eps: float, gelu: 
         HAS_RESIDUAL=residual is not None, HAS_GELU=gelu, PRECISION="ieee" if operand == torch.float32 else "tf32",
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    return y
-
-
-OPERANDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
-
-@torch.library.custom_op("igpt::decode_linear", mutates_args=())
-def decode_linear_op(
-    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, bias: torch.Tensor | None,
-    residual: torch.Tensor | None, norm: str, gain: torch.Tensor | None, eps: float, gelu: bool, dtype: torch.dtype,
-) -> torch.Tensor:  # fmt: skip
-    check_device("decode_linear", x, weight, scale, bias, residual, gain)
-    return launch(x, weight, scale, bias, residual, norm, gain, eps, gelu, dtype)
-
-
-@decode_linear_op.register_fake
-def _(x, weight, scale, bias, residual, norm, gain, eps, gelu, dtype):
-    return x.new_empty((x.shape[0], weight.shape[0]), dtype=dtype)
 
 
 def check(name: str, x, weight, scale, vectors: dict) -> None:
@@ -130,7 +123,7 @@ def check(name: str, x, weight, scale, vectors: dict) -> None:
         raise ValueError(f"{name}: weight: got {got}, expected floats or int8 (O, {x.shape[1]})")
     if (scale is None) == (weight.dtype == torch.int8):
         raise ValueError(f"{name}: scale: got {'None' if scale is None else 'one'} for {weight.dtype} weights")
-    rows.check_operand(name, "scale", scale, torch.float32, (weight.shape[0],))
+    checks.operand(name, "scale", scale, (weight.shape[0],), torch.float32)
     for argument, (vector, size) in vectors.items():
         if vector is not None and vector.shape != (size,):
             raise ValueError(f"{name}: {argument}: got {tuple(vector.shape)}, expected ({size},)")
@@ -148,6 +141,7 @@ def decode_norm_linear(
     check("decode_norm_linear", x, weight, scale, vectors)
     dtype = dtype or (torch.bfloat16 if weight.dtype == torch.int8 else weight.dtype)
     norm = "layer" if centred else "rms"
+    check_device("decode_linear", x, weight)
     return decode_linear_op(x, weight, scale, bias, None, norm, norm_weight, eps, gelu, dtype)
 
 
@@ -156,5 +150,6 @@ def decode_linear_residual(a, weight, residual, bias=None, *, scale=None):
 
     int8 weights need `scale` (O) fp32. Raises ValueError for operands that don't fit."""
     check("decode_linear_residual", a, weight, scale, {"bias": (bias, len(weight))})
-    rows.check_operand("decode_linear_residual", "residual", residual, residual.dtype, (a.shape[0], len(weight)))
+    checks.operand("decode_linear_residual", "residual", residual, (a.shape[0], len(weight)), residual.dtype)
+    check_device("decode_linear", a, weight)
     return decode_linear_op(a, weight, scale, bias, residual, "", None, 0.0, False, residual.dtype)

@@ -14,8 +14,10 @@ import torch
 import triton
 import triton.language as tl
 
-from . import rows
-from .primitives import check_device
+from . import checks
+from .device import check_device
+from .launching import launch
+from .registration import operation
 
 
 @triton.jit
@@ -82,53 +84,34 @@ def sample_kernel(
     tl.store(tokens + i_b * n_ctx + p, tl.argmax(b_scores, 0).to(tokens.dtype.element_ty), mask=(p >= 0) & (p < n_ctx))
 
 
-def launch_embed(tokens, wte, wpe, sos, position, dtype):
+@operation(
+    "decode_embed(Tensor tokens, Tensor wte, Tensor wpe, Tensor sos, Tensor position, ScalarType dtype) -> Tensor",
+    lambda tokens, wte, wpe, sos, position, dtype: wte.new_empty((tokens.shape[0], wte.shape[1]), dtype=dtype),
+)
+def decode_embed_op(tokens, wte, wpe, sos, position, dtype, x) -> None:
     (B, n_ctx), (V, d) = tokens.shape, wte.shape
-    x = torch.empty((B, d), dtype=dtype, device=wte.device)
     BLOCK_D = 256
-    embed_kernel[(B, triton.cdiv(d, BLOCK_D))](
+    launch(
+        embed_kernel, (B, triton.cdiv(d, BLOCK_D)),
         tokens=tokens, wte=wte.contiguous(), wpe=wpe.contiguous(), sos=sos, position=position, x=x,
         n_ctx=n_ctx, V=V, d=d, BLOCK_D=BLOCK_D, num_warps=2,
     )  # fmt: skip
-    return x
 
 
-def launch_sample(logits, tokens, position, pictures, seed, temperature: float, top_k: int, top_p: float):
+@operation(
+    "decode_sample(Tensor logits, Tensor(a!) tokens, Tensor position, Tensor pictures, Tensor seed, "
+    "float temperature, int top_k, float top_p) -> ()",
+    lambda *_: None,
+)
+def decode_sample_op(logits, tokens, position, pictures, seed, temperature: float, top_k: int, top_p: float) -> None:
     B, V = logits.shape
-    sample_kernel[(B,)](
+    launch(
+        sample_kernel, (B,),
         logits=logits.contiguous(), tokens=tokens, position=position, pictures=pictures, seed=seed,
         n_ctx=tokens.shape[1], V=V, temperature=temperature, top_k=top_k, top_p=top_p,
         BLOCK_V=triton.next_power_of_2(V), CHUNK=16,
         IS_GREEDY=temperature == 0, HAS_TOP_K=0 < top_k < V, HAS_TOP_P=top_p < 1, num_warps=4,
     )  # fmt: skip
-
-
-@torch.library.custom_op("igpt::decode_embed", mutates_args=())
-def decode_embed_op(
-    tokens: torch.Tensor, wte: torch.Tensor, wpe: torch.Tensor, sos: torch.Tensor, position: torch.Tensor,
-    dtype: torch.dtype,
-) -> torch.Tensor:  # fmt: skip
-    check_device("decode_embed", tokens, wte, wpe, sos, position)
-    return launch_embed(tokens, wte, wpe, sos, position, dtype)
-
-
-@decode_embed_op.register_fake
-def _(tokens, wte, wpe, sos, position, dtype):
-    return wte.new_empty((tokens.shape[0], wte.shape[1]), dtype=dtype)
-
-
-@torch.library.custom_op("igpt::decode_sample", mutates_args=("tokens",))
-def decode_sample_op(
-    logits: torch.Tensor, tokens: torch.Tensor, position: torch.Tensor, pictures: torch.Tensor, seed: torch.Tensor,
-    temperature: float, top_k: int, top_p: float,
-) -> None:  # fmt: skip
-    check_device("decode_sample", logits, tokens, position, pictures, seed)
-    launch_sample(logits, tokens, position, pictures, seed, temperature, top_k, top_p)
-
-
-@decode_sample_op.register_fake
-def _(logits, tokens, position, pictures, seed, temperature, top_k, top_p):
-    return None
 
 
 def check(name: str, tokens, position, batch: int) -> None:
@@ -143,10 +126,11 @@ def decode_embed(tokens, wte, wpe, sos, position, dtype: torch.dtype = torch.flo
     """The residual stream's start at `position`: tokens (B, n_ctx) -> (B, d). A token outside [0, V), or a position
     outside [0, n_ctx), gives NaN. Raises ValueError for operands that don't fit."""
     check("decode_embed", tokens, position, tokens.shape[0])
-    rows.check_operand("decode_embed", "wpe", wpe, wte.dtype, (None, wte.shape[1]))
-    rows.check_operand("decode_embed", "sos", sos, wte.dtype, (wte.shape[1],))
+    checks.operand("decode_embed", "wpe", wpe, (None, wte.shape[1]), wte.dtype)
+    checks.operand("decode_embed", "sos", sos, (wte.shape[1],), wte.dtype)
     if wpe.shape[0] < tokens.shape[1]:
         raise ValueError(f"decode_embed: wpe: got {wpe.shape[0]} rows, expected at least {tokens.shape[1]}")
+    check_device("decode_embed", tokens, wte, wpe, sos, position)
     return decode_embed_op(tokens, wte, wpe, sos, position, dtype)
 
 
@@ -157,7 +141,7 @@ def decode_sample(logits, tokens, position, pictures, seed, temperature=1.0, top
     Raises ValueError for operands that don't fit or values that draw nothing."""
     B, V = logits.shape
     check("decode_sample", tokens, position, B)
-    rows.check_operand("decode_sample", "pictures", pictures, torch.int64, (B,))
+    checks.operand("decode_sample", "pictures", pictures, (B,), torch.int64)
     if seed.numel() != 1 or seed.dtype != torch.int64:
         raise ValueError(f"decode_sample: seed: got {seed.dtype} {tuple(seed.shape)}, expected one int64")
     if not 0 <= temperature < float("inf"):
@@ -167,4 +151,5 @@ def decode_sample(logits, tokens, position, pictures, seed, temperature=1.0, top
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"decode_sample: top_p: got {top_p}, expected None or a number in (0, 1]")
     top_p = 1.0 if top_p is None else float(top_p)
+    check_device("decode_sample", logits, tokens, position, pictures, seed)
     decode_sample_op(logits, tokens, position, pictures, seed, float(temperature), top_k or 0, top_p)

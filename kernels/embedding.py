@@ -21,8 +21,11 @@ import torch
 import triton
 import triton.language as tl
 
-from . import rows, tiles
-from .primitives import check_device
+from . import checks, tiles
+from .device import arch, check_device, multiprocessors
+from .launching import launch
+from .registration import differentiable, operation
+from .rows import sum_partials
 
 
 @triton.jit
@@ -92,99 +95,84 @@ def position_backward_kernel(dh, dwpe, B, N, n_ctx, d, BLOCK_N: tl.constexpr, BL
     tl.store(dwpe + o_tile, b_sum.to(dwpe.dtype.element_ty), mask=(o_n < n_ctx)[:, None] & m_d)
 
 
-def launch_forward(tokens, wte, wpe, sos, masked):
+@operation(
+    "embed(Tensor tokens, Tensor wte, Tensor wpe, Tensor? sos, Tensor? masked) -> Tensor",
+    lambda tokens, wte, *_: wte.new_empty((*tokens.shape, wte.shape[1])),
+)
+def embed_op(tokens, wte, wpe, sos, masked, h) -> None:
     """(B, N) -> (B, N, d)."""
     (B, N), (V, d) = tokens.shape, wte.shape
-    h = torch.empty((B, N, d), dtype=wte.dtype, device=wte.device)
     BLOCK_R, BLOCK_D = 8, 256
     if B * N:
-        embed_kernel[(triton.cdiv(B * N, BLOCK_R), triton.cdiv(d, BLOCK_D))](
+        launch(
+            embed_kernel, (triton.cdiv(B * N, BLOCK_R), triton.cdiv(d, BLOCK_D)),
             tokens=tokens.contiguous(), wte=wte.contiguous(), wpe=wpe.contiguous(), sos=sos,
             masked=None if masked is None else masked.contiguous(), h=h, R=B * N, N=N, V=V, d=d,
             BLOCK_R=BLOCK_R, BLOCK_D=BLOCK_D, HAS_SOS=sos is not None, HAS_MASK=masked is not None, num_warps=4,
         )  # fmt: skip
-    return h
 
 
-def launch_backward(dh, tokens, masked, V: int, n_ctx: int, has_sos: bool):
-    """dwte (V, d), dwpe (n_ctx, d), dsos (d) (empty without a start vector)."""
+def _backward_outputs(dh, tokens, masked, V, n_ctx, has_sos):
+    return dh.new_empty((V, dh.shape[-1])), dh.new_empty((n_ctx, dh.shape[-1]))
+
+
+@operation(
+    "embed_backward(Tensor dh, Tensor tokens, Tensor? masked, int V, int n_ctx, bool has_sos) -> (Tensor, Tensor)",
+    _backward_outputs,
+)
+def embed_backward_op(dh, tokens, masked, V: int, n_ctx: int, has_sos: bool, dwte, dwpe) -> None:
+    """dh (B, N, d) contiguous -> dwte (V, d), dwpe (n_ctx, d)."""
     B, N, d = dh.shape
-    R, dh = B * N, dh.contiguous()
-    tile = tiles.embedding_backward_tile(tiles.arch(dh.device), dh.element_size(), d)
+    R, tile = B * N, tiles.embedding_backward_tile(arch(dh.device), dh.element_size(), d)
     owners = triton.cdiv(V, tile.BLOCK_M), triton.cdiv(d, tile.BLOCK_N)
     steps = triton.cdiv(R, tile.BLOCK_K)
-    shares = max(1, min(tiles.multiprocessors(dh.device) // (owners[0] * owners[1]), steps // 4))
+    shares = max(1, min(multiprocessors(dh.device) // (owners[0] * owners[1]), steps // 4))
     partials = torch.empty((shares, V * d), dtype=torch.float32, device=dh.device)
-    table_backward_kernel[(*owners, shares)](
+    launch(
+        table_backward_kernel, (*owners, shares),
         dh=dh, tokens=tokens.contiguous(), masked=None if masked is None else masked.contiguous(), partials=partials,
         R=R, N=N, V=V, d=d, share=triton.cdiv(steps, shares) * tile.BLOCK_K,
         BLOCK_V=tile.BLOCK_M, BLOCK_D=tile.BLOCK_N, BLOCK_R=tile.BLOCK_K, HAS_SOS=has_sos, HAS_MASK=masked is not None,
         PRECISION="ieee" if dh.dtype == torch.float32 else "tf32",
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    dwte = rows.sum_partials(partials, dh.dtype).view(V, d)
-    dwpe = torch.empty((n_ctx, d), dtype=dh.dtype, device=dh.device)
+    sum_partials(partials, dwte.view(-1))
     BLOCK_N, BLOCK_D = 8, 128
-    position_backward_kernel[(triton.cdiv(n_ctx, BLOCK_N), triton.cdiv(d, BLOCK_D))](
+    launch(
+        position_backward_kernel, (triton.cdiv(n_ctx, BLOCK_N), triton.cdiv(d, BLOCK_D)),
         dh=dh, dwpe=dwpe, B=B, N=N, n_ctx=n_ctx, d=d, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D, num_warps=4
     )
-    if not has_sos:
-        return dwte, dwpe, dh.new_empty(0)
-    dsos = dwpe[0].clone() if masked is None else (dh[:, 0] * ~masked[:, :1]).sum(0)
-    return dwte, dwpe, dsos
 
 
-@torch.library.custom_op("igpt::embed", mutates_args=())
-def embed_op(
-    tokens: torch.Tensor, wte: torch.Tensor, wpe: torch.Tensor, sos: torch.Tensor | None, masked: torch.Tensor | None
-) -> torch.Tensor:
-    check_device("embed", tokens, wte, wpe, sos, masked)
-    return launch_forward(tokens, wte, wpe, sos, masked)
+@differentiable
+class Embed(torch.autograd.Function):
+    """tokens (B, N), wte, wpe, sos, masked -> h (B, N, d)."""
 
+    @staticmethod
+    def forward(tokens, wte, wpe, sos, masked):
+        return embed_op(tokens, wte, wpe, sos, masked)
 
-@embed_op.register_fake
-def _(tokens, wte, wpe, sos, masked):
-    return wte.new_empty((*tokens.shape, wte.shape[1]))
+    @staticmethod
+    def setup_context(ctx, inputs, h):
+        tokens, wte, wpe, sos, masked = inputs
+        ctx.save_for_backward(tokens, masked)
+        ctx.V, ctx.n_ctx, ctx.has_sos = wte.shape[0], wpe.shape[0], sos is not None
 
-
-@torch.library.custom_op("igpt::embed_backward", mutates_args=())
-def embed_backward_op(
-    dh: torch.Tensor, tokens: torch.Tensor, masked: torch.Tensor | None, V: int, n_ctx: int, has_sos: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    check_device("embed_backward", dh, tokens, masked)
-    return launch_backward(dh, tokens, masked, V, n_ctx, has_sos)
-
-
-@embed_backward_op.register_fake
-def _(dh, tokens, masked, V, n_ctx, has_sos):
-    d = dh.shape[-1]
-    return dh.new_empty((V, d)), dh.new_empty((n_ctx, d)), dh.new_empty(d if has_sos else 0)
-
-
-def _setup(ctx, inputs, output):
-    tokens, wte, wpe, sos, masked = inputs
-    ctx.save_for_backward(tokens, masked)
-    ctx.sizes = wte.shape[0], wpe.shape[0], sos is not None
-
-
-def _backward(ctx, dh):
-    tokens, masked = ctx.saved_tensors
-    dwte, dwpe, dsos = embed_backward_op(dh, tokens, masked, *ctx.sizes)
-    return None, dwte, dwpe, dsos if ctx.sizes[2] else None, None
-
-
-embed_op.register_autograd(_backward, setup_context=_setup)
+    @staticmethod
+    def backward(ctx, dh):
+        tokens, masked = ctx.saved_tensors
+        dwte, dwpe = embed_backward_op(dh.contiguous(), tokens, masked, ctx.V, ctx.n_ctx, ctx.has_sos)
+        dsos = None
+        if ctx.has_sos:
+            dsos = dwpe[0].clone() if masked is None else (dh[:, 0] * ~masked[:, :1]).sum(0)
+        return None, dwte, dwpe, dsos, None
 
 
 def embed(tokens, wte, wpe, sos=None, masked=None):
     """(B, N) integers -> (B, N, d); differentiable in wte (V, d), wpe (n_ctx >= N, d) and sos (d).
 
     masked (B, N) bool: those positions' token embeddings count as 0. Raises ValueError for operands that don't fit."""
-    if tokens.dim() != 2 or tokens.is_floating_point() or not tokens.shape[1] <= wpe.shape[0]:
-        got = f"{tokens.dtype} {tuple(tokens.shape)}"
-        raise ValueError(f"embed: tokens: got {got}, expected integers (B, N) with N <= {wpe.shape[0]}")
-    d = wte.shape[-1]
-    for name, t, shape in (("wte", wte, (None, d)), ("wpe", wpe, (None, d)), ("sos", sos, (d,))):
-        rows.check_operand("embed", name, t, wte.dtype, shape)
-    rows.check_operand("embed", "masked", masked, torch.bool, tuple(tokens.shape))
-    return embed_op(tokens, wte, wpe, sos, masked)
+    checks.embed(tokens, wte, wpe, sos, masked, wte.dtype)
+    tiles.check_kernel_rows("embed", wte)
+    check_device("embed", tokens, wte, wpe, sos, masked)
+    return Embed(tokens, wte, wpe, sos, masked)

@@ -26,8 +26,12 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import rows, tiles
-from .primitives import check_device
+from . import checks, tiles
+from .device import arch, check_device
+from .launching import launch
+from .norm import norm_backward_op, norm_op
+from .registration import differentiable, operation
+from .rows import as_rows
 
 
 @triton.jit
@@ -52,6 +56,13 @@ def store_block(p, b, i_row, i_col, rows, cols, BLOCK_R: tl.constexpr, BLOCK_C: 
 
 
 @triton.jit
+def colour_of(p, m, V):
+    """Targets as int32, -1 for one outside of [0, V): judged before it is narrowed, since 2^32 would come out as 0."""
+    b_target = tl.load(p, mask=m, other=0).to(tl.int64)
+    return tl.where((b_target >= 0) & (b_target < V), b_target, -1).to(tl.int32)
+
+
+@triton.jit
 def head_loss_kernel(
     n, weight, targets, nll, sums, shifted, maxima, T, d, V,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -60,7 +71,7 @@ def head_loss_kernel(
     i_m = tl.program_id(0) * BLOCK_M
     o_m, o_n = i_m + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     m_m = o_m < T
-    b_target = tl.load(targets + o_m, mask=m_m, other=0).to(tl.int32)
+    b_target = colour_of(targets + o_m, m_m, V)
     b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
     b_picked = tl.zeros([BLOCK_M], tl.float32)
@@ -80,7 +91,7 @@ def head_loss_kernel(
         if HAS_GRAD:
             store_block(shifted, b_exp, i_m, i_n, T, V, BLOCK_M, BLOCK_N, USE_TMA)
             tl.store(maxima + o_m.to(tl.int64) * tl.cdiv(V, BLOCK_N) + i_n // BLOCK_N, b_max, mask=m_m)
-    b_nll = tl.where((b_target >= 0) & (b_target < V), b_max + tl.log(b_sum) - b_picked, float("nan"))
+    b_nll = tl.where(b_target >= 0, b_max + tl.log(b_sum) - b_picked, float("nan"))
     tl.store(nll + o_m, b_nll, mask=m_m)
     if HAS_GRAD:
         tl.store(sums + o_m, b_max, mask=m_m)
@@ -103,7 +114,7 @@ def dlogits_kernel(
     b_last = tl.load(sums + o_m, mask=m_m, other=0.0)
     b_scale = tl.div_rn(tl.exp(b_max - b_last), tl.load(sums + T + o_m, mask=m_m, other=1.0))
     b_p = tl.load(shifted + o_tile, mask=m_tile, other=0.0).to(tl.float32) * b_scale[:, None]  # [BLOCK_M, BLOCK_N]
-    b_target = tl.load(targets + o_m, mask=m_m, other=0).to(tl.int32)
+    b_target = colour_of(targets + o_m, m_m, V)
     b_p = tl.where(o_n[None, :] == b_target[:, None], b_p - 1.0, b_p)
     b_p *= tl.load(dnll + o_m, mask=m_m, other=0.0)[:, None]
     tl.store(dlogits + o_tile, b_p.to(dlogits.dtype.element_ty), mask=m_tile)
@@ -115,97 +126,84 @@ def dense(t: torch.Tensor) -> torch.Tensor:
     return t if t.data_ptr() % 16 == 0 else t.clone()
 
 
-def launch_forward(x, norm_weight, head_weight, targets, eps: float, centred: bool, has_grad: bool):
-    """x [T, d] -> nll [T] and for backward (empty unless has_grad) n [T, d], the norm's stats, sums [2, T], shifted
-    [T, V] and maxima [T, chunks]."""
-    (T, d), V = x.shape, head_weight.shape[0]
-    tile = tiles.head_loss_tile(tiles.arch(x.device), x.element_size(), d, V)
-    tiles.require("head_loss_kernel", tile, x, (tile.BLOCK_M + tile.BLOCK_N) * tile.BLOCK_K)
+def _tile(n, weight) -> tiles.Tile:
+    return tiles.head_loss_tile(arch(n.device), n.element_size(), n.shape[1], weight.shape[0])
 
-    def new(*shape, dtype=torch.float32, exists=True):
-        return torch.empty(shape if exists else 0, dtype=dtype, device=x.device)
 
-    nll, sums = new(T), new(2, T, exists=has_grad)
-    shifted = new(T, V, dtype=x.dtype, exists=has_grad)
-    maxima = new(T, triton.cdiv(V, tile.BLOCK_N), exists=has_grad)
-    n, stats = rows.norm_forward(x, norm_weight, eps, centred)
+def _forward_outputs(n, weight, targets, has_grad):
+    T, V = n.shape[0], weight.shape[0]
+    chunks = triton.cdiv(V, _tile(n, weight).BLOCK_N)
+
+    def new(*shape, dtype=torch.float32, exists=has_grad):
+        return n.new_empty(shape if exists else 0, dtype=dtype)
+
+    return new(T, exists=True), new(2, T), new(T, V, dtype=n.dtype), new(T, chunks)
+
+
+@operation(
+    "head_loss(Tensor n, Tensor weight, Tensor targets, bool has_grad) -> (Tensor, Tensor, Tensor, Tensor)",
+    _forward_outputs,
+)
+def head_loss_op(n, weight, targets, has_grad: bool, nll, sums, shifted, maxima) -> None:
+    """n [T, d], weight [V, d] -> nll [T], and for backward (empty unless has_grad) sums [2, T], shifted [T, V] and
+    maxima [T, chunks]."""
+    (T, d), V, tile = n.shape, weight.shape[0], _tile(n, weight)
+    tiles.require("head_loss_kernel", tile, n, (tile.BLOCK_M + tile.BLOCK_N) * tile.BLOCK_K)
 
     def matrix(t, *block):
         return TensorDescriptor.from_tensor(t, block) if tile.tma and t.numel() else t
 
     if T:
-        head_loss_kernel[(triton.cdiv(T, tile.BLOCK_M),)](
-            n=matrix(n, tile.BLOCK_M, tile.BLOCK_K), weight=matrix(dense(head_weight), tile.BLOCK_N, tile.BLOCK_K),
+        launch(
+            head_loss_kernel, (triton.cdiv(T, tile.BLOCK_M),),
+            n=matrix(n, tile.BLOCK_M, tile.BLOCK_K), weight=matrix(dense(weight), tile.BLOCK_N, tile.BLOCK_K),
             targets=targets, nll=nll, sums=sums, shifted=matrix(shifted, tile.BLOCK_M, tile.BLOCK_N),
             maxima=maxima, T=T, d=d, V=V, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_K=tile.BLOCK_K,
-            HAS_GRAD=has_grad, USE_TMA=tile.tma, PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
+            HAS_GRAD=has_grad, USE_TMA=tile.tma, PRECISION="ieee" if n.dtype == torch.float32 else "tf32",
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
-    return nll, *((n, stats) if has_grad else (new(0, dtype=x.dtype), new(0))), sums, shifted, maxima
 
 
-def launch_backward(dnll, x, norm_weight, head_weight, targets, n, stats, sums, shifted, maxima):
-    """dx [T, d], dnorm_weight [d], dhead_weight [V, d]."""
+@operation(
+    "dlogits(Tensor dnll, Tensor shifted, Tensor maxima, Tensor sums, Tensor targets, int chunk) -> Tensor",
+    lambda dnll, shifted, *_: torch.empty_like(shifted),
+)
+def dlogits_op(dnll, shifted, maxima, sums, targets, chunk: int, dlogits) -> None:
+    """dnll [T] -> dlogits [T, V]; `chunk` colours share a column of maxima."""
     T, V = shifted.shape
-    chunk = tiles.head_loss_tile(tiles.arch(x.device), x.element_size(), x.shape[1], V).BLOCK_N
-    dlogits = torch.empty_like(shifted)
     BLOCK_M, BLOCK_N = 16, min(chunk, 128)
     if T:
-        dlogits_kernel[(triton.cdiv(T, BLOCK_M), triton.cdiv(V, BLOCK_N))](
+        launch(
+            dlogits_kernel, (triton.cdiv(T, BLOCK_M), triton.cdiv(V, BLOCK_N)),
             dnll=dnll, shifted=shifted, maxima=maxima, sums=sums, targets=targets, dlogits=dlogits, T=T, V=V,
             BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, CHUNK=chunk, num_warps=4,
         )  # fmt: skip
-    dx, dnorm_weight, _ = rows.norm_backward(dlogits @ head_weight, x, norm_weight, stats)
-    return dx, dnorm_weight, dlogits.t() @ n
 
 
-@torch.library.custom_op("igpt::head_loss", mutates_args=())
-def head_loss_op(
-    x: torch.Tensor, norm_weight: torch.Tensor, head_weight: torch.Tensor, targets: torch.Tensor,
-    eps: float, centred: bool, has_grad: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    check_device("head_loss", x, norm_weight, head_weight, targets)
-    return launch_forward(x, norm_weight, head_weight, targets, eps, centred, has_grad)
+@differentiable
+class HeadLoss(torch.autograd.Function):
+    """x [T, d], norm_weight, head_weight, targets [T], eps, centred, has_grad -> nll [T] and what backward keeps."""
 
+    @staticmethod
+    def forward(x, norm_weight, head_weight, targets, eps, centred, has_grad):
+        n, stats, _ = norm_op(x, None, norm_weight, eps, centred)
+        nll, *kept = head_loss_op(n, head_weight, targets, has_grad)
+        return nll, n if has_grad else x.new_empty(0), stats, *kept
 
-@head_loss_op.register_fake
-def _(x, norm_weight, head_weight, targets, eps, centred, has_grad):
-    T, V = x.shape[0], head_weight.shape[0]
-    chunk = tiles.head_loss_tile(tiles.arch(x.device), x.element_size(), x.shape[1], V).BLOCK_N
+    @staticmethod
+    def setup_context(ctx, inputs, outputs):
+        x, norm_weight, head_weight, targets, *_ = inputs
+        ctx.save_for_backward(x, norm_weight, head_weight, targets, *outputs[1:])
+        ctx.mark_non_differentiable(*outputs[1:])
+        ctx.set_materialize_grads(False)
 
-    def new(*shape, dtype=torch.float32, exists=True):
-        return x.new_empty(shape if exists else 0, dtype=dtype)
-
-    n, stats = new(*x.shape, dtype=x.dtype, exists=has_grad), new(1 + centred, T, exists=has_grad)
-    sums, shifted = new(2, T, exists=has_grad), new(T, V, dtype=x.dtype, exists=has_grad)
-    return new(T), n, stats, sums, shifted, new(T, (V + chunk - 1) // chunk, exists=has_grad)
-
-
-@torch.library.custom_op("igpt::head_loss_backward", mutates_args=())
-def head_loss_backward_op(
-    dnll: torch.Tensor, x: torch.Tensor, norm_weight: torch.Tensor, head_weight: torch.Tensor, targets: torch.Tensor,
-    n: torch.Tensor, stats: torch.Tensor, sums: torch.Tensor, shifted: torch.Tensor, maxima: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    check_device("head_loss_backward", dnll, x, norm_weight, head_weight, targets)
-    return launch_backward(dnll.contiguous(), x, norm_weight, head_weight, targets, n, stats, sums, shifted, maxima)
-
-
-@head_loss_backward_op.register_fake
-def _(dnll, x, norm_weight, head_weight, *saved):
-    return x.new_empty(x.shape), norm_weight.new_empty(norm_weight.shape), head_weight.new_empty(head_weight.shape)
-
-
-def _setup(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:4], *output[1:])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, dnll, *_):
-    return *head_loss_backward_op(dnll, *ctx.saved_tensors), None, None, None, None
-
-
-head_loss_op.register_autograd(_backward, setup_context=_setup)
+    @staticmethod
+    def backward(ctx, dnll, *_):
+        x, norm_weight, head_weight, targets, n, stats, sums, shifted, maxima = ctx.saved_tensors
+        chunk = _tile(n, head_weight).BLOCK_N
+        dlogits = dlogits_op(dnll.contiguous(), shifted, maxima, sums, targets, chunk)
+        dx, dnorm_weight, _ = norm_backward_op(dlogits @ head_weight, x, norm_weight, stats, None, False)
+        return dx, dnorm_weight, dlogits.t() @ n, None, None, None, None
 
 
 def head_loss(x, norm_weight, head_weight, targets, eps: float = 1e-5, centred: bool = False):
@@ -213,12 +211,9 @@ def head_loss(x, norm_weight, head_weight, targets, eps: float = 1e-5, centred: 
 
     Differentiable in x and both weights; where no gradient is asked for, nothing of size V is written. A target outside
     [0, V) gives NaN. Raises ValueError for an operand of another shape or dtype."""
-    rows.check_norm("head_loss", x, norm_weight)
-    rows.check_operand("head_loss", "head_weight", head_weight, x.dtype, (None, x.shape[-1]))
-    if targets.shape != x.shape[:-1] or targets.is_floating_point():
-        raise ValueError(
-            f"head_loss: targets: got {targets.dtype} {tuple(targets.shape)}, expected integers {tuple(x.shape[:-1])}"
-        )
+    checks.head_loss(x, norm_weight, head_weight, targets, x.dtype)
+    tiles.check_kernel_rows("head_loss", x)
+    check_device("head_loss", x, norm_weight, head_weight, targets)
     has_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, norm_weight, head_weight))
-    nll, *_ = head_loss_op(rows.as_rows(x), norm_weight, head_weight, targets.reshape(-1), eps, centred, has_grad)
+    nll, *_ = HeadLoss(as_rows(x), norm_weight, head_weight, targets.reshape(-1), eps, centred, has_grad)
     return nll.view(targets.shape)

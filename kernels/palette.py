@@ -21,7 +21,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .primitives import check_device
+from . import checks
+from .device import check_device
+from .launching import launch
+from .registration import operation
 
 BLOCK = 1024  # pixels a program: 8 for each of 128 threads, which share the loads and the loop
 PARTS = 32  # copies of a palette's sums
@@ -91,88 +94,56 @@ def decode_kernel(tokens, palette, pixels, T, V, BLOCK_T: tl.constexpr):
     tl.store(pixels + o_c, b_c.to(tl.uint8), mask=m_c)
 
 
-def launch_encode(pixels, palette):
-    T = pixels.numel() // 3
-    tokens = torch.empty(pixels.shape[:-1], dtype=torch.int64, device=pixels.device)
+@operation(
+    "palette_encode(Tensor pixels, Tensor palette) -> Tensor",
+    lambda pixels, palette: pixels.new_empty(pixels.shape[:-1], dtype=torch.int64),
+)
+def palette_encode_op(pixels, palette, tokens) -> None:
+    T = tokens.numel()
     if T:
-        encode_kernel[(triton.cdiv(T, BLOCK),)](
+        launch(
+            encode_kernel, (triton.cdiv(T, BLOCK),),
             pixels=pixels.contiguous(), palette=palette.float().contiguous(), tokens=tokens, T=T, V=palette.shape[0],
             BLOCK_T=BLOCK, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
-    return tokens
 
 
-def launch_decode(tokens, palette):
+@operation(
+    "palette_decode(Tensor tokens, Tensor palette) -> Tensor",
+    lambda tokens, palette: tokens.new_empty((*tokens.shape, 3), dtype=torch.uint8),
+)
+def palette_decode_op(tokens, palette, pixels) -> None:
     T = tokens.numel()
-    pixels = torch.empty((*tokens.shape, 3), dtype=torch.uint8, device=tokens.device)
     if T:
-        decode_kernel[(triton.cdiv(3 * T, BLOCK),)](
+        launch(
+            decode_kernel, (triton.cdiv(3 * T, BLOCK),),
             tokens=tokens.contiguous(), palette=palette.float().contiguous(), pixels=pixels, T=T, V=palette.shape[0],
             BLOCK_T=BLOCK, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
-    return pixels
 
 
-def launch_sums(colours, weight, palette):
+@operation(
+    "palette_sums(Tensor colours, Tensor weight, Tensor palette) -> (Tensor, Tensor)",
+    lambda colours, weight, palette: (torch.empty_like(weight), weight.new_empty(4, palette.shape[0])),
+)
+def palette_sums_op(colours, weight, palette, index, sums) -> None:
     T, V = weight.numel(), palette.shape[0]
-    index = torch.empty(T, dtype=torch.int64, device=colours.device)
-    sums = torch.zeros(PARTS, 4, V, dtype=torch.int64, device=colours.device)
+    parts = torch.zeros(PARTS, 4, V, dtype=torch.int64, device=colours.device)
     if T:
-        sums_kernel[(triton.cdiv(T, BLOCK),)](
+        launch(
+            sums_kernel, (triton.cdiv(T, BLOCK),),
             colours=colours.contiguous(), weight=weight.contiguous(), palette=palette.float().contiguous(),
-            index=index, sums=sums, T=T, V=V, BLOCK_T=BLOCK, PARTS=PARTS, num_warps=4, enable_fp_fusion=False,
+            index=index, sums=parts, T=T, V=V, BLOCK_T=BLOCK, PARTS=PARTS, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
-    return index, sums.sum(0)
-
-
-@torch.library.custom_op("igpt::palette_encode", mutates_args=())
-def palette_encode_op(pixels: torch.Tensor, palette: torch.Tensor) -> torch.Tensor:
-    check_device("palette_encode", pixels, palette)
-    return launch_encode(pixels, palette)
-
-
-@palette_encode_op.register_fake
-def _(pixels, palette):
-    return pixels.new_empty(pixels.shape[:-1], dtype=torch.int64)
-
-
-@torch.library.custom_op("igpt::palette_decode", mutates_args=())
-def palette_decode_op(tokens: torch.Tensor, palette: torch.Tensor) -> torch.Tensor:
-    check_device("palette_decode", tokens, palette)
-    return launch_decode(tokens, palette)
-
-
-@palette_decode_op.register_fake
-def _(tokens, palette):
-    return tokens.new_empty((*tokens.shape, 3), dtype=torch.uint8)
-
-
-@torch.library.custom_op("igpt::palette_sums", mutates_args=())
-def palette_sums_op(
-    colours: torch.Tensor, weight: torch.Tensor, palette: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    check_device("palette_sums", colours, weight, palette)
-    return launch_sums(colours, weight, palette)
-
-
-@palette_sums_op.register_fake
-def _(colours, weight, palette):
-    return torch.empty_like(weight), weight.new_empty(4, palette.shape[0])
-
-
-def check_palette(name: str, palette: torch.Tensor) -> None:
-    if palette.dim() != 2 or palette.shape[1] != 3 or not palette.shape[0] or not palette.is_floating_point():
-        raise ValueError(f"{name}: palette: got {palette.dtype} {tuple(palette.shape)}, expected floats (V >= 1, 3)")
+    torch.sum(parts, 0, out=sums)
 
 
 def palette_encode(pixels, palette):
     """Nearest colour, the lowest on ties: uint8 or float (..., 3), palette (V, 3) -> int64 (...).
 
     Raises ValueError for pixels or a palette of another shape or dtype."""
-    check_palette("palette_encode", palette)
-    if pixels.shape[-1:] != (3,) or not (pixels.dtype == torch.uint8 or pixels.is_floating_point()):
-        got = f"{pixels.dtype} {tuple(pixels.shape)}"
-        raise ValueError(f"palette_encode: pixels: got {got}, expected uint8 or float (..., 3)")
+    checks.palette_encode(pixels, palette)
+    check_device("palette_encode", pixels, palette)
     return palette_encode_op(pixels, palette)
 
 
@@ -180,9 +151,8 @@ def palette_decode(tokens, palette):
     """Colours of tokens: integers (...), palette (V, 3) -> uint8 (..., 3). A token outside [0, V) is black.
 
     Raises ValueError for tokens or a palette of another shape or dtype."""
-    check_palette("palette_decode", palette)
-    if tokens.is_floating_point() or tokens.dtype == torch.bool:
-        raise ValueError(f"palette_decode: tokens: got {tokens.dtype}, expected integers")
+    checks.palette_decode(tokens, palette)
+    check_device("palette_decode", tokens, palette)
     return palette_decode_op(tokens, palette)
 
 
@@ -191,10 +161,6 @@ def palette_sums(colours, weight, palette):
     uint8 (n, 3), int64 (n,), palette (V, 3) -> int64 (n,), int64 (4, V).
 
     Raises ValueError for colours, weights or a palette of another shape or dtype."""
-    check_palette("palette_sums", palette)
-    if colours.dtype != torch.uint8 or colours.dim() != 2 or colours.shape[1] != 3:
-        raise ValueError(f"palette_sums: colours: got {colours.dtype} {tuple(colours.shape)}, expected uint8 (n, 3)")
-    if weight.dtype != torch.int64 or weight.shape != colours.shape[:1]:
-        got = f"{weight.dtype} {tuple(weight.shape)}"
-        raise ValueError(f"palette_sums: weight: got {got}, expected int64 ({len(colours)},)")
+    checks.palette_sums(colours, weight, palette)
+    check_device("palette_sums", colours, weight, palette)
     return palette_sums_op(colours, weight, palette)

@@ -4,23 +4,20 @@ Each row says where it was measured ("H200 2026-12-01") or "compiled only". `ben
 nothing searches in the call path. Architectures that no row names use "portable", and say so once.
 """
 
-import contextlib
-import functools
-import warnings
 from dataclasses import dataclass, replace
 
 import torch
 
-from .interpreter import INTERPRETED
+from .device import SHARED_BYTES, arch
 
-ARCHS = ("portable", "sm_80", "sm_90", "sm_100", "gfx942")
-# Bytes of shared memory that a block may ask for; portable: the least of them, an Ada or consumer Ampere card's 99 KB.
-SHARED_BYTES = {"portable": 101376, "sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # what the kernels take
+MAX_WIDTH = 8192  # columns of a row, which lives in the registers of one program
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Block sizes and launch options of one kernel. `tma`: loads through tensor descriptors (sm_90 and later)."""
+    """Block sizes and launch options of one kernel. `tma`: loads through tensor descriptors (sm_90 and later).
+    `programs`: of a persistent kernel, how many a multiprocessor."""
 
     BLOCK_M: int
     BLOCK_N: int
@@ -28,47 +25,8 @@ class Tile:
     num_warps: int = 4
     num_stages: int = 2
     tma: bool = False
+    programs: int = 1
     evidence: str = "compiled only"
-
-
-_forced: str | None = None
-
-
-@contextlib.contextmanager
-def target(arch: str):
-    """Within this context every launcher picks the tiles of `arch`: for tests and for compiling without a GPU."""
-    global _forced
-    if arch not in ARCHS:
-        raise ValueError(f"arch: got {arch!r}, expected one of {ARCHS}")
-    previous, _forced = _forced, arch
-    try:
-        yield
-    finally:
-        _forced = previous
-
-
-@functools.cache
-def _device_arch(index: int) -> str:
-    properties = torch.cuda.get_device_properties(index)
-    if torch.version.hip:
-        name = properties.gcnArchName.split(":")[0]
-    else:
-        major, minor = torch.cuda.get_device_capability(index)
-        # 8.6 and 8.9 (consumer Ampere, Ada) have less shared memory than the sm_80 tiles ask for: portable.
-        name = "sm_100" if (major, minor) == (10, 3) else f"sm_{major}{minor}"
-    if name not in ARCHS:
-        warnings.warn(f"igpt has no tiles for {name} ({properties.name}); using the portable ones", stacklevel=2)
-        return "portable"
-    return name
-
-
-def arch(device: torch.device) -> str:
-    """The architecture whose tiles a launch on `device` uses; "portable" in the interpreter unless forced."""
-    if _forced is not None:
-        return _forced
-    if device.type != "cuda" or INTERPRETED:
-        return "portable"
-    return _device_arch(device.index if device.index is not None else torch.cuda.current_device())
 
 
 def require(kernel: str, tile: Tile, x: torch.Tensor, elements: int, stages: int = 1) -> None:
@@ -84,21 +42,9 @@ def require(kernel: str, tile: Tile, x: torch.Tensor, elements: int, stages: int
         raise ValueError(f"{kernel}: {tile} keeps {needed} bytes in shared memory, {machine} has {there} for a block")
 
 
-@functools.cache
-def _multiprocessors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
-
-
-def multiprocessors(device: torch.device) -> int:
-    """How many programs a persistent kernel launches: the GPU's multiprocessors; 132 (H200) where there is no GPU
-    to ask and an architecture is forced, 4 in the interpreter."""
-    if device.type == "cuda":
-        return _multiprocessors(device.index if device.index is not None else torch.cuda.current_device())
-    return 4 if INTERPRETED else 132
-
-
-# Row kernels (kernels/rows.py): (architecture, widest power of two of columns) -> BLOCK_M rows a step. BLOCK_N, the
-# columns, is the power of two that holds the row at hand.
+# Row kernels (kernels/norm.py): (architecture, widest power of two of columns) -> BLOCK_M rows a step. BLOCK_N, the
+# columns, is the power of two that holds the row at hand. Backward's programs keep loads in flight; each leaves a
+# partial sum of the gain's gradient.
 NORM_FORWARD = {
     ("portable", 512): Tile(8, 512, num_warps=4),
     ("portable", 1024): Tile(4, 1024, num_warps=4),
@@ -107,14 +53,16 @@ NORM_FORWARD = {
     ("portable", 8192): Tile(1, 8192, num_warps=8),
 }
 NORM_BACKWARD = {
-    ("portable", 512): Tile(4, 512, num_warps=8),
-    ("portable", 1024): Tile(2, 1024, num_warps=8),
-    ("portable", 2048): Tile(1, 2048, num_warps=4),
-    ("sm_90", 2048): Tile(1, 2048, num_warps=8),
-    ("sm_100", 2048): Tile(1, 2048, num_warps=8),
-    ("portable", 4096): Tile(1, 4096, num_warps=16),
-    ("portable", 8192): Tile(1, 8192, num_warps=32),
-    ("gfx942", 8192): Tile(1, 8192, num_warps=16),
+    ("portable", 512): Tile(4, 512, num_warps=8, programs=4),
+    ("sm_90", 512): Tile(1, 512, num_warps=2, programs=16, evidence="H200 2026-11-27"),
+    ("portable", 1024): Tile(2, 1024, num_warps=8, programs=4),
+    ("sm_90", 1024): Tile(2, 1024, num_warps=4, programs=16, evidence="H200 2026-11-27"),
+    ("portable", 2048): Tile(1, 2048, num_warps=4, programs=4),
+    ("sm_90", 2048): Tile(1, 2048, num_warps=4, programs=16, evidence="H200 2026-11-27"),
+    ("sm_100", 2048): Tile(1, 2048, num_warps=8, programs=4),
+    ("portable", 4096): Tile(1, 4096, num_warps=16, programs=4),
+    ("portable", 8192): Tile(1, 8192, num_warps=32, programs=4),
+    ("gfx942", 8192): Tile(1, 8192, num_warps=16, programs=4),
 }
 
 
@@ -123,6 +71,13 @@ def row_tile(table: dict, arch: str, d: int) -> Tile:
     width = max(16, 1 << (d - 1).bit_length())
     widest = min(w for a, w in table if a == "portable" and w >= width)
     return replace(table.get((arch, widest), table["portable", widest]), BLOCK_N=width)
+
+
+def check_kernel_rows(name: str, x: torch.Tensor) -> None:
+    """What the row kernels take of activations (..., d). Raises ValueError."""
+    if x.dtype not in FLOATS or not 1 <= x.shape[-1] <= MAX_WIDTH:
+        expected = f"fp32, fp16 or bf16 (..., d) with 1 <= d <= {MAX_WIDTH}"
+        raise ValueError(f"{name}: x: got {x.dtype} {tuple(x.shape)}, expected {expected}")
 
 
 # Elementwise kernels (kernels/norm_mlp.py): BLOCK_N elements a program.

@@ -12,11 +12,12 @@ from gluon_simulator import POLICIES, caught, load
 import igpt.kernels.tiles as tiles
 from bench.budget import compare
 from igpt.kernels import reference
+from igpt.kernels.device import target
 
 
 @pytest.fixture(autouse=True)
 def hopper():
-    with tiles.target("sm_90"):
+    with target("sm_90"):
         yield
 
 

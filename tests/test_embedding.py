@@ -5,7 +5,8 @@ import torch
 
 from bench.budget import against_fp64
 from igpt.kernels import embedding as kernel
-from igpt.kernels import reference, tiles
+from igpt.kernels import reference
+from igpt.kernels.device import target
 from igpt.kernels.embedding import embed
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -90,7 +91,7 @@ def test_large_gradients_stay_exact(device, poison_empty):
 def test_tiles_of_other_architectures(arch, device, poison_empty):
     if device.type != "cpu":
         pytest.skip("a GPU runs its own tiles")
-    with tiles.target(arch):
+    with target(arch):
         check(make(2, 70, 130, 144, torch.bfloat16, device, True, False))
 
 
@@ -132,10 +133,10 @@ def test_bad_input_is_named(name, value, device):
 @pytest.mark.parametrize("form", FORMS)
 def test_opcheck(form, device):
     inputs = make(2, 6, 10, 16, torch.float32, device, *FORMS[form])
-    for name in ("wte", "wpe", "sos"):
-        if inputs[name] is not None:
-            inputs[name].requires_grad_()
     torch.library.opcheck(kernel.embed_op, tuple(inputs.values()))
+    dh = torch.randn(2, 6, 16, device=device)
+    has_sos = inputs["sos"] is not None
+    torch.library.opcheck(kernel.embed_backward_op, (dh, inputs["tokens"], inputs["masked"], 10, 6, has_sos))
 
 
 def test_full_graph_compile(device):

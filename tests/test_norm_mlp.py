@@ -1,4 +1,4 @@
-"""norm_linear, linear_residual, norm_mlp: error budgets for output and every gradient, hard values, odd shapes."""
+"""norm_linear and norm_mlp: error budgets for output and every gradient, hard values, odd shapes."""
 
 import functools
 
@@ -52,22 +52,55 @@ def test_norm_linear(case, dtype, centred, device, poison_empty):
     check(products.norm_linear, reference.norm_linear, t, centred)
 
 
-@cases
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_linear_residual(case, dtype, device, poison_empty):
-    shape, d, out = case
-    t = inputs("normal", shape, d, out, dtype, d % 8 == 0, device)
-    del t["norm_weight"]
-    t["a"], t["residual"] = t.pop("x"), values("normal", (*shape, out), dtype, 6).to(device)
-    check(products.linear_residual, reference.linear_residual, t)
-
-
 @norms
 @cases
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_norm_mlp(case, dtype, centred, device, poison_empty):
     t = mlp_inputs("normal", *case, dtype, case[1] % 8 == 0, device)
     check(mlp.norm_mlp, reference.norm_mlp, t, centred)
+
+
+@norms
+@cases
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_norm_sums_up_the_stream(case, dtype, centred, device, poison_empty):
+    """With `add`: the product of the norm of a sum, and the sum, whose gradients meet in one pass."""
+    t = inputs("normal", *case, dtype, False, device)
+    t["add"] = values("outliers", t["x"].shape, dtype, 6).to(device)
+
+    def ours(x, norm_weight, weight, add, **options):
+        return torch.cat(products.norm_linear(x, norm_weight, weight, add=add, through=True, **options), -1)
+
+    def eager(x, norm_weight, weight, add, **options):
+        return torch.cat([reference.norm_linear(x + add, norm_weight, weight, **options), x + add], -1)
+
+    check(ours, eager, t, centred)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_mlp_as_a_branch(dtype, device, poison_empty):
+    """through: the two summands; each alone has its gradients."""
+    t = mlp_inputs("normal", (2, 7), 72, 100, dtype, True, device)
+    t["add"] = values("normal", (2, 7, 72), dtype, 6).to(device)
+
+    def ours(add, only, **t):
+        return torch.cat(mlp.norm_mlp(**t, add=add, through=True)[only], -1)
+
+    def eager(x, add, only, **t):
+        return torch.cat((reference.norm_mlp(x + add, **t) - (x + add), x + add)[only], -1)
+
+    for only in (slice(None), slice(0, 1), slice(1, 2)):
+        asked = t if only != slice(1, 2) else {name: t[name] for name in ("x", "add")}
+        held = {name: t[name] for name in t if name not in asked}
+        assert_budget(
+            against_fp64(
+                lambda only=only, held=held, **k: ours(only=only, **held, **k),
+                lambda only=only, held=held, **k: eager(
+                    only=only, **{n: h.to(k["x"].dtype) for n, h in held.items()}, **k
+                ),
+                asked, tuple(asked),
+            )
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -84,7 +117,8 @@ def test_residual_through_the_norm(dtype, device, poison_empty):
     check(ours, eager, t)
     check(functools.partial(ours, only=slice(1)), functools.partial(eager, only=slice(1)), t)
     y, x = products.norm_linear(**{k: v.requires_grad_() for k, v in t.items()}, through=True)
-    assert y.grad_fn is x.grad_fn and x.data_ptr() == t["x"].data_ptr()
+    assert x.data_ptr() == t["x"].data_ptr()  # no copy
+    assert y.grad_fn.next_functions[0][0] is x.grad_fn.next_functions[0][0]
     loss = torch.compile(lambda **t: ours(**t).square().sum(), backend="aot_eager", fullgraph=True)(**t)
     got, want = (torch.autograd.grad(l, tuple(t.values())) for l in (loss, ours(**t).square().sum()))
     assert all(torch.equal(g, w) for g, w in zip(got, want))
@@ -120,8 +154,9 @@ def test_nothing_is_kept_without_gradients(device):
     want = mlp.norm_mlp(**{k: v.requires_grad_() for k, v in t.items()})
     with torch.no_grad():
         assert torch.equal(mlp.norm_mlp(**t), want)
-    out = mlp.norm_mlp_op(*t.values(), None, None, 1e-5, False, False, False)
-    assert [o.numel() for o in out] == [4 * 32, 4, 0, 0]
+    x, *weights = t.values()
+    out = mlp.NormMLP(x, None, *weights, None, None, 1e-5, False, 0)
+    assert [o.numel() for o in out] == [4 * 32, 4 * 32, 4, 0, 0]
 
 
 def test_backward_keeps_nothing_twice(device):
@@ -144,19 +179,17 @@ def test_backward_keeps_nothing_twice(device):
 def test_opcheck_and_compile(bias, device):
     t = mlp_inputs("normal", (2, 5), 32, 48, torch.float32, bias, device)
     a = {k: v.requires_grad_() for k, v in t.items()}
-    b_fc, b_proj = a.get("b_fc"), a.get("b_proj")
-    weights = a["x"], a["norm_weight"], a["w_fc"], a["w_proj"]
-    hidden = torch.randn(2, 5, 48, device=device, requires_grad=True)
-    ops, biases = torch.ops.igpt, (b_fc, b_proj)
-    torch.library.opcheck(ops.norm_mlp, (*weights, *biases, 1e-5, False, True, True))
-    torch.library.opcheck(ops.norm_mlp, (*weights, *biases, 1e-5, True, True, False))
-    torch.library.opcheck(ops.norm_linear, (*weights[:3], b_fc, 1e-5, False))
-    torch.library.opcheck(ops.linear_residual, (hidden, a["w_proj"], a["x"], b_proj))
+    x, gain, stats = a["x"].detach().view(10, 32), a["norm_weight"].detach(), torch.ones(1, 10, device=device)
+    u, dh = torch.randn(2, 10, 48, device=device)
+    ops = torch.ops.igpt
+    torch.library.opcheck(ops.norm, (x, x, gain, 1e-5, bias))
+    torch.library.opcheck(ops.norm_backward, (x, x, gain, stats, None if bias else x, bias))
+    torch.library.opcheck(ops.quick_gelu, (u,))
+    torch.library.opcheck(ops.quick_gelu_backward_, (u, dh, bias))
 
     def block(**t):
-        qkv = products.norm_linear(t["x"], t["norm_weight"], t["w_fc"], t.get("b_fc"))
-        x = products.linear_residual(qkv, t["w_proj"], t["x"], t.get("b_proj"))
-        return mlp.norm_mlp(**{**t, "x": x}).square().sum()
+        y, x = products.norm_linear(t["x"], t["norm_weight"], t["w_fc"], t.get("b_fc"), through=True)
+        return mlp.norm_mlp(**{**t, "x": x}, add=y @ t["w_proj"].t()).square().sum()
 
     got = torch.autograd.grad(torch.compile(block, backend="aot_eager", fullgraph=True)(**a), tuple(a.values()))
     want = torch.autograd.grad(block(**a), tuple(a.values()))
@@ -171,5 +204,5 @@ def test_bad_input(device):
             mlp.norm_mlp(**{**t, name: wrong})
     with pytest.raises(ValueError, match="norm_linear: weight: got"):
         products.norm_linear(t["x"], t["norm_weight"], t["w_proj"])
-    with pytest.raises(ValueError, match="linear_residual: residual: got"):
-        products.linear_residual(t["x"], t["w_fc"], t["x"])
+    with pytest.raises(ValueError, match="norm_linear: add: got"):
+        products.norm_linear(t["x"], t["norm_weight"], t["w_fc"], add=t["x"][1:])

@@ -1,0 +1,135 @@
+"""What each operation asks of its arguments, whichever way it runs: one place that refuses, before any work.
+
+Every check raises ValueError naming the operation and the argument, what came and what was expected. `dtype` is the one
+that all operands must share: the kernels ask for it, the torch path (igpt/ops.py) has cast them already.
+"""
+
+import torch
+
+
+def refuse(name: str, argument: str, got, expected: str) -> None:
+    raise ValueError(f"{name}: {argument}: got {got}, expected {expected}")
+
+
+def said(t: torch.Tensor) -> str:
+    return f"{t.dtype} {tuple(t.shape)}"
+
+
+def operand(name: str, argument: str, t: torch.Tensor | None, shape: tuple, dtype: torch.dtype | None = None) -> None:
+    """None in `shape` is any size; a tensor that is None passes."""
+    if t is None:
+        return
+    have = t.shape
+    if len(have) == len(shape) and (dtype is None or t.dtype == dtype):
+        for size, want in zip(have, shape):
+            if want is not None and size != want:
+                break
+        else:
+            return
+    want = tuple("any" if size is None else size for size in shape)
+    refuse(name, argument, said(t), f"{dtype or 'floats'} {want}")
+
+
+def rows(name: str, argument: str, x: torch.Tensor) -> int:
+    """The last dimension of floating activations (..., d)."""
+    if not x.is_floating_point() or x.dim() < 1:
+        refuse(name, argument, said(x), "floats (..., d)")
+    return x.shape[-1]
+
+
+def integers(name: str, argument: str, t: torch.Tensor, vocab: int | None = None) -> None:
+    """Integer ids; with `vocab`, in [0, vocab): read where the tensor is on a CPU and no graph is being traced."""
+    within = "" if vocab is None else f" in [0, {vocab})"
+    if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
+        refuse(name, argument, t.dtype, f"integers{within}")
+    if vocab is not None and t.device.type == "cpu" and t.numel() and not torch.compiler.is_compiling():
+        low, high = (int(end) for end in torch.aminmax(t.long()))
+        if low < 0 or high >= vocab:
+            refuse(name, argument, f"values in [{low}, {high}]", f"integers{within}")
+
+
+def attention(q, k, v) -> None:
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if t.dim() != 4:
+            refuse("attention", name, f"shape {tuple(t.shape)}", "(B, N, H, D)")
+        if t.dtype != q.dtype or t.shape != q.shape:
+            refuse("attention", name, said(t), f"q's {said(q)}")
+    if not q.is_floating_point():
+        refuse("attention", "q", q.dtype, "floats")
+
+
+def attention_packed(qkv) -> None:
+    if qkv.dim() != 5 or qkv.shape[2] != 3 or not qkv.is_floating_point():
+        refuse("attention", "qkv", said(qkv), "floats (B, N, 3, H, D)")
+
+
+def decode_attention(qkv, k_cache, v_cache) -> None:
+    if qkv.dim() != 4 or qkv.shape[1] != 3 or not qkv.is_floating_point():
+        refuse("decode_attention", "qkv", said(qkv), "floats (B, 3, H, D)")
+    B, _, H, D = qkv.shape
+    operand("decode_attention", "k_cache", k_cache, (B, H, None, D))
+    operand("decode_attention", "v_cache", v_cache, tuple(k_cache.shape))
+
+
+def norm(name: str, x, add, norm_weight, dtype=None) -> None:
+    d = rows(name, "x", x)
+    operand(name, "add", add, tuple(x.shape), dtype)
+    operand(name, "norm_weight", norm_weight, (d,), dtype)
+
+
+def norm_linear(x, add, norm_weight, weight, bias, dtype=None) -> None:
+    norm("norm_linear", x, add, norm_weight, dtype)
+    operand("norm_linear", "weight", weight, (None, x.shape[-1]), dtype)
+    operand("norm_linear", "bias", bias, weight.shape[:1], dtype)
+
+
+def norm_mlp(x, add, norm_weight, w_fc, w_proj, b_fc, b_proj, dtype=None) -> None:
+    norm("norm_mlp", x, add, norm_weight, dtype)
+    d = x.shape[-1]
+    operand("norm_mlp", "w_fc", w_fc, (None, d), dtype)
+    inner = w_fc.shape[0]
+    operand("norm_mlp", "w_proj", w_proj, (d, inner), dtype)
+    operand("norm_mlp", "b_fc", b_fc, (inner,), dtype)
+    operand("norm_mlp", "b_proj", b_proj, (d,), dtype)
+
+
+def head_loss(x, norm_weight, head_weight, targets, dtype=None) -> None:
+    """On a GPU a target outside of [0, V) is not found here (that would cost a synchronisation): its loss is NaN."""
+    norm("head_loss", x, None, norm_weight, dtype)
+    operand("head_loss", "head_weight", head_weight, (None, x.shape[-1]), dtype)
+    if targets.shape != x.shape[:-1]:
+        refuse("head_loss", "targets", said(targets), f"integers {tuple(x.shape[:-1])}")
+    integers("head_loss", "targets", targets)
+
+
+def embed(tokens, wte, wpe, sos, masked, dtype=None) -> None:
+    integers("embed", "tokens", tokens)
+    operand("embed", "wte", wte, (None, None), dtype)
+    d = wte.shape[1]
+    operand("embed", "wpe", wpe, (None, d), dtype)
+    operand("embed", "sos", sos, (d,), dtype)
+    if tokens.dim() != 2 or not 1 <= tokens.shape[1] <= wpe.shape[0]:
+        refuse("embed", "tokens", f"shape {tuple(tokens.shape)}", f"(B, N) with 1 <= N <= {wpe.shape[0]}")
+    operand("embed", "masked", masked, tuple(tokens.shape), torch.bool)
+
+
+def palette(name: str, palette) -> None:
+    if palette.dim() != 2 or palette.shape[1] != 3 or not palette.shape[0] or not palette.is_floating_point():
+        refuse(name, "palette", said(palette), "floats (V >= 1, 3)")
+
+
+def palette_encode(pixels, palette_V3) -> None:
+    palette("palette_encode", palette_V3)
+    if pixels.shape[-1:] != (3,) or not (pixels.dtype == torch.uint8 or pixels.is_floating_point()):
+        refuse("palette_encode", "pixels", said(pixels), "uint8 or floats (..., 3)")
+
+
+def palette_decode(tokens, palette_V3) -> None:
+    palette("palette_decode", palette_V3)
+    integers("palette_decode", "tokens", tokens)
+
+
+def palette_sums(colours, weight, palette_V3) -> None:
+    palette("palette_sums", palette_V3)
+    operand("palette_sums", "colours", colours, (None, 3), torch.uint8)
+    operand("palette_sums", "weight", weight, colours.shape[:1], torch.int64)
