@@ -146,7 +146,7 @@ def head_dim(v: dict) -> int:
 # Attention's kernels: how many products of (pairs, D) each makes, by its arguments' names.
 ATTENTION_PRODUCTS = {
     "attention_forward_kernel": lambda v: 2,
-    "attention_hopper_kernel": lambda v: 2,
+    "attention_hopper_forward_kernel": lambda v: 2,
     "attention_dq_kernel": lambda v: 3,
     "attention_dkdv_kernel": lambda v: 4,
     "attention_hopper_backward_kernel": lambda v: 4 if v["OWNS_KEYS"] else 3,

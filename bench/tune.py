@@ -78,7 +78,7 @@ def searches(arch: str) -> Iterator[Search]:
         backward = dataclasses.replace(case, direction="bwd")
         if arch == "sm_90":
             stages = {"num_stages": (2, 3, 4, 5)}
-            yield Search("ATTENTION_HOPPER", D, "attention_hopper_kernel", case, stages)
+            yield Search("ATTENTION_HOPPER_FORWARD", D, "attention_hopper_forward_kernel", case, stages)
             yield Search("ATTENTION_HOPPER_BACKWARD", D, "attention_hopper_backward_kernel", backward, stages)
             continue
         yield Search("ATTENTION_FORWARD", (D,), "attention_forward_kernel", case, blocks)

@@ -142,9 +142,9 @@ def attention_backward(dout, q, k, v, out, lse, dq, dk, dv, causal: bool, scale:
         return
     aligned = all(map(is_aligned, (dout, q, k, v)))
     if arch(q.device) == "sm_90" and not INTERPRETED:
-        from . import attention_hopper_backward, hopper  # Gluon is imported only where it runs
+        from . import attention_hopper, attention_hopper_backward  # Gluon is imported only where it runs
 
-        if hopper.fits(dout, q, k, v, dq, dk, dv):
+        if attention_hopper.fits(dout, q, k, v, dq, dk, dv):
             delta = delta_of(out, dout)
             return attention_hopper_backward.attention_backward_hopper(
                 dout, q, k, v, lse, delta, dq, dk, dv, causal, scale
