@@ -23,14 +23,15 @@ CONSUMER_REGISTERS, PRODUCER_REGISTERS = 240, 24
 
 
 @gluon.jit
-def tile_of(t, sizes):
-    """(tile of rows, batch, head) of the t-th tile: groups of heads, within a group the last rows first."""
+def tile_of(t, sizes, LAST_FIRST: gl.constexpr):
+    """(tile of rows, batch, head) of the t-th tile: groups of heads, within a group the first or the last rows first."""
     N, H, TILES, HEADS, GROUP = sizes
     group = t // (GROUP * TILES)
     r = t - group * GROUP * TILES
     size = gl.minimum(GROUP, HEADS - group * GROUP)
+    i = r // size
     i_bh = group * GROUP + r % size
-    return TILES - 1 - r // size, i_bh // H, i_bh % H
+    return TILES - 1 - i if LAST_FIRST else i, i_bh // H, i_bh % H
 
 
 @gluon.jit
@@ -40,12 +41,6 @@ def chunks_of(chunk, tail):
     else:
         chunks = [chunk, tail]
     return chunks
-
-
-@gluon.constexpr_function
-def head_dim(descs):
-    """The columns of all chunks."""
-    return sum(desc.block_shape[2] for desc in descs)
 
 
 @gluon.jit
@@ -68,15 +63,19 @@ def place_of(ring, step):
 
 
 @gluon.jit
-def fill(ring, step, descs, i_b, row, column, MORE_BYTES: gl.constexpr = 0):
-    """When its place is free, have the tile at this batch, row and column copied there. It is filled when MORE_BYTES,
-    which the caller copies, are there too."""
-    buffers, full, empty = ring
+def claim(ring, step, BYTES: gl.constexpr):
+    """Wait until the step's place is free; it is filled once BYTES have been copied there."""
     place, parity = place_of(ring, step)
-    mbarrier.wait(empty.index(place), parity ^ 1)
-    mbarrier.expect(full.index(place), 2 * descs[0].block_shape[1] * head_dim(descs) + MORE_BYTES)
+    mbarrier.wait(ring[2].index(place), parity ^ 1)
+    mbarrier.expect(ring[1].index(place), BYTES)
+
+
+@gluon.jit
+def copy(descs, at, ring, step, FIRST: gl.constexpr = 0):
+    """Have every chunk of the tile `at` these coordinates copied to the step's place, from buffer FIRST on."""
+    place, _ = place_of(ring, step)
     for i in gl.static_range(len(descs)):
-        tma.async_copy_global_to_shared(descs[i], [i_b, row, column], full.index(place), buffers[i].index(place))
+        tma.async_copy_global_to_shared(descs[i], at, ring[1].index(place), ring[0][FIRST + i].index(place))
 
 
 @gluon.jit
@@ -100,16 +99,15 @@ def release(ring, step, pred=True):
 
 
 @gluon.jit
-def store_through(ring, step, descs, i_b, row, column, tile):
-    """Write accumulators to memory, rounded, by way of this step's place, which the store reads until it is waited
-    for."""
+def store_through(ring, step, tile, descs, at):
+    """Write accumulators to memory, rounded, by way of the step's place, which the store reads until it is waited for."""
     place, _ = place_of(ring, step)
     chunks = view(ring, step)
     for i in gl.static_range(len(descs)):
         chunks[i].store(tile[i].to(chunks[i].dtype))
     fence_async_shared()
     for i in gl.static_range(len(descs)):
-        tma.async_copy_shared_to_global(descs[i], [i_b, row, column], ring[0][i].index(place))
+        tma.async_copy_shared_to_global(descs[i], at, ring[0][i].index(place))
 
 
 @gluon.constexpr_function
@@ -153,17 +151,28 @@ def add_products(acc, weights, tile):
     return total, held
 
 
+@gluon.jit
+def row_dots(a, b):
+    """Of every row of a with that row of b, tiles in shared memory: fp32 [rows]."""
+    LAYOUT: gl.constexpr = gl.SliceLayout(1, product_layout(64))
+    dots = gl.full([a[0].shape[0]], 0.0, gl.float32, LAYOUT)
+    for i in gl.static_range(len(a)):
+        b_a, b_b = a[i].load(product_layout(a[i].shape[1])), b[i].load(product_layout(a[i].shape[1]))
+        dots += gl.convert_layout(gl.sum(b_a.to(gl.float32) * b_b.to(gl.float32), 1), LAYOUT)
+    return dots
+
+
 def fits(*tensors: torch.Tensor) -> bool:
-    """Whether these views (B, N, H, D) of one shape suit the kernels: fp16 or bf16, N a multiple of a tile's rows, heads
-    side by side, rows and pictures that start at 16 bytes."""
-    B, N, _, D = tensors[0].shape
-    return D in (64, 96, 128) and N % (2 * ROWS) == 0 and all(
+    """Whether these views (B, N, H, D) of one shape suit the kernels: fp16 or bf16, heads side by side, rows and
+    pictures that start at 16 bytes."""
+    B, D = tensors[0].shape[0], tensors[0].shape[3]
+    return D in (64, 96, 128) and all(
         t.dtype in (torch.float16, torch.bfloat16)
         and t.stride()[2:] == (D, 1)
         and all(stride > 0 and stride % 8 == 0 for stride in t.stride()[B == 1 : 2])
         and t.data_ptr() % 16 == 0
         for t in tensors
-    )  # fmt: skip
+    )
 
 
 def require(scale: float, **tensors: torch.Tensor) -> None:
@@ -172,7 +181,7 @@ def require(scale: float, **tensors: torch.Tensor) -> None:
         first, said = next(iter(tensors.values())), ", ".join(tensors)
         raise ValueError(
             f"{said}: got {first.dtype} {tuple(first.shape)}, strides {[t.stride() for t in tensors.values()]}, scale "
-            f"{scale}; expected fp16 or bf16, D 64, 96 or 128, N a multiple of {2 * ROWS}, heads side by side, scale > 0"
+            f"{scale}; expected fp16 or bf16, D 64, 96 or 128, heads side by side, rows at 16 bytes, scale > 0"
         )
 
 

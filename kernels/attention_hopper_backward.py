@@ -25,6 +25,8 @@ hold no registers, of which the accumulators at D = 128 leave none.
 Needs what `hopper.fits` asks for; attention_backward.py does all else.
 """
 
+import torch
+import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma, warpgroup_mma_wait
@@ -37,15 +39,16 @@ from .attention_hopper import (
     add_products,
     allocate_ring,
     chunks_of,
+    claim,
+    copy,
     describe,
     describe_flat,
-    fill,
-    head_dim,
     issue_dots,
     place_of,
     product_layout,
     release,
     require,
+    row_dots,
     store_through,
     tile_of,
     view,
@@ -60,95 +63,106 @@ from .primitives import LOG2E
 
 @gluon.jit
 def blocks_of(i, TILES, IS_CAUSAL: gl.constexpr, OWNS_KEYS: gl.constexpr):
-    """(first, stride, count): tile i's streamed blocks are first, first + stride, ..., the diagonal's first."""
-    if not IS_CAUSAL:
-        first, stride, count = 0, 1, 2 * TILES
-    elif OWNS_KEYS:
-        first, stride, count = 2 * i, 1, 2 * (TILES - i)
+    """(first, stride, count): tile i's streamed blocks are first, first + stride, ..., those that a mask cuts first."""
+    if OWNS_KEYS:
+        first, stride, count = 2 * i if IS_CAUSAL else 0, 1, 2 * (TILES - i) if IS_CAUSAL else 2 * TILES
     else:
-        first, stride, count = 2 * i + 1, -1, 2 * (i + 1)
+        count = 2 * (i + 1) if IS_CAUSAL else 2 * TILES
+        first, stride = count - 1, -1
     return first, stride, count
 
 
 @gluon.jit
-def owned_tile(t, sizes, OWNS_KEYS: gl.constexpr):
-    """tile_of(t), longest first: the last queries see the most keys, the first keys are seen by the most queries."""
-    i, i_b, i_h = tile_of(t, sizes)
-    if OWNS_KEYS:
-        i = sizes[2] - 1 - i
-    return i, i_b, i_h
-
-
-@gluon.jit
 def producer(
-    own_descs, descs, statistics, own, ring, statistics_ring, sizes, IS_CAUSAL: gl.constexpr, OWNS_KEYS: gl.constexpr
-):
+    own_descs, descs, out, statistics_desc, own, ring, statistics_ring, sizes,
+    D: gl.constexpr, IS_CAUSAL: gl.constexpr, OWNS_KEYS: gl.constexpr,
+):  # fmt: skip
     N, H, TILES, HEADS, GROUP = sizes
     ROWS: gl.constexpr = descs[0].block_shape[1]
-    D: gl.constexpr = head_dim(descs) // 2
-    STATISTICS_BYTES: gl.constexpr = 2 * ROWS * 4 if OWNS_KEYS else 0
+    PAIR_BYTES: gl.constexpr = 2 * ROWS * D * 2
     step = 0
     tile = 0
     for t in range(gl.program_id(0), TILES * HEADS, gl.num_programs(0)):
-        i, i_b, i_h = owned_tile(t, sizes, OWNS_KEYS)
+        i, i_b, i_h = tile_of(t, sizes, not OWNS_KEYS)
         for c in gl.static_range(2):
-            fill(own[c], tile, own_descs, i_b, (2 * i + c) * ROWS, i_h * D)
+            claim(own[c], tile, PAIR_BYTES)
+            copy(own_descs, [i_b, (2 * i + c) * ROWS, i_h * D], own[c], tile)
+        if not OWNS_KEYS:
+            claim(ring, step, PAIR_BYTES)
+            for c in gl.static_range(2):
+                copy(out, [i_b, (2 * i + c) * ROWS, i_h * D], ring, step, c * len(out))
+            step += 1
         first, stride, count = blocks_of(i, TILES, IS_CAUSAL, OWNS_KEYS)
         for j in range(count):
             row = (first + j * stride) * ROWS
-            fill(ring, step, descs, i_b, row, i_h * D, STATISTICS_BYTES)
+            claim(ring, step, PAIR_BYTES + (2 * ROWS * 4 if OWNS_KEYS else 0))
+            copy(descs, [i_b, row, i_h * D], ring, step)
             if OWNS_KEYS:
-                place, _ = place_of(ring, step)
                 for k in gl.static_range(2):
-                    at = (i_b * H + i_h) * N + row
-                    tma.async_copy_global_to_shared(
-                        statistics[k], [at], ring[1].index(place), statistics_ring[k].index(place)
-                    )
+                    at = [(k * HEADS + i_b * H + i_h) * (2 * TILES * ROWS) + row]
+                    copy([statistics_desc], at, statistics_ring, step, k)
             step += 1
         tile += 1
 
 
 @gluon.jit
+def load_statistic(k: gl.constexpr, ring, step):
+    """lse (0) or delta (1) of a step's queries: [1, ROWS]."""
+    place, _ = place_of(ring, step)
+    return ring[0][k].index(place).load(gl.SliceLayout(0, product_layout(ring[0][k].shape[1])))[None, :]
+
+
+@gluon.jit
 def consumer(
-    c: gl.constexpr, grads, p_lse, p_delta, own, ring, statistics_ring, scale, scale_log2, sizes,
-    IS_CAUSAL: gl.constexpr, OWNS_KEYS: gl.constexpr,
+    c: gl.constexpr, grads, p_lse, p_statistics, own, ring, statistics_ring, scale, scale_log2, sizes,
+    D: gl.constexpr, IS_CAUSAL: gl.constexpr, IS_RAGGED: gl.constexpr, OWNS_KEYS: gl.constexpr,
 ):  # fmt: skip
     N, H, TILES, HEADS, GROUP = sizes
     ROWS: gl.constexpr = grads[0].block_shape[1]
     CHUNKS: gl.constexpr = len(ring[0]) // 2
-    D: gl.constexpr = head_dim(grads) // len(grads) * CHUNKS
     PLACES: gl.constexpr = own[1].shape[0]
-    LAYOUT: gl.constexpr = product_layout(ROWS)
+    HAS_MASK: gl.constexpr = IS_CAUSAL or (IS_RAGGED and not OWNS_KEYS)
     dtype: gl.constexpr = grads[0].dtype
-    o_row = gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
-    o_col = gl.arange(0, ROWS, gl.SliceLayout(0, LAYOUT))
+    o_row = gl.arange(0, ROWS, gl.SliceLayout(1, product_layout(ROWS)))
+    o_col = gl.arange(0, ROWS, gl.SliceLayout(0, product_layout(ROWS)))
     step = 0
     tile = 0
     for t in range(gl.program_id(0), TILES * HEADS, gl.num_programs(0)):
-        i, i_b, i_h = owned_tile(t, sizes, OWNS_KEYS)
+        i, i_b, i_h = tile_of(t, sizes, not OWNS_KEYS)
         owned = view(own, tile)
         a, b = owned[:CHUNKS], owned[CHUNKS:]
         acc_x = zero_rows(a)
+        wait_filled(own, tile)
         if OWNS_KEYS:
             acc_y = zero_rows(b)
         else:
             acc_y = []
-            o_own = (i_b.to(gl.int64) * H + i_h) * N + (2 * i + c) * ROWS + o_row
-            lse, delta = gl.load(p_lse + o_own)[:, None], gl.load(p_delta + o_own)[:, None]
-        wait_filled(own, tile)
+            o_own = (2 * i + c) * ROWS + o_row
+            head = i_b.to(gl.int64) * H + i_h
+            if IS_RAGGED:
+                lse = gl.load(p_lse + head * N + o_own, mask=o_own < N, other=float("inf"))
+            else:
+                lse = gl.load(p_lse + head * N + o_own)
+            wait_filled(ring, step)
+            delta = row_dots(b, view(ring, step)[c * CHUNKS : (c + 1) * CHUNKS])
+            release(ring, step)
+            gl.store(p_statistics + head * (2 * TILES * ROWS) + o_own, lse)
+            gl.store(p_statistics + (HEADS + head) * (2 * TILES * ROWS) + o_own, delta)
+            lse, delta = lse[:, None], delta[:, None]
+            step += 1
         first, stride, count = blocks_of(i, TILES, IS_CAUSAL, OWNS_KEYS)
-        start, stop = 0, 0
-        pass
+        start, stop = 0, 2
         if IS_CAUSAL:
             if c == (1 if OWNS_KEYS else 0):
                 # Once it is filled, the release counts for this round, whatever the other consumer has yet to read.
-                wait_filled(ring, step + start)
-                release(ring, step + start)
-                start += 1
+                wait_filled(ring, step)
+                release(ring, step)
+                start = 1
             stop = start + 1
-        for IS_WHOLE in gl.static_range(0 if IS_CAUSAL else 1, 2):
+        for IS_WHOLE in gl.static_range(0 if HAS_MASK else 1, 2):
             if IS_WHOLE:
-                start, stop = stop, count
+                start = stop if HAS_MASK else 0
+                stop = count
                 if PLACES == 2:
                     # The last tile's gradients have left their place by now, which the next tile's rows may take.
                     tma.store_wait(0)
@@ -161,32 +175,35 @@ def consumer(
                 dp = issue_dots(b, y)
                 s = warpgroup_mma_wait(CHUNKS, deps=[s])
                 if OWNS_KEYS:
-                    lse = load_statistic(statistics_ring[0], ring, step + j)
+                    lse = load_statistic(0, statistics_ring, step + j)
                 if not IS_WHOLE:
-                    if OWNS_KEYS:
-                        s = gl.where(o_row[:, None] <= o_col[None, :], s, float("-inf"))
+                    if not IS_CAUSAL:
+                        is_seen = ((first + j * stride) * ROWS + o_col < N)[None, :]
+                    elif OWNS_KEYS:
+                        is_seen = o_row[:, None] <= o_col[None, :]
                     else:
-                        s = gl.where(o_col[None, :] <= o_row[:, None], s, float("-inf"))
+                        is_seen = o_col[None, :] <= o_row[:, None]
+                    s = gl.where(is_seen, s, float("-inf"))
                 p = gl.exp2(s * scale_log2 - lse)
                 if OWNS_KEYS:
-                    acc_y, held = add_products(acc_y, p.to(dtype), y)
+                    acc_y, b_p = add_products(acc_y, p.to(dtype), y)
                     dp = warpgroup_mma_wait(CHUNKS, deps=[dp])
-                    delta = load_statistic(statistics_ring[1], ring, step + j)
+                    delta = load_statistic(1, statistics_ring, step + j)
                 else:
-                    held = []
+                    b_p = []
                     # Passed long ago: its loop holds the exponentials above the wait for dP, which ptxas else puts
                     # first, and then nothing runs under that product.
                     wait_filled(ring, step + j)
                     dp = warpgroup_mma_wait(0, deps=[dp])
                 acc_x, b_ds = add_products(acc_x, (p * (dp - delta)).to(dtype), x)
-                done = warpgroup_mma_wait(0, deps=acc_x + acc_y + b_ds + held)
+                done = warpgroup_mma_wait(0, deps=acc_x + acc_y + b_ds + b_p)
                 acc_x, acc_y = done[:CHUNKS], done[CHUNKS : CHUNKS + len(acc_y)]
                 release(ring, step + j)
-
         step += count
+
         # The owned tiles have been read for the last time: their place takes the gradients on their way out.
         acc_x = [x * scale for x in acc_x]
-        store_through(own, tile, grads, i_b, (2 * i + c) * ROWS, i_h * D, acc_x + acc_y)
+        store_through(own, tile, acc_x + acc_y, grads, [i_b, (2 * i + c) * ROWS, i_h * D])
         if PLACES == 1:
             tma.store_wait(0)
             release(own, tile)
@@ -194,68 +211,77 @@ def consumer(
     tma.store_wait(0)
 
 
-@gluon.jit
-def load_statistic(statistic, ring, step):
-    """Of a streamed pair's queries: [1, ROWS]."""
-    place, _ = place_of(ring, step)
-    return statistic.index(place).load(gl.SliceLayout(0, product_layout(statistic.shape[1])))[None, :]
-
-
 @gluon.jit(do_not_specialize=HEAD_COUNTS)
 def attention_hopper_backward_kernel(
     a_desc, a_tail, b_desc, b_tail, x_desc, x_tail, y_desc, y_tail, da_desc, da_tail, db_desc, db_tail,
-    lse_desc, delta_desc, p_lse, p_delta, scale, scale_log2, N, H, TILES, HEADS, GROUP,
-    STAGES: gl.constexpr, PLACES: gl.constexpr, IS_CAUSAL: gl.constexpr, OWNS_KEYS: gl.constexpr,
+    out_desc, out_tail, statistics_desc, p_lse, p_statistics, scale, scale_log2, N, H, TILES, HEADS, GROUP,
+    D: gl.constexpr, STAGES: gl.constexpr, PLACES: gl.constexpr,
+    IS_CAUSAL: gl.constexpr, IS_RAGGED: gl.constexpr, OWNS_KEYS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     own_descs = chunks_of(a_desc, a_tail) + chunks_of(b_desc, b_tail)
     descs = chunks_of(x_desc, x_tail) + chunks_of(y_desc, y_tail)
+    own = allocate_ring(own_descs, PLACES, 1), allocate_ring(own_descs, PLACES, 1)  # of either consumer
+    ring = allocate_ring(descs, STAGES, 2)
+    statistics_ring = ring
     grads = chunks_of(da_desc, da_tail)
     if OWNS_KEYS:
         grads = grads + chunks_of(db_desc, db_tail)
-    own = allocate_ring(own_descs, PLACES, 1), allocate_ring(own_descs, PLACES, 1)  # of either consumer
-    ring = allocate_ring(descs, STAGES, 2)
-    statistics = [lse_desc, delta_desc]
-    statistics_ring = [gl.allocate_shared_memory(gl.float32, [STAGES, x.block_shape[0]], x.layout) for x in statistics]
+        shape: gl.constexpr = [STAGES, statistics_desc.block_shape[0]]
+        lse = gl.allocate_shared_memory(gl.float32, shape, statistics_desc.layout)
+        delta = gl.allocate_shared_memory(gl.float32, shape, statistics_desc.layout)
+        statistics_ring = [lse, delta], ring[1], ring[2]
+    out = chunks_of(out_desc, out_tail)
     sizes = N, H, TILES, HEADS, GROUP
     gl.warp_specialize(
         [
             (consumer, (
-                0, grads, p_lse, p_delta, own[0], ring, statistics_ring, scale, scale_log2, sizes, IS_CAUSAL, OWNS_KEYS
+                0, grads, p_lse, p_statistics, own[0], ring, statistics_ring, scale, scale_log2, sizes,
+                D, IS_CAUSAL, IS_RAGGED, OWNS_KEYS,
             )),
             (consumer, (
-                1, grads, p_lse, p_delta, own[1], ring, statistics_ring, scale, scale_log2, sizes, IS_CAUSAL, OWNS_KEYS
+                1, grads, p_lse, p_statistics, own[1], ring, statistics_ring, scale, scale_log2, sizes,
+                D, IS_CAUSAL, IS_RAGGED, OWNS_KEYS,
             )),
-            (producer, (own_descs, descs, statistics, own, ring, statistics_ring, sizes, IS_CAUSAL, OWNS_KEYS)),
+            (producer, (
+                own_descs, descs, out, statistics_desc, own, ring, statistics_ring, sizes, D, IS_CAUSAL, OWNS_KEYS
+            )),
         ],
         [4, 1],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
     )  # fmt: skip
 
 
-def attention_backward_hopper(dout, q, k, v, lse, delta, dq, dk, dv, causal: bool, scale: float) -> None:
-    """Fill dq, dk, dv, views (B, N, H, D) like the others; lse (base 2) and delta = rowsum(dout out) fp32 (B, H, N).
+def attention_backward_hopper(dout, q, k, v, out, lse, dq, dk, dv, causal: bool, scale: float) -> None:
+    """Fill dq, dk, dv, views (B, N, H, D) like the others; lse (base 2) fp32 (B, H, N).
 
     Raises ValueError if the tensors do not fit."""
-    require(scale, dout=dout, q=q, k=k, v=v, dq=dq, dk=dk, dv=dv)
-    tile = tiles.ATTENTION_HOPPER_BACKWARD[q.shape[3]]
-    tiles.require("attention_hopper_backward_kernel", tile, q, 2 * tile.BLOCK_N * q.shape[3])
-    _launch(tile, False, (q, dout), (k, v), (dq, dq), lse, delta, causal, scale)
-    _launch(tile, True, (k, v), (q, dout), (dk, dv), lse, delta, causal, scale)
+    require(scale, dout=dout, q=q, k=k, v=v, out=out, dq=dq, dk=dk, dv=dv)
+    B, N, H, D = q.shape
+    tile = tiles.ATTENTION_HOPPER_BACKWARD[D]
+    tiles.require("attention_hopper_backward_kernel", tile, q, 2 * tile.BLOCK_N * D)
+    # lse and delta of every row of every tile: a block of them starts at 16 bytes, as a copy by TMA must.
+    TILES = triton.cdiv(N, tile.BLOCK_M)
+    statistics = torch.empty((2, B, H, TILES * tile.BLOCK_M), dtype=torch.float32, device=q.device)
 
+    def run(owned, streamed, grads, **arguments) -> None:
+        views = zip(("a", "b", "x", "y", "da", "db", "out"), (*owned, *streamed, *grads, out))
+        launch(
+            attention_hopper_backward_kernel, (min(multiprocessors(q.device), TILES * B * H),),
+            **{key: value for name, t in views for key, value in describe(name, t, ROWS).items()}, **arguments,
+            scale=scale, scale_log2=scale * LOG2E.value, N=N, H=H, TILES=TILES, HEADS=B * H,
+            GROUP=heads_in_group(q, tile), D=D, STAGES=tile.num_stages, IS_CAUSAL=causal,
+            IS_RAGGED=N % tile.BLOCK_M != 0,
+            CONSUMER_REGISTERS=CONSUMER_REGISTERS, PRODUCER_REGISTERS=PRODUCER_REGISTERS, num_warps=tile.num_warps,
+        )  # fmt: skip
 
-def _launch(tile, owns_keys: bool, owned, streamed, grads, lse, delta, causal: bool, scale: float) -> None:
-    B, N, H, D = owned[0].shape
-    TILES = N // tile.BLOCK_M
-    views = zip(("a", "b", "x", "y", "da", "db"), (*owned, *streamed, *grads))
-    launch(
-        attention_hopper_backward_kernel, (min(multiprocessors(lse.device), TILES * B * H),),
-        **{key: value for name, t in views for key, value in describe(name, t, ROWS).items()},
-        lse_desc=describe_flat(lse), delta_desc=describe_flat(delta), p_lse=lse, p_delta=delta,
-        scale=scale, scale_log2=scale * LOG2E.value, N=N, H=H, TILES=TILES, HEADS=B * H,
-        GROUP=heads_in_group(owned[0], tile),
-        # With two places a tile's rows come while the last tile's gradients leave; two accumulators of 128 columns
-        # leave no registers to tell them apart.
-        STAGES=tile.num_stages, PLACES=1 if owns_keys and D == 128 else 2, IS_CAUSAL=causal, OWNS_KEYS=owns_keys,
-        CONSUMER_REGISTERS=CONSUMER_REGISTERS, PRODUCER_REGISTERS=PRODUCER_REGISTERS, num_warps=tile.num_warps,
+    run(
+        (q, dout), (k, v), (dq, dq), statistics_desc=None, p_lse=lse, p_statistics=statistics, PLACES=2, OWNS_KEYS=False
+    )
+    # With two places a tile's rows come while the last tile's gradients leave; two accumulators of 128 columns leave no
+    # registers to tell them apart.
+    places = 1 if D == 128 else 2
+    run(
+        (k, v), (q, dout), (dk, dv), statistics_desc=describe_flat(statistics), p_lse=None, p_statistics=None,
+        PLACES=places, OWNS_KEYS=True,
     )  # fmt: skip

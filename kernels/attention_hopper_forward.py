@@ -16,6 +16,7 @@ of products and 512 of exp2, so without this overlap the kernel could not pass h
 Deterministic. Needs what `hopper.fits` asks for; attention.py does all else.
 """
 
+import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma, warpgroup_mma_wait
@@ -28,9 +29,9 @@ from .attention_hopper import (
     add_products,
     allocate_ring,
     chunks_of,
+    claim,
+    copy,
     describe,
-    fill,
-    head_dim,
     issue_dots,
     product_layout,
     release,
@@ -49,42 +50,46 @@ from .primitives import LOG2E
 
 
 @gluon.jit
-def producer(descs, rings, sizes, IS_CAUSAL: gl.constexpr):
+def producer(descs, rings, sizes, D: gl.constexpr, IS_CAUSAL: gl.constexpr):
     q_desc, k_desc, v_desc = descs
     q_rings, k_ring, v_ring = rings
     N, H, TILES, HEADS, GROUP = sizes
     ROWS: gl.constexpr = q_desc[0].block_shape[1]
     BLOCK: gl.constexpr = k_desc[0].block_shape[1]
-    D: gl.constexpr = head_dim(q_desc)
     step = 0
     tile = 0
     for t in range(gl.program_id(0), TILES * HEADS, gl.num_programs(0)):
-        i_m, i_b, i_h = tile_of(t, sizes)
+        i_m, i_b, i_h = tile_of(t, sizes, True)
         for c in gl.static_range(2):
-            fill(q_rings[c], tile, q_desc, i_b, i_m * BLOCK + c * ROWS, i_h * D)
+            claim(q_rings[c], tile, ROWS * D * 2)
+            copy(q_desc, [i_b, i_m * BLOCK + c * ROWS, i_h * D], q_rings[c], tile)
         blocks = i_m + 1 if IS_CAUSAL else TILES
         for j in range(blocks):
-            row = (blocks - 1 - j) * BLOCK
-            fill(k_ring, step, k_desc, i_b, row, i_h * D)
-            fill(v_ring, step, v_desc, i_b, row, i_h * D)
+            at = [i_b, (blocks - 1 - j) * BLOCK, i_h * D]
+            claim(k_ring, step, BLOCK * D * 2)
+            copy(k_desc, at, k_ring, step)
+            claim(v_ring, step, BLOCK * D * 2)
+            copy(v_desc, at, v_ring, step)
             step += 1
         tile += 1
 
 
 @gluon.jit
-def consumer(c: gl.constexpr, out_desc, p_lse, rings, scale_log2, sizes, IS_CAUSAL: gl.constexpr):
+def consumer(
+    c: gl.constexpr, out_desc, p_lse, rings, scale_log2, sizes,
+    D: gl.constexpr, IS_CAUSAL: gl.constexpr, IS_RAGGED: gl.constexpr,
+):  # fmt: skip
     q_ring, k_ring, v_ring = rings
     N, H, TILES, HEADS, GROUP = sizes
     ROWS: gl.constexpr = out_desc[0].block_shape[1]
     BLOCK: gl.constexpr = 2 * ROWS
-    D: gl.constexpr = head_dim(out_desc)
     dtype: gl.constexpr = out_desc[0].dtype
     o_row = c * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, product_layout(BLOCK)))
     o_col = gl.arange(0, BLOCK, gl.SliceLayout(0, product_layout(BLOCK)))
     step = 0
     tile = 0
     for t in range(gl.program_id(0), TILES * HEADS, gl.num_programs(0)):
-        i_m, i_b, i_h = tile_of(t, sizes)
+        i_m, i_b, i_h = tile_of(t, sizes, True)
         wait_filled(q_ring, tile)
         wait_filled(k_ring, step)
         q = view(q_ring, tile)
@@ -96,6 +101,8 @@ def consumer(c: gl.constexpr, out_desc, p_lse, rings, scale_log2, sizes, IS_CAUS
         release(q_ring, tile - 1, tile > 0)
         if IS_CAUSAL:
             s = gl.where(o_col[None, :] <= o_row[:, None], s, float("-inf"))
+        elif IS_RAGGED:
+            s = gl.where(o_col[None, :] < N - (TILES - 1) * BLOCK, s, float("-inf"))
         m = gl.max(s, 1) * scale_log2
         p = gl.exp2(s * scale_log2 - m[:, None])
         l = gl.sum(p, 1)
@@ -132,8 +139,13 @@ def consumer(c: gl.constexpr, out_desc, p_lse, rings, scale_log2, sizes, IS_CAUS
 
         # The query tile has been read for the last time: its place in shared memory takes the output on its way out,
         # while the next tile goes on with the other one.
-        store_through(q_ring, tile, out_desc, i_b, i_m * BLOCK + c * ROWS, i_h * D, scale_rows(o, 1.0 / l))
-        gl.store(p_lse + (i_b.to(gl.int64) * H + i_h) * N + i_m * BLOCK + o_row, m + gl.log2(l))
+        store_through(q_ring, tile, scale_rows(o, 1.0 / l), out_desc, [i_b, i_m * BLOCK + c * ROWS, i_h * D])
+        o_m = i_m * BLOCK + o_row
+        p_m = p_lse + (i_b.to(gl.int64) * H + i_h) * N + o_m
+        if IS_RAGGED:
+            gl.store(p_m, m + gl.log2(l), mask=o_m < N)
+        else:
+            gl.store(p_m, m + gl.log2(l))
         tile += 1
     tma.store_wait(0)
 
@@ -141,7 +153,7 @@ def consumer(c: gl.constexpr, out_desc, p_lse, rings, scale_log2, sizes, IS_CAUS
 @gluon.jit(do_not_specialize=HEAD_COUNTS)
 def attention_hopper_forward_kernel(
     q_desc, q_tail, k_desc, k_tail, v_desc, v_tail, out_desc, out_tail, p_lse, scale_log2, N, H, TILES, HEADS, GROUP,
-    STAGES: gl.constexpr, IS_CAUSAL: gl.constexpr,
+    D: gl.constexpr, STAGES: gl.constexpr, IS_CAUSAL: gl.constexpr, IS_RAGGED: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     descs = chunks_of(q_desc, q_tail), chunks_of(k_desc, k_tail), chunks_of(v_desc, v_tail)
@@ -151,9 +163,9 @@ def attention_hopper_forward_kernel(
     sizes = N, H, TILES, HEADS, GROUP
     gl.warp_specialize(
         [
-            (consumer, (0, out, p_lse, (q_rings[0], k_ring, v_ring), scale_log2, sizes, IS_CAUSAL)),
-            (consumer, (1, out, p_lse, (q_rings[1], k_ring, v_ring), scale_log2, sizes, IS_CAUSAL)),
-            (producer, (descs, (q_rings, k_ring, v_ring), sizes, IS_CAUSAL)),
+            (consumer, (0, out, p_lse, (q_rings[0], k_ring, v_ring), scale_log2, sizes, D, IS_CAUSAL, IS_RAGGED)),
+            (consumer, (1, out, p_lse, (q_rings[1], k_ring, v_ring), scale_log2, sizes, D, IS_CAUSAL, IS_RAGGED)),
+            (producer, (descs, (q_rings, k_ring, v_ring), sizes, D, IS_CAUSAL)),
         ],
         [4, 1],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
@@ -166,11 +178,12 @@ def attention_forward_hopper(q, k, v, causal: bool, scale: float, out, lse) -> N
     B, N, H, D = q.shape
     tile = tiles.ATTENTION_HOPPER_FORWARD[D]
     tiles.require("attention_hopper_forward_kernel", tile, q, 2 * tile.BLOCK_N * D, stages=2)  # the next values come first
-    TILES = N // tile.BLOCK_M
+    TILES = triton.cdiv(N, tile.BLOCK_M)
     launch(
         attention_hopper_forward_kernel, (min(multiprocessors(q.device), TILES * B * H),),
         **describe("q", q, ROWS), **describe("k", k, tile.BLOCK_N), **describe("v", v, tile.BLOCK_N),
         **describe("out", out, ROWS), p_lse=lse, scale_log2=scale * LOG2E.value,
-        N=N, H=H, TILES=TILES, HEADS=B * H, GROUP=heads_in_group(q, tile), STAGES=tile.num_stages, IS_CAUSAL=causal,
+        N=N, H=H, TILES=TILES, HEADS=B * H, GROUP=heads_in_group(q, tile),
+        D=D, STAGES=tile.num_stages, IS_CAUSAL=causal, IS_RAGGED=N % tile.BLOCK_M != 0,
         CONSUMER_REGISTERS=CONSUMER_REGISTERS, PRODUCER_REGISTERS=PRODUCER_REGISTERS, num_warps=tile.num_warps,
     )  # fmt: skip
