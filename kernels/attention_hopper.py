@@ -20,18 +20,19 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 ROWS = 64  # of a consumer, and of a tile that it owns: what one warpgroup multiplies at a time
 # Of a consumer's thread and the producer's, in multiples of 8: together at most what 384 threads have, 65536.
 CONSUMER_REGISTERS, PRODUCER_REGISTERS = 240, 24
+# (positions, heads of a picture, tiles of a head, heads, heads a group, tiles): one binary for all of them.
+SIZES = ["N", "H", "TILES", "HEADS", "GROUP", "WORK"]
 
 
 @gluon.jit
 def tile_of(t, sizes, LAST_FIRST: gl.constexpr):
-    """(tile of rows, batch, head) of the t-th tile: groups of heads, within a group the first or the last rows first."""
-    N, H, TILES, HEADS, GROUP = sizes
+    """(tile of rows, head of all pictures' heads) of the t-th: groups of heads, in each the first or last rows first."""
+    N, H, TILES, HEADS, GROUP, WORK = sizes
     group = t // (GROUP * TILES)
     r = t - group * GROUP * TILES
     size = gl.minimum(GROUP, HEADS - group * GROUP)
     i = r // size
-    i_bh = group * GROUP + r % size
-    return TILES - 1 - i if LAST_FIRST else i, i_bh // H, i_bh % H
+    return TILES - 1 - i if LAST_FIRST else i, group * GROUP + r % size
 
 
 @gluon.jit

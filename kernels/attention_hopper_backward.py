@@ -36,6 +36,7 @@ from .attention_hopper import (
     CONSUMER_REGISTERS,
     PRODUCER_REGISTERS,
     ROWS,
+    SIZES,
     add_products,
     allocate_ring,
     chunks_of,
@@ -56,7 +57,7 @@ from .attention_hopper import (
     zero_rows,
 )
 from .device import multiprocessors
-from .heads import HEAD_COUNTS, heads_in_group
+from .heads import heads_in_group
 from .launching import launch
 from .primitives import LOG2E
 
@@ -64,10 +65,14 @@ from .primitives import LOG2E
 @gluon.jit
 def blocks_of(i, TILES, IS_CAUSAL: gl.constexpr, OWNS_KEYS: gl.constexpr):
     """(first, stride, count): tile i's streamed blocks are first, first + stride, ..., those that a mask cuts first."""
-    if OWNS_KEYS:
-        first, stride, count = 2 * i if IS_CAUSAL else 0, 1, 2 * (TILES - i) if IS_CAUSAL else 2 * TILES
+    if not IS_CAUSAL:
+        first, stride, count = 2 * TILES - 1, -1, 2 * TILES
+    elif OWNS_KEYS:
+        # Always that many; the maximum keeps the compiler from holding a part of the sum, 2 TILES - 2, in a register
+        # from tile to tile: the gradients of D = 128 leave none.
+        first, stride, count = 2 * i, 1, gl.maximum(2 * (TILES - i), 2)
     else:
-        count = 2 * (i + 1) if IS_CAUSAL else 2 * TILES
+        count = 2 * (i + 1)
         first, stride = count - 1, -1
     return first, stride, count
 
@@ -77,29 +82,30 @@ def producer(
     own_descs, descs, out, statistics_desc, own, ring, statistics_ring, sizes,
     D: gl.constexpr, IS_CAUSAL: gl.constexpr, OWNS_KEYS: gl.constexpr,
 ):  # fmt: skip
-    N, H, TILES, HEADS, GROUP = sizes
+    N, H, TILES, HEADS, GROUP, WORK = sizes
     ROWS: gl.constexpr = descs[0].block_shape[1]
     PAIR_BYTES: gl.constexpr = 2 * ROWS * D * 2
     step = 0
     tile = 0
-    for t in range(gl.program_id(0), TILES * HEADS, gl.num_programs(0)):
-        i, i_b, i_h = tile_of(t, sizes, not OWNS_KEYS)
+    for t in range(gl.program_id(0), WORK, gl.num_programs(0)):
+        i, i_bh = tile_of(t, sizes, not OWNS_KEYS)
+        i_b, column = i_bh // H, i_bh % H * D
         for c in gl.static_range(2):
             claim(own[c], tile, PAIR_BYTES)
-            copy(own_descs, [i_b, (2 * i + c) * ROWS, i_h * D], own[c], tile)
+            copy(own_descs, [i_b, (2 * i + c) * ROWS, column], own[c], tile)
         if not OWNS_KEYS:
             claim(ring, step, PAIR_BYTES)
             for c in gl.static_range(2):
-                copy(out, [i_b, (2 * i + c) * ROWS, i_h * D], ring, step, c * len(out))
+                copy(out, [i_b, (2 * i + c) * ROWS, column], ring, step, c * len(out))
             step += 1
         first, stride, count = blocks_of(i, TILES, IS_CAUSAL, OWNS_KEYS)
         for j in range(count):
             row = (first + j * stride) * ROWS
             claim(ring, step, PAIR_BYTES + (2 * ROWS * 4 if OWNS_KEYS else 0))
-            copy(descs, [i_b, row, i_h * D], ring, step)
+            copy(descs, [i_b, row, column], ring, step)
             if OWNS_KEYS:
                 for k in gl.static_range(2):
-                    at = [(k * HEADS + i_b * H + i_h) * (2 * TILES * ROWS) + row]
+                    at = [(k * HEADS + i_bh) * (2 * TILES * ROWS) + row]
                     copy([statistics_desc], at, statistics_ring, step, k)
             step += 1
         tile += 1
@@ -117,7 +123,7 @@ def consumer(
     c: gl.constexpr, grads, p_lse, p_statistics, own, ring, statistics_ring, scale, scale_log2, sizes,
     D: gl.constexpr, IS_CAUSAL: gl.constexpr, IS_RAGGED: gl.constexpr, OWNS_KEYS: gl.constexpr,
 ):  # fmt: skip
-    N, H, TILES, HEADS, GROUP = sizes
+    N, H, TILES, HEADS, GROUP, WORK = sizes
     ROWS: gl.constexpr = grads[0].block_shape[1]
     CHUNKS: gl.constexpr = len(ring[0]) // 2
     PLACES: gl.constexpr = own[1].shape[0]
@@ -127,8 +133,9 @@ def consumer(
     o_col = gl.arange(0, ROWS, gl.SliceLayout(0, product_layout(ROWS)))
     step = 0
     tile = 0
-    for t in range(gl.program_id(0), TILES * HEADS, gl.num_programs(0)):
-        i, i_b, i_h = tile_of(t, sizes, not OWNS_KEYS)
+    for t in range(gl.program_id(0), WORK, gl.num_programs(0)):
+        i, i_bh = tile_of(t, sizes, not OWNS_KEYS)
+        o_own = (2 * i + c) * ROWS + o_row
         owned = view(own, tile)
         a, b = owned[:CHUNKS], owned[CHUNKS:]
         acc_x = zero_rows(a)
@@ -137,8 +144,7 @@ def consumer(
             acc_y = zero_rows(b)
         else:
             acc_y = []
-            o_own = (2 * i + c) * ROWS + o_row
-            head = i_b.to(gl.int64) * H + i_h
+            head = i_bh.to(gl.int64)
             if IS_RAGGED:
                 lse = gl.load(p_lse + head * N + o_own, mask=o_own < N, other=float("inf"))
             else:
@@ -176,15 +182,14 @@ def consumer(
                 s = warpgroup_mma_wait(CHUNKS, deps=[s])
                 if OWNS_KEYS:
                     lse = load_statistic(0, statistics_ring, step + j)
+                p = gl.exp2(s * scale_log2 - lse)
                 if not IS_WHOLE:
-                    if not IS_CAUSAL:
-                        is_seen = ((first + j * stride) * ROWS + o_col < N)[None, :]
-                    elif OWNS_KEYS:
+                    if OWNS_KEYS:
                         is_seen = o_row[:, None] <= o_col[None, :]
                     else:
-                        is_seen = o_col[None, :] <= o_row[:, None]
-                    s = gl.where(is_seen, s, float("-inf"))
-                p = gl.exp2(s * scale_log2 - lse)
+                        o_streamed = (first + j * stride) * ROWS + o_col
+                        is_seen = o_streamed[None, :] <= o_own[:, None] if IS_CAUSAL else o_streamed[None, :] < N
+                    p = gl.where(is_seen, p, 0.0)
                 if OWNS_KEYS:
                     acc_y, b_p = add_products(acc_y, p.to(dtype), y)
                     dp = warpgroup_mma_wait(CHUNKS, deps=[dp])
@@ -203,7 +208,7 @@ def consumer(
 
         # The owned tiles have been read for the last time: their place takes the gradients on their way out.
         acc_x = [x * scale for x in acc_x]
-        store_through(own, tile, acc_x + acc_y, grads, [i_b, (2 * i + c) * ROWS, i_h * D])
+        store_through(own, tile, acc_x + acc_y, grads, [i_bh // H, (2 * i + c) * ROWS, i_bh % H * D])
         if PLACES == 1:
             tma.store_wait(0)
             release(own, tile)
@@ -211,10 +216,10 @@ def consumer(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=HEAD_COUNTS)
+@gluon.jit(do_not_specialize=SIZES)
 def attention_hopper_backward_kernel(
     a_desc, a_tail, b_desc, b_tail, x_desc, x_tail, y_desc, y_tail, da_desc, da_tail, db_desc, db_tail,
-    out_desc, out_tail, statistics_desc, p_lse, p_statistics, scale, scale_log2, N, H, TILES, HEADS, GROUP,
+    out_desc, out_tail, statistics_desc, p_lse, p_statistics, scale, scale_log2, N, H, TILES, HEADS, GROUP, WORK,
     D: gl.constexpr, STAGES: gl.constexpr, PLACES: gl.constexpr,
     IS_CAUSAL: gl.constexpr, IS_RAGGED: gl.constexpr, OWNS_KEYS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
@@ -232,7 +237,7 @@ def attention_hopper_backward_kernel(
         delta = gl.allocate_shared_memory(gl.float32, shape, statistics_desc.layout)
         statistics_ring = [lse, delta], ring[1], ring[2]
     out = chunks_of(out_desc, out_tail)
-    sizes = N, H, TILES, HEADS, GROUP
+    sizes = N, H, TILES, HEADS, GROUP, WORK
     gl.warp_specialize(
         [
             (consumer, (
@@ -270,7 +275,7 @@ def attention_backward_hopper(dout, q, k, v, out, lse, dq, dk, dv, causal: bool,
             attention_hopper_backward_kernel, (min(multiprocessors(q.device), TILES * B * H),),
             **{key: value for name, t in views for key, value in describe(name, t, ROWS).items()}, **arguments,
             scale=scale, scale_log2=scale * LOG2E.value, N=N, H=H, TILES=TILES, HEADS=B * H,
-            GROUP=heads_in_group(q, tile), D=D, STAGES=tile.num_stages, IS_CAUSAL=causal,
+            GROUP=heads_in_group(q, tile), WORK=TILES * B * H, D=D, STAGES=tile.num_stages, IS_CAUSAL=causal,
             IS_RAGGED=N % tile.BLOCK_M != 0,
             CONSUMER_REGISTERS=CONSUMER_REGISTERS, PRODUCER_REGISTERS=PRODUCER_REGISTERS, num_warps=tile.num_warps,
         )  # fmt: skip

@@ -26,6 +26,7 @@ from .attention_hopper import (
     CONSUMER_REGISTERS,
     PRODUCER_REGISTERS,
     ROWS,
+    SIZES,
     add_products,
     allocate_ring,
     chunks_of,
@@ -44,7 +45,7 @@ from .attention_hopper import (
     zero_rows,
 )
 from .device import multiprocessors
-from .heads import HEAD_COUNTS, heads_in_group
+from .heads import heads_in_group
 from .launching import launch
 from .primitives import LOG2E
 
@@ -53,19 +54,20 @@ from .primitives import LOG2E
 def producer(descs, rings, sizes, D: gl.constexpr, IS_CAUSAL: gl.constexpr):
     q_desc, k_desc, v_desc = descs
     q_rings, k_ring, v_ring = rings
-    N, H, TILES, HEADS, GROUP = sizes
+    N, H, TILES, HEADS, GROUP, WORK = sizes
     ROWS: gl.constexpr = q_desc[0].block_shape[1]
     BLOCK: gl.constexpr = k_desc[0].block_shape[1]
     step = 0
     tile = 0
-    for t in range(gl.program_id(0), TILES * HEADS, gl.num_programs(0)):
-        i_m, i_b, i_h = tile_of(t, sizes, True)
+    for t in range(gl.program_id(0), WORK, gl.num_programs(0)):
+        i_m, i_bh = tile_of(t, sizes, True)
+        i_b, column = i_bh // H, i_bh % H * D
         for c in gl.static_range(2):
             claim(q_rings[c], tile, ROWS * D * 2)
-            copy(q_desc, [i_b, i_m * BLOCK + c * ROWS, i_h * D], q_rings[c], tile)
+            copy(q_desc, [i_b, i_m * BLOCK + c * ROWS, column], q_rings[c], tile)
         blocks = i_m + 1 if IS_CAUSAL else TILES
         for j in range(blocks):
-            at = [i_b, (blocks - 1 - j) * BLOCK, i_h * D]
+            at = [i_b, (blocks - 1 - j) * BLOCK, column]
             claim(k_ring, step, BLOCK * D * 2)
             copy(k_desc, at, k_ring, step)
             claim(v_ring, step, BLOCK * D * 2)
@@ -80,7 +82,7 @@ def consumer(
     D: gl.constexpr, IS_CAUSAL: gl.constexpr, IS_RAGGED: gl.constexpr,
 ):  # fmt: skip
     q_ring, k_ring, v_ring = rings
-    N, H, TILES, HEADS, GROUP = sizes
+    N, H, TILES, HEADS, GROUP, WORK = sizes
     ROWS: gl.constexpr = out_desc[0].block_shape[1]
     BLOCK: gl.constexpr = 2 * ROWS
     dtype: gl.constexpr = out_desc[0].dtype
@@ -88,8 +90,8 @@ def consumer(
     o_col = gl.arange(0, BLOCK, gl.SliceLayout(0, product_layout(BLOCK)))
     step = 0
     tile = 0
-    for t in range(gl.program_id(0), TILES * HEADS, gl.num_programs(0)):
-        i_m, i_b, i_h = tile_of(t, sizes, True)
+    for t in range(gl.program_id(0), WORK, gl.num_programs(0)):
+        i_m, i_bh = tile_of(t, sizes, True)
         wait_filled(q_ring, tile)
         wait_filled(k_ring, step)
         q = view(q_ring, tile)
@@ -139,9 +141,9 @@ def consumer(
 
         # The query tile has been read for the last time: its place in shared memory takes the output on its way out,
         # while the next tile goes on with the other one.
-        store_through(q_ring, tile, scale_rows(o, 1.0 / l), out_desc, [i_b, i_m * BLOCK + c * ROWS, i_h * D])
+        store_through(q_ring, tile, scale_rows(o, 1.0 / l), out_desc, [i_bh // H, i_m * BLOCK + c * ROWS, i_bh % H * D])
         o_m = i_m * BLOCK + o_row
-        p_m = p_lse + (i_b.to(gl.int64) * H + i_h) * N + o_m
+        p_m = p_lse + i_bh.to(gl.int64) * N + o_m
         if IS_RAGGED:
             gl.store(p_m, m + gl.log2(l), mask=o_m < N)
         else:
@@ -150,9 +152,9 @@ def consumer(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=HEAD_COUNTS)
+@gluon.jit(do_not_specialize=SIZES)
 def attention_hopper_forward_kernel(
-    q_desc, q_tail, k_desc, k_tail, v_desc, v_tail, out_desc, out_tail, p_lse, scale_log2, N, H, TILES, HEADS, GROUP,
+    q_desc, q_tail, k_desc, k_tail, v_desc, v_tail, out_desc, out_tail, p_lse, scale_log2, N, H, TILES, HEADS, GROUP, WORK,
     D: gl.constexpr, STAGES: gl.constexpr, IS_CAUSAL: gl.constexpr, IS_RAGGED: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -160,7 +162,7 @@ def attention_hopper_forward_kernel(
     q_rings = allocate_ring(descs[0], 2, 1), allocate_ring(descs[0], 2, 1)  # of either consumer
     k_ring, v_ring = allocate_ring(descs[1], STAGES, 2), allocate_ring(descs[2], STAGES, 2)
     out = chunks_of(out_desc, out_tail)
-    sizes = N, H, TILES, HEADS, GROUP
+    sizes = N, H, TILES, HEADS, GROUP, WORK
     gl.warp_specialize(
         [
             (consumer, (0, out, p_lse, (q_rings[0], k_ring, v_ring), scale_log2, sizes, D, IS_CAUSAL, IS_RAGGED)),
@@ -183,7 +185,7 @@ def attention_forward_hopper(q, k, v, causal: bool, scale: float, out, lse) -> N
         attention_hopper_forward_kernel, (min(multiprocessors(q.device), TILES * B * H),),
         **describe("q", q, ROWS), **describe("k", k, tile.BLOCK_N), **describe("v", v, tile.BLOCK_N),
         **describe("out", out, ROWS), p_lse=lse, scale_log2=scale * LOG2E.value,
-        N=N, H=H, TILES=TILES, HEADS=B * H, GROUP=heads_in_group(q, tile),
+        N=N, H=H, TILES=TILES, HEADS=B * H, GROUP=heads_in_group(q, tile), WORK=TILES * B * H,
         D=D, STAGES=tile.num_stages, IS_CAUSAL=causal, IS_RAGGED=N % tile.BLOCK_M != 0,
         CONSUMER_REGISTERS=CONSUMER_REGISTERS, PRODUCER_REGISTERS=PRODUCER_REGISTERS, num_warps=tile.num_warps,
     )  # fmt: skip
