@@ -276,17 +276,17 @@ def attention_backward_hopper(dout, q, k, v, out, lse, dq, dk, dv, causal: bool,
             **{key: value for name, t in views for key, value in describe(name, t, ROWS).items()}, **arguments,
             scale=scale, scale_log2=scale * LOG2E.value, N=N, H=H, TILES=TILES, HEADS=B * H,
             GROUP=heads_in_group(q, tile), WORK=TILES * B * H, D=D, STAGES=tile.num_stages, IS_CAUSAL=causal,
-            IS_RAGGED=N % tile.BLOCK_M != 0,
             CONSUMER_REGISTERS=CONSUMER_REGISTERS, PRODUCER_REGISTERS=PRODUCER_REGISTERS, num_warps=tile.num_warps,
         )  # fmt: skip
 
     run(
-        (q, dout), (k, v), (dq, dq), statistics_desc=None, p_lse=lse, p_statistics=statistics, PLACES=2, OWNS_KEYS=False
-    )
+        (q, dout), (k, v), (dq, dq), statistics_desc=None, p_lse=lse, p_statistics=statistics, PLACES=2,
+        IS_RAGGED=N % tile.BLOCK_M != 0, OWNS_KEYS=False,
+    )  # fmt: skip
     # With two places a tile's rows come while the last tile's gradients leave; two accumulators of 128 columns leave no
     # registers to tell them apart.
     places = 1 if D == 128 else 2
     run(
         (k, v), (q, dout), (dk, dv), statistics_desc=describe_flat(statistics), p_lse=None, p_statistics=None,
-        PLACES=places, OWNS_KEYS=True,
+        PLACES=places, IS_RAGGED=False, OWNS_KEYS=True,
     )  # fmt: skip

@@ -310,11 +310,13 @@ def load(path, package: str, policy: str = "producer first", seed: int = 0, edit
         state.machine = Machine(policy, seed)
         state.machine.run(bodies)
 
-    def pointer_load(where):
-        return where.base.view(-1)[where.offset]
+    def pointer_load(where, mask=None, other=0.0):
+        if mask is None:
+            return where.base.view(-1)[where.offset]
+        return torch.full(mask.shape, other).masked_scatter(mask, where.base.view(-1)[where.offset[mask]])
 
-    def pointer_store(where, value):
-        where.base.view(-1)[where.offset] = value
+    def pointer_store(where, value, mask=slice(None)):
+        where.base.view(-1)[where.offset[mask]] = value[mask]
 
     class Layout:
         def __init__(self, *args, **kwargs):
@@ -328,7 +330,7 @@ def load(path, package: str, policy: str = "producer first", seed: int = 0, edit
     vars(gl).update(
         constexpr=None, float32=torch.float32, float16=torch.float16, bfloat16=torch.bfloat16, int64=torch.int64,
         program_id=lambda axis: state.program, num_programs=lambda axis: state.programs,
-        static_range=range, minimum=_minimum, maximum=torch.maximum, zeros=lambda s, d, l: torch.zeros(s, dtype=d),
+        static_range=range, minimum=_minimum, maximum=_maximum, zeros=lambda s, d, l: torch.zeros(s, dtype=d),
         full=lambda s, x, d, l: torch.full(s, x, dtype=d),
         arange=lambda a, b, l: torch.arange(a, b), where=lambda c, a, b: torch.where(c, a, torch.tensor(b)),
         max=lambda x, axis: x.amax(axis), sum=lambda x, axis: x.sum(axis), exp2=torch.exp2, log2=torch.log2,
@@ -396,8 +398,12 @@ def _minimum(a, b):
     return torch.minimum(torch.as_tensor(a), torch.as_tensor(b))
 
 
+def _maximum(a, b):
+    return torch.maximum(torch.as_tensor(a), torch.as_tensor(b))
+
+
 class Pointer:
-    """A tensor as a kernel's pointer argument: only `+ offsets`, for loads and stores without a mask."""
+    """A tensor as a kernel's pointer argument: only `+ offsets`."""
 
     def __init__(self, base, offset=0):
         self.base, self.offset = base, offset
