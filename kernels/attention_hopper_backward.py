@@ -112,10 +112,62 @@ def producer(
 
 
 @gluon.jit
-def load_statistic(k: gl.constexpr, ring, step):
-    """lse (0) or delta (1) of a step's queries: [1, ROWS]."""
-    place, _ = place_of(ring, step)
-    return ring[0][k].index(place).load(gl.SliceLayout(0, product_layout(ring[0][k].shape[1])))[None, :]
+def own_statistics(c: gl.constexpr, dout, ring, step, p_lse, p_statistics, o_own, i_bh, sizes, IS_RAGGED: gl.constexpr):
+    """lse and delta of a consumer's queries, [ROWS] each, also left for the keys' launch: infinity and 0 past N."""
+    N, H, TILES, HEADS, GROUP, WORK = sizes
+    CHUNKS: gl.constexpr = len(dout)
+    ROWS: gl.constexpr = dout[0].shape[0]
+    head = i_bh.to(gl.int64)
+    if IS_RAGGED:
+        lse = gl.load(p_lse + head * N + o_own, mask=o_own < N, other=float("inf"))
+    else:
+        lse = gl.load(p_lse + head * N + o_own)
+    wait_filled(ring, step)
+    delta = row_dots(dout, view(ring, step)[c * CHUNKS : (c + 1) * CHUNKS])
+    release(ring, step)
+    gl.store(p_statistics + head * (2 * TILES * ROWS) + o_own, lse)
+    gl.store(p_statistics + (HEADS + head) * (2 * TILES * ROWS) + o_own, delta)
+    return lse, delta
+
+
+@gluon.jit
+def add_pair(a, b, acc_x, acc_y, lse, delta, seen, ring, step, statistics_ring, scale_log2, OWNS_KEYS: gl.constexpr):
+    """The accumulators after a streamed pair, of which the positions `seen` count, or all if that is None."""
+    CHUNKS: gl.constexpr = len(a)
+    dtype: gl.constexpr = a[0].dtype
+    wait_filled(ring, step)
+    pair = view(ring, step)
+    x, y = pair[:CHUNKS], pair[CHUNKS:]
+    s = issue_dots(a, x)
+    dp = issue_dots(b, y)
+    s = warpgroup_mma_wait(CHUNKS, deps=[s])
+    if OWNS_KEYS:
+        lse = row_of(0, statistics_ring, step)
+    p = gl.exp2(s * scale_log2 - lse)
+    if seen is not None:
+        p = gl.where(seen, p, 0.0)
+    b_p = []
+    if OWNS_KEYS:
+        acc_y, b_p = add_products(acc_y, p.to(dtype), y)
+        dp = warpgroup_mma_wait(CHUNKS, deps=[dp])
+        delta = row_of(1, statistics_ring, step)
+    else:
+        # Passed long ago: its loop holds the exponentials above the wait for dP, which ptxas else puts first, and then
+        # nothing runs under that product.
+        wait_filled(ring, step)
+        dp = warpgroup_mma_wait(0, deps=[dp])
+    acc_x, b_ds = add_products(acc_x, (p * (dp - delta)).to(dtype), x)
+    done = warpgroup_mma_wait(0, deps=acc_x + acc_y + b_ds + b_p)
+    release(ring, step)
+    return done[:CHUNKS], done[CHUNKS : CHUNKS + len(acc_y)]
+
+
+@gluon.jit
+def row_of(k: gl.constexpr, statistics_ring, step):
+    """lse (0) or delta (1) of a streamed pair's queries: [1, ROWS]."""
+    place, _ = place_of(statistics_ring, step)
+    statistic = statistics_ring[0][k]
+    return statistic.index(place).load(gl.SliceLayout(0, product_layout(statistic.shape[1])))[None, :]
 
 
 @gluon.jit
@@ -127,8 +179,7 @@ def consumer(
     ROWS: gl.constexpr = grads[0].block_shape[1]
     CHUNKS: gl.constexpr = len(ring[0]) // 2
     PLACES: gl.constexpr = own[1].shape[0]
-    HAS_MASK: gl.constexpr = IS_CAUSAL or (IS_RAGGED and not OWNS_KEYS)
-    dtype: gl.constexpr = grads[0].dtype
+    HAS_MASK: gl.constexpr = IS_CAUSAL or IS_RAGGED
     o_row = gl.arange(0, ROWS, gl.SliceLayout(1, product_layout(ROWS)))
     o_col = gl.arange(0, ROWS, gl.SliceLayout(0, product_layout(ROWS)))
     step = 0
@@ -138,22 +189,12 @@ def consumer(
         o_own = (2 * i + c) * ROWS + o_row
         owned = view(own, tile)
         a, b = owned[:CHUNKS], owned[CHUNKS:]
-        acc_x = zero_rows(a)
         wait_filled(own, tile)
+        acc_x, acc_y, lse, delta = zero_rows(a), [], None, None
         if OWNS_KEYS:
             acc_y = zero_rows(b)
         else:
-            acc_y = []
-            head = i_bh.to(gl.int64)
-            if IS_RAGGED:
-                lse = gl.load(p_lse + head * N + o_own, mask=o_own < N, other=float("inf"))
-            else:
-                lse = gl.load(p_lse + head * N + o_own)
-            wait_filled(ring, step)
-            delta = row_dots(b, view(ring, step)[c * CHUNKS : (c + 1) * CHUNKS])
-            release(ring, step)
-            gl.store(p_statistics + head * (2 * TILES * ROWS) + o_own, lse)
-            gl.store(p_statistics + (HEADS + head) * (2 * TILES * ROWS) + o_own, delta)
+            lse, delta = own_statistics(c, b, ring, step, p_lse, p_statistics, o_own, i_bh, sizes, IS_RAGGED)
             lse, delta = lse[:, None], delta[:, None]
             step += 1
         first, stride, count = blocks_of(i, TILES, IS_CAUSAL, OWNS_KEYS)
@@ -174,36 +215,18 @@ def consumer(
                     tma.store_wait(0)
                     release(own, tile - 1, tile > 0)
             for j in range(start, stop):
-                wait_filled(ring, step + j)
-                pair = view(ring, step + j)
-                x, y = pair[:CHUNKS], pair[CHUNKS:]
-                s = issue_dots(a, x)
-                dp = issue_dots(b, y)
-                s = warpgroup_mma_wait(CHUNKS, deps=[s])
-                if OWNS_KEYS:
-                    lse = load_statistic(0, statistics_ring, step + j)
-                p = gl.exp2(s * scale_log2 - lse)
-                if not IS_WHOLE:
-                    if OWNS_KEYS:
-                        is_seen = o_row[:, None] <= o_col[None, :]
-                    else:
-                        o_streamed = (first + j * stride) * ROWS + o_col
-                        is_seen = o_streamed[None, :] <= o_own[:, None] if IS_CAUSAL else o_streamed[None, :] < N
-                    p = gl.where(is_seen, p, 0.0)
-                if OWNS_KEYS:
-                    acc_y, b_p = add_products(acc_y, p.to(dtype), y)
-                    dp = warpgroup_mma_wait(CHUNKS, deps=[dp])
-                    delta = load_statistic(1, statistics_ring, step + j)
+                o_streamed = (first + j * stride) * ROWS + o_col
+                if IS_WHOLE:
+                    seen = None
+                elif OWNS_KEYS:
+                    seen = o_row[:, None] <= o_col[None, :]  # of the diagonal's block
+                elif IS_CAUSAL:
+                    seen = o_streamed[None, :] <= o_own[:, None]
                 else:
-                    b_p = []
-                    # Passed long ago: its loop holds the exponentials above the wait for dP, which ptxas else puts
-                    # first, and then nothing runs under that product.
-                    wait_filled(ring, step + j)
-                    dp = warpgroup_mma_wait(0, deps=[dp])
-                acc_x, b_ds = add_products(acc_x, (p * (dp - delta)).to(dtype), x)
-                done = warpgroup_mma_wait(0, deps=acc_x + acc_y + b_ds + b_p)
-                acc_x, acc_y = done[:CHUNKS], done[CHUNKS : CHUNKS + len(acc_y)]
-                release(ring, step + j)
+                    seen = o_streamed[None, :] < N
+                acc_x, acc_y = add_pair(
+                    a, b, acc_x, acc_y, lse, delta, seen, ring, step + j, statistics_ring, scale_log2, OWNS_KEYS
+                )
         step += count
 
         # The owned tiles have been read for the last time: their place takes the gradients on their way out.
