@@ -1,14 +1,19 @@
-"""What the warp-specialised attention kernels of Hopper share (attention_hopper_forward.py, attention_hopper_backward.py).
+"""What the warp-specialised kernels attention_hopper_forward.py and attention_hopper_backward.py share, in Gluon.
 
-A program holds a producer, one warp, and two consumers, warpgroups of 64 rows each. A tile is a list of column chunks:
-D = 96 is 64 + 32, for widths are powers of two and padding would add a third; other head dims are one chunk. In memory
-views (B, N, H, D) are tensors (B, N, H D), with a descriptor for every chunk; the one of a tail begins at its column.
+A program is persistent, one a multiprocessor: a producer, one warp, and two consumers, warpgroups of 64 rows each. A
+tile is a list of column chunks: D = 96 is 64 + 32, for widths are powers of two and padding would add a third; other
+head dims are one chunk. In memory, a view (B, N, H, D) is a tensor (B, N, H D) with a descriptor for every chunk; that
+of a tail begins at its column, so that both take the same coordinates. Rows past N read as zero and are not written.
 
-Tiles pass from the producer to consumers through rings, (buffers of every chunk, full, empty). Each place of a ring has
-a barrier for either direction, and a tile's step, its number in the ring's history, says which place and which round:
+Tiles reach consumers through rings, (buffers of every chunk, full, empty): places in shared memory with a barrier for
+either direction. A tile's step, its number in the ring's history, says which place and which round of it:
 
-    producer    fill:  wait for empty, expect bytes at full, copy    ...................    fill, PLACES steps later
-    consumer                    wait_filled:  wait for full, view, read    release: arrive at empty
+    producer     claim  copy ....                            claim  copy ....         step, then step + PLACES
+                   |         |                                 |
+    empty          0         |                                 1, by all readers
+    full                     1, when the bytes are there       |
+                             |                                 |
+    consumers            wait_filled  view, read ....  release
 """
 
 import torch
@@ -17,17 +22,17 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-ROWS = 64  # of a consumer, and of a tile that it owns: what one warpgroup multiplies at a time
+ROWS = 64  # that a consumer owns: what one warpgroup multiplies at a time
 # Of a consumer's thread and the producer's, in multiples of 8: together at most what 384 threads have, 65536.
 CONSUMER_REGISTERS, PRODUCER_REGISTERS = 240, 24
-# (positions, heads of a picture, tiles of a head, heads, heads a group, tiles): one binary for all of them.
-SIZES = ["N", "H", "TILES", "HEADS", "GROUP", "WORK"]
+# Positions, heads of a picture, all tiles, tiles of a head, all heads, heads a group: one binary serves every value.
+SIZES = ["N", "H", "WORK", "TILES", "HEADS", "GROUP"]
 
 
 @gluon.jit
 def tile_of(t, sizes, LAST_FIRST: gl.constexpr):
-    """(tile of rows, head of all pictures' heads) of the t-th: groups of heads, in each the first or last rows first."""
-    N, H, TILES, HEADS, GROUP, WORK = sizes
+    """(tile of its head, head) of the t-th tile: groups of heads, in each the first rows or the last ones first."""
+    TILES, HEADS, GROUP = sizes[3:]
     group = t // (GROUP * TILES)
     r = t - group * GROUP * TILES
     size = gl.minimum(GROUP, HEADS - group * GROUP)
@@ -47,7 +52,7 @@ def chunks_of(chunk, tail):
 @gluon.jit
 def allocate_ring(descs, PLACES: gl.constexpr, READERS: gl.constexpr):
     """A ring of PLACES tiles, each of which READERS consumers release."""
-    buffers = [gl.allocate_shared_memory(x.dtype, [PLACES, 1, x.block_shape[1], x.block_shape[2]], x.layout) for x in descs]
+    buffers = [gl.allocate_shared_memory(x.dtype, [PLACES] + x.block_shape, x.layout) for x in descs]
     full = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
     for place in gl.static_range(PLACES):
@@ -58,7 +63,7 @@ def allocate_ring(descs, PLACES: gl.constexpr, READERS: gl.constexpr):
 
 @gluon.jit
 def place_of(ring, step):
-    """(place, parity of its round): a wait for a parity returns once the round of that parity is over."""
+    """(place, parity of its round), the parity that `full` is waited for with; `empty` was, a round before."""
     PLACES: gl.constexpr = ring[1].shape[0]
     return step % PLACES, (step // PLACES) & 1
 
@@ -73,7 +78,7 @@ def claim(ring, step, BYTES: gl.constexpr):
 
 @gluon.jit
 def copy(descs, at, ring, step, FIRST: gl.constexpr = 0):
-    """Have every chunk of the tile `at` these coordinates copied to the step's place, from buffer FIRST on."""
+    """Have the tile at these coordinates (batch, row, column) copied to the step's place, from buffer FIRST on."""
     place, _ = place_of(ring, step)
     for i in gl.static_range(len(descs)):
         tma.async_copy_global_to_shared(descs[i], at, ring[1].index(place), ring[0][FIRST + i].index(place))
@@ -101,7 +106,7 @@ def release(ring, step, pred=True):
 
 @gluon.jit
 def store_through(ring, step, tile, descs, at):
-    """Write accumulators to memory, rounded, by way of the step's place, which the store reads until it is waited for."""
+    """Write accumulators to memory, rounded, through the step's place, which is busy until tma.store_wait."""
     place, _ = place_of(ring, step)
     chunks = view(ring, step)
     for i in gl.static_range(len(descs)):
@@ -113,7 +118,7 @@ def store_through(ring, step, tile, descs, at):
 
 @gluon.constexpr_function
 def product_layout(width):
-    """Of a consumer's product with this many columns."""
+    """Of the registers of a consumer's product with so many columns."""
     return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, width, 16])
 
 

@@ -1,7 +1,7 @@
-"""Attention backward on Hopper, warp-specialised, in Gluon: dq, dk, dv as in attention_backward.py.
+"""Attention backward on sm_90, warp-specialised, in Gluon: dq, dk, dv as in attention_backward.py.
 
-One kernel, launched twice. A program owns 128 rows, of queries (for dq) or of keys (for dk and dv), and streams blocks
-of the other side past them. With a, b the owned tiles and x, y the streamed ones, a step is, for both,
+One kernel, launched twice. A consumer owns 64 rows, of queries (for dq) or of keys (for dk and dv), and blocks of 64
+of the other side stream past. With a, b the owned tiles and x, y the streamed ones, a step is, for both,
 
     S = a x^T      dP = b y^T      p = 2^(S - lse)      ds = p (dP - delta)      acc_x += ds x      acc_y += p y
 
@@ -9,20 +9,23 @@ of the other side past them. With a, b the owned tiles and x, y the streamed one
     owns keys:    a, b = k, v       x, y = q, dout    acc_x = dk, acc_y = dv
 
 p and ds are made with the owned rows first, which is how the tensor cores want their left operand: neither passes
-through shared memory. A producer copies by TMA into a ring of pairs (x, y); two consumers own 64 rows each, and in
+through shared memory. In time:
 
-    issue S    issue dP    wait for S    p, under dP    issue p y    wait for dP    ds, under p y    issue ds x    wait
+    tensor cores    S      dP             acc_y += p y           acc_x += ds x
+    a consumer             p, under dP    ds, under the above                     ... and again
 
-each has a product in flight under its exponentials, and its other gaps under the products of its neighbour. Owned rows
-have two places where registers allow it: gradients leave by one while the next tile has begun in the other. Blocks run
-from the diagonal on: the first is wholly masked for one of the consumers, which skips it; then each has one to mask.
+and the gaps are the other consumer's. The first launch also makes delta = rowsum(dout out): its rows of out come first
+through the ring, the halves of a pair for either consumer. It leaves lse and delta to the second, whose ring brings
+them with the queries: read from shared memory where they are used, they hold no registers, of which the accumulators
+of D = 128 leave none.
 
-Cost for B H heads, causal: 7 B H N^2 D FLOPs, two of the seven products made twice against the one-pass form; nothing
-is summed in memory, so it is deterministic. At D = 64 a 64 x 64 step for dk and dv asks 512 cycles of products and 256
-of exp2. lse and delta of streamed queries come through the ring too: read from shared memory where they are used, they
-hold no registers, of which the accumulators at D = 128 leave none.
+Owned rows have two places where registers allow it: gradients leave by one while the next tile has begun in the other.
+Blocks that a mask cuts come first. Of the diagonal's two, one is wholly masked for one of the consumers, which skips
+it, and the other one has the triangle to mask; then each has seen one more. A length that 128 does not divide costs
+what the next multiple does: queries past it have an lse of infinity, p = 0, and keys past it are masked.
 
-Needs what `hopper.fits` asks for; attention_backward.py does all else.
+14 B H N^2 D FLOPs, half of it if causal. Each sum belongs to one consumer and runs in a fixed order: deterministic.
+attention_hopper.fits says what it takes; attention_backward.py does the rest.
 """
 
 import torch
@@ -82,7 +85,7 @@ def producer(
     own_descs, descs, out, statistics_desc, own, ring, statistics_ring, sizes,
     D: gl.constexpr, IS_CAUSAL: gl.constexpr, OWNS_KEYS: gl.constexpr,
 ):  # fmt: skip
-    N, H, TILES, HEADS, GROUP, WORK = sizes
+    H, WORK, TILES, HEADS = sizes[1:5]
     ROWS: gl.constexpr = descs[0].block_shape[1]
     PAIR_BYTES: gl.constexpr = 2 * ROWS * D * 2
     step = 0
@@ -114,7 +117,7 @@ def producer(
 @gluon.jit
 def own_statistics(c: gl.constexpr, dout, ring, step, p_lse, p_statistics, o_own, i_bh, sizes, IS_RAGGED: gl.constexpr):
     """lse and delta of a consumer's queries, [ROWS] each, also left for the keys' launch: infinity and 0 past N."""
-    N, H, TILES, HEADS, GROUP, WORK = sizes
+    N, TILES, HEADS = sizes[0], sizes[3], sizes[4]
     CHUNKS: gl.constexpr = len(dout)
     ROWS: gl.constexpr = dout[0].shape[0]
     head = i_bh.to(gl.int64)
@@ -175,7 +178,7 @@ def consumer(
     c: gl.constexpr, grads, p_lse, p_statistics, own, ring, statistics_ring, scale, scale_log2, sizes,
     D: gl.constexpr, IS_CAUSAL: gl.constexpr, IS_RAGGED: gl.constexpr, OWNS_KEYS: gl.constexpr,
 ):  # fmt: skip
-    N, H, TILES, HEADS, GROUP, WORK = sizes
+    N, H, WORK, TILES = sizes[:4]
     ROWS: gl.constexpr = grads[0].block_shape[1]
     CHUNKS: gl.constexpr = len(ring[0]) // 2
     PLACES: gl.constexpr = own[1].shape[0]
@@ -242,7 +245,8 @@ def consumer(
 @gluon.jit(do_not_specialize=SIZES)
 def attention_hopper_backward_kernel(
     a_desc, a_tail, b_desc, b_tail, x_desc, x_tail, y_desc, y_tail, da_desc, da_tail, db_desc, db_tail,
-    out_desc, out_tail, statistics_desc, p_lse, p_statistics, scale, scale_log2, N, H, TILES, HEADS, GROUP, WORK,
+    out_desc, out_tail, statistics_desc, p_lse, p_statistics, scale, scale_log2,
+    N, H, WORK, TILES, HEADS, GROUP,
     D: gl.constexpr, STAGES: gl.constexpr, PLACES: gl.constexpr,
     IS_CAUSAL: gl.constexpr, IS_RAGGED: gl.constexpr, OWNS_KEYS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
@@ -260,7 +264,7 @@ def attention_hopper_backward_kernel(
         delta = gl.allocate_shared_memory(gl.float32, shape, statistics_desc.layout)
         statistics_ring = [lse, delta], ring[1], ring[2]
     out = chunks_of(out_desc, out_tail)
-    sizes = N, H, TILES, HEADS, GROUP, WORK
+    sizes = N, H, WORK, TILES, HEADS, GROUP
     gl.warp_specialize(
         [
             (consumer, (
@@ -297,8 +301,9 @@ def attention_backward_hopper(dout, q, k, v, out, lse, dq, dk, dv, causal: bool,
         launch(
             attention_hopper_backward_kernel, (min(multiprocessors(q.device), TILES * B * H),),
             **{key: value for name, t in views for key, value in describe(name, t, ROWS).items()}, **arguments,
-            scale=scale, scale_log2=scale * LOG2E.value, N=N, H=H, TILES=TILES, HEADS=B * H,
-            GROUP=heads_in_group(q, tile), WORK=TILES * B * H, D=D, STAGES=tile.num_stages, IS_CAUSAL=causal,
+            scale=scale, scale_log2=scale * LOG2E.value,
+            N=N, H=H, WORK=TILES * B * H, TILES=TILES, HEADS=B * H, GROUP=heads_in_group(q, tile),
+            D=D, STAGES=tile.num_stages, IS_CAUSAL=causal,
             CONSUMER_REGISTERS=CONSUMER_REGISTERS, PRODUCER_REGISTERS=PRODUCER_REGISTERS, num_warps=tile.num_warps,
         )  # fmt: skip
 

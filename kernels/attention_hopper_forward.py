@@ -1,19 +1,18 @@
-"""Attention forward on Hopper, warp-specialised, in Gluon: out and lse as in attention.py.
+"""Attention forward on sm_90, warp-specialised, in Gluon: out and lse as in attention.py.
 
-One persistent program a multiprocessor holds three warpgroups. A producer, one warp, copies tiles into rings of shared
-memory by TMA; two consumers own 64 query rows each and run, for every key block j, in this order:
+A consumer owns 64 queries and meets the keys in blocks of 128. A step of the loop, block j:
 
-    issue S = Q K_j^T      rescale O, round P, under S      issue O += P V_(j-1)      wait for S      softmax, under O
+    tensor cores    S = Q K_j^T              O += P V_(j-1)
+    a consumer      O alpha, P in 16 bits    softmax of S: m, alpha, P, l      ... and again
+                    of block j-1
 
-so that the tensor cores work through the softmax, and the two consumers interleave besides. Blocks run from the
-diagonal down: the only masked block is the first, outside of the loop. Tiles go longest first, in groups of heads
-whose keys and values fit L2 together. The rings run on from tile to tile, and queries have two places: a tile's output
-leaves by one while the next tile has begun in the other.
+Its softmax runs under its own product, and what gaps are left are the other consumer's. At D = 64 a block asks 512
+cycles of products and 512 of exp2: without the overlap the kernel could not pass half of the peak.
 
-Cost for B H heads, causal: 2 B H N^2 D FLOPs; bytes 4 B N H D elements once. At D = 64 a 64 x 128 tile asks 512 cycles
-of products and 512 of exp2, so without this overlap the kernel could not pass half of the peak.
-
-Deterministic. Needs what `hopper.fits` asks for; attention.py does all else.
+Blocks run from the last one down, so that only the first is masked, by the diagonal or the end of the keys; it stands
+before the loop. Tiles go longest first, in groups of heads whose keys and values fit L2 together. Queries have two
+places: a tile's output leaves by one while the next tile has begun in the other. A length that 128 does not divide
+costs what the next multiple does. Deterministic. attention_hopper.fits says what it takes; attention.py does the rest.
 """
 
 import triton
@@ -54,7 +53,7 @@ from .primitives import LOG2E
 def producer(descs, rings, sizes, D: gl.constexpr, IS_CAUSAL: gl.constexpr):
     q_desc, k_desc, v_desc = descs
     q_rings, k_ring, v_ring = rings
-    N, H, TILES, HEADS, GROUP, WORK = sizes
+    H, WORK, TILES = sizes[1:4]
     ROWS: gl.constexpr = q_desc[0].block_shape[1]
     BLOCK: gl.constexpr = k_desc[0].block_shape[1]
     step = 0
@@ -82,7 +81,7 @@ def consumer(
     D: gl.constexpr, IS_CAUSAL: gl.constexpr, IS_RAGGED: gl.constexpr,
 ):  # fmt: skip
     q_ring, k_ring, v_ring = rings
-    N, H, TILES, HEADS, GROUP, WORK = sizes
+    N, H, WORK, TILES = sizes[:4]
     ROWS: gl.constexpr = out_desc[0].block_shape[1]
     BLOCK: gl.constexpr = 2 * ROWS
     dtype: gl.constexpr = out_desc[0].dtype
@@ -110,7 +109,7 @@ def consumer(
         l = gl.sum(p, 1)
         if D == 128:
             p = p.to(dtype)  # S, the output and p in fp32 would not fit the registers together
-        alpha = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, product_layout(BLOCK)))  # of an output that is zero still
+        alpha = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, product_layout(BLOCK)))  # of an output still zero
         o = zero_rows(view(v_ring, step))
         wait_filled(v_ring, step)
         for _ in range(1, i_m + 1 if IS_CAUSAL else TILES):
@@ -154,7 +153,8 @@ def consumer(
 
 @gluon.jit(do_not_specialize=SIZES)
 def attention_hopper_forward_kernel(
-    q_desc, q_tail, k_desc, k_tail, v_desc, v_tail, out_desc, out_tail, p_lse, scale_log2, N, H, TILES, HEADS, GROUP, WORK,
+    q_desc, q_tail, k_desc, k_tail, v_desc, v_tail, out_desc, out_tail, p_lse, scale_log2,
+    N, H, WORK, TILES, HEADS, GROUP,
     D: gl.constexpr, STAGES: gl.constexpr, IS_CAUSAL: gl.constexpr, IS_RAGGED: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -162,7 +162,7 @@ def attention_hopper_forward_kernel(
     q_rings = allocate_ring(descs[0], 2, 1), allocate_ring(descs[0], 2, 1)  # of either consumer
     k_ring, v_ring = allocate_ring(descs[1], STAGES, 2), allocate_ring(descs[2], STAGES, 2)
     out = chunks_of(out_desc, out_tail)
-    sizes = N, H, TILES, HEADS, GROUP, WORK
+    sizes = N, H, WORK, TILES, HEADS, GROUP
     gl.warp_specialize(
         [
             (consumer, (0, out, p_lse, (q_rings[0], k_ring, v_ring), scale_log2, sizes, D, IS_CAUSAL, IS_RAGGED)),
@@ -179,13 +179,14 @@ def attention_forward_hopper(q, k, v, causal: bool, scale: float, out, lse) -> N
     require(scale, q=q, k=k, v=v)
     B, N, H, D = q.shape
     tile = tiles.ATTENTION_HOPPER_FORWARD[D]
-    tiles.require("attention_hopper_forward_kernel", tile, q, 2 * tile.BLOCK_N * D, stages=2)  # the next values come first
+    # Two stages at least: the loop waits for the next block's values before it has read the last one's.
+    tiles.require("attention_hopper_forward_kernel", tile, q, 2 * tile.BLOCK_N * D, stages=2)
     TILES = triton.cdiv(N, tile.BLOCK_M)
     launch(
         attention_hopper_forward_kernel, (min(multiprocessors(q.device), TILES * B * H),),
         **describe("q", q, ROWS), **describe("k", k, tile.BLOCK_N), **describe("v", v, tile.BLOCK_N),
         **describe("out", out, ROWS), p_lse=lse, scale_log2=scale * LOG2E.value,
-        N=N, H=H, TILES=TILES, HEADS=B * H, GROUP=heads_in_group(q, tile), WORK=TILES * B * H,
+        N=N, H=H, WORK=TILES * B * H, TILES=TILES, HEADS=B * H, GROUP=heads_in_group(q, tile),
         D=D, STAGES=tile.num_stages, IS_CAUSAL=causal, IS_RAGGED=N % tile.BLOCK_M != 0,
         CONSUMER_REGISTERS=CONSUMER_REGISTERS, PRODUCER_REGISTERS=PRODUCER_REGISTERS, num_warps=tile.num_warps,
     )  # fmt: skip

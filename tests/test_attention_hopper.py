@@ -158,7 +158,8 @@ def test_a_tile_that_cannot_fit_is_refused(monkeypatch):
         simulated("attention_hopper_forward")["attention_forward_hopper"](q, q, q, True, 0.1, q, None)
     with pytest.raises(ValueError, match="attention_hopper_backward_kernel: Tile"):
         simulated("attention_hopper_backward")["attention_backward_hopper"](*[q] * 4, None, None, *[q] * 3, True, 1)
-    monkeypatch.setitem(tiles.ATTENTION_HOPPER_FORWARD, 64, dataclasses.replace(tiles.ATTENTION_HOPPER_FORWARD[64], num_stages=1))
+    one = dataclasses.replace(tiles.ATTENTION_HOPPER_FORWARD[64], num_stages=1)
+    monkeypatch.setitem(tiles.ATTENTION_HOPPER_FORWARD, 64, one)
     with pytest.raises(ValueError, match="has 1 stages, expected at least 2"):
         simulated("attention_hopper_forward")["attention_forward_hopper"](q, q, q, True, 0.1, q, None)
 
