@@ -207,7 +207,7 @@ class Product:
 
 def load(path, package: str, policy: str = "producer first", seed: int = 0, edit=lambda source: source):
     """The module at `path` as a namespace whose kernels run here, and with it the one they share. `edit` may plant a
-    fault in its source."""
+    fault in either's source: it gets both, one after the other."""
     state = types.SimpleNamespace(machine=None, program=0, programs=1)
 
     def wait(bar, phase):
@@ -310,13 +310,18 @@ def load(path, package: str, policy: str = "producer first", seed: int = 0, edit
         state.machine = Machine(policy, seed)
         state.machine.run(bodies)
 
-    def pointer_load(where, mask=None, other=0.0):
-        if mask is None:
-            return where.base.view(-1)[where.offset]
-        return torch.full(mask.shape, other).masked_scatter(mask, where.base.view(-1)[where.offset[mask]])
+    def inside(where, mask):
+        offset = where.offset[mask]
+        assert ((offset >= 0) & (offset < where.base.numel())).all(), "a load or a store outside of its tensor"
+        return offset
+
+    def pointer_load(where, mask=slice(None), other=0.0):
+        loaded = torch.full(where.offset.shape, other, dtype=where.base.dtype)
+        loaded[mask] = where.base.view(-1)[inside(where, mask)]
+        return loaded
 
     def pointer_store(where, value, mask=slice(None)):
-        where.base.view(-1)[where.offset[mask]] = value[mask]
+        where.base.view(-1)[inside(where, mask)] = value[mask]
 
     class Layout:
         def __init__(self, *args, **kwargs):
@@ -366,10 +371,11 @@ def load(path, package: str, policy: str = "producer first", seed: int = 0, edit
     namespace = {"__name__": f"{package}.simulated", "__package__": package}
     saved = {name: sys.modules.get(name) for name in fakes}
     sys.modules.update(fakes)
+    paths = path.with_name(f"{SHARED}.py"), path
+    sources = edit("\0".join(p.read_text() for p in paths)).split("\0")
     try:
-        source = path.with_name(f"{SHARED}.py")
-        exec(compile(source.read_text(), str(source), "exec"), vars(shared))
-        exec(compile(edit(path.read_text()), str(path), "exec"), namespace)
+        for source, p, names in zip(sources, paths, (vars(shared), namespace)):
+            exec(compile(source, str(p), "exec"), names)
     finally:
         for name, module in saved.items():
             sys.modules.pop(name) if module is None else sys.modules.update({name: module})
