@@ -5,6 +5,7 @@ A peer is built for a case and answers with a callable that takes the case's inp
 
 import functools
 import importlib.util
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ from bench.cases import Case
 from igpt.kernels import reference
 
 SCORES_LIMIT = 24e9  # bytes of N x N scores past which an eager peer is not run
+# torch.compile tries Triton's products for minutes a shape unless told: the vendor's alone, unless there is time.
+GEMMS = os.environ.setdefault("TORCHINDUCTOR_MAX_AUTOTUNE_GEMM_BACKENDS", "ATEN")
+COMPILED_NOTE = f"on a GPU max-autotune, products by {'cuBLAS alone' if GEMMS == 'ATEN' else GEMMS}"
 
 
 @dataclass(frozen=True)

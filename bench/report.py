@@ -85,6 +85,8 @@ def sections(rows: Iterable, markdown: bool) -> list[tuple[str, str]]:
     for suite, title in (("model", "Whole models and pictures"), ("kernels", "Operations"), ("sampling", "Sampling")):
         if some := [r for r in plain if r.suite == suite]:
             found.append((title, speed(some, markdown)))
+    if some := [r for r in plain if r.suite == "harness"]:
+        found.append(("The run itself", columns([[r.op, r.note] for r in some], ["what", "how it ended"], markdown)))
     if any(r.device == "cuda" for r in plain):
         text = columns(targets.verdicts(plain), targets.HEAD, markdown)
         found.append(("Numbers to reach on an H200 in bf16", text))
