@@ -5,14 +5,14 @@ import functools
 import math
 from pathlib import Path
 
+import igpt.kernels.tiles as tiles
 import pytest
 import torch
 from gluon_simulator import POLICIES, caught, load
+from igpt.kernels.device import target
 
-import igpt.kernels.tiles as tiles
 from bench.budget import compare
 from igpt.kernels import reference
-from igpt.kernels.device import target
 
 
 @pytest.fixture(autouse=True)

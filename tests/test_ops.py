@@ -7,11 +7,12 @@ import types
 
 import pytest
 import torch
+from igpt.kernels.device import check_device
 
 from bench.budget import against_fp64, compare
-from igpt import cpu, cpu_attention, ops
+from igpt import ops
 from igpt.kernels import reference
-from igpt.kernels.device import check_device
+from igpt.ops import cpu, cpu_attention
 
 
 def rand(*shape, dtype=torch.float32, scale=1.0, seed=0):
