@@ -31,11 +31,10 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 if __package__ is None or __package__ == "":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from igpt.kernels.device import SHARED_BYTES, target
-from igpt.kernels.launching import recording
-
 from bench.machine import FAULTS
 from bench.rows import CompileRow, to_json
+from igpt.kernels.device import SHARED_BYTES, target
+from igpt.kernels.launching import recording
 
 # Portable tiles must fit the smallest shared memory we know of: an Ada or consumer Ampere card's 99 KB.
 TARGETS = {

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from igpt.kernels.device import ARCHS
-from igpt.kernels.palette import palette_sums
 
 from bench.cases import PIXEL_OPS, ROW_OPS, Case, shapes
 from igpt import ImageGPT
+from igpt.kernels.device import ARCHS
+from igpt.kernels.palette import palette_sums
 from igpt.sample.draw import Sampler
 from igpt.sample.kernel_decoder import KernelDecoder
 

@@ -19,13 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from igpt.kernels.interpreter import INTERPRETED
 
 from bench import cases, checks, correctness, measure, report, sampling, tune, whole
 from bench.cases import Case
 from bench.machine import ROOT
 from bench.models import ModelCase
 from bench.run import Log, failures, prepared
+from igpt.kernels.interpreter import INTERPRETED
 
 PRESETS, LENGTHS = ("s", "m", "l"), (1024, 2304, 4096)
 TOKENS = 65536  # of an operation's case

@@ -22,8 +22,6 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from igpt.kernels.device import ARCHS, arch
-from igpt.kernels.tiles import Tile
 
 from bench import cases, compile_cases, rows
 from bench.cases import Case
@@ -31,6 +29,8 @@ from bench.machine import FAULTS, ROOT, stamp
 from bench.measure import call
 from bench.timing import CpuTimer, CudaTimer, interleaved
 from igpt.kernels import tiles
+from igpt.kernels.device import ARCHS, arch
+from igpt.kernels.tiles import Tile
 
 WARPS, STAGES = (4, 8), (2, 3, 4)
 PRESETS = ("s", "m", "l")

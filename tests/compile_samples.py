@@ -2,10 +2,10 @@
 
 import triton
 import triton.language as tl
-from igpt.kernels.launching import launch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bench.compile_cases import CompileCase, meta
+from igpt.kernels.launching import launch
 
 
 @triton.jit

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from igpt.kernels.device import target
-from igpt.kernels.embedding import embed
 
 from bench.budget import against_fp64
 from igpt.kernels import embedding as kernel
 from igpt.kernels import reference
+from igpt.kernels.device import target
+from igpt.kernels.embedding import embed
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # B, N, V, d

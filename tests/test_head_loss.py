@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from igpt.kernels.device import target
-from igpt.kernels.head_loss import head_loss
 
 from bench.budget import against_fp64
 from igpt.kernels import head_loss as kernel
 from igpt.kernels import reference, tiles
+from igpt.kernels.device import target
+from igpt.kernels.head_loss import head_loss
 
 DIFF = ("x", "norm_weight", "head_weight")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

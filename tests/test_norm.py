@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from igpt.kernels.norm import norm, norm_backward_op, norm_op
 
 from bench.budget import against_fp64
 from igpt.kernels import reference
+from igpt.kernels.norm import norm, norm_backward_op, norm_op
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # One row, one column, odd sizes, the presets' widths, and rows enough for a program to take several steps.

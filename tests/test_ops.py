@@ -7,11 +7,11 @@ import types
 
 import pytest
 import torch
-from igpt.kernels.device import check_device
 
 from bench.budget import against_fp64, compare
 from igpt import ops
 from igpt.kernels import reference
+from igpt.kernels.device import check_device
 from igpt.ops import cpu, cpu_attention
 
 

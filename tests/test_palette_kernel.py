@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from igpt.kernels.palette import palette_decode, palette_encode, palette_sums
 
 from igpt.kernels import palette as kernel
 from igpt.kernels import reference
+from igpt.kernels.palette import palette_decode, palette_encode, palette_sums
 
 
 def colours(V, device, seed=0):
