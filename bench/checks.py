@@ -56,24 +56,25 @@ def determinism(case: Case, device: str, runs: int) -> Row:
     return attempted(row, check)
 
 
-def step(way: str, device: str) -> Row:
+def step(way: str, device: str, N: int) -> Row:
     """A loss and its gradients bit-equal to eager: "compiled", through torch.compile without a graph break, or "CUDA
     graph", replayed on other tokens than it was captured with."""
-    case = ModelCase("tiny", 1, 1024, "bf16", "fwd+bwd")
+    case = ModelCase("tiny", 1, N, "bf16", "fwd+bwd")
     row = dataclasses.replace(blank("correctness", f"triton, {way}", case, device), op="step")
     if way == "CUDA graph" and device != "cuda":
         return dataclasses.replace(row, note="absent: no GPU")
 
     def check():
         model = models.ours(case, device)
-        first, second = torch.randint(0, 512, (2, 1, 1024), device=device)
+        first, second = torch.randint(0, 512, (2, 1, N), device=device)
 
         def run(tokens, loss=model.loss):
             value = loss(tokens)
             return [value.detach(), *torch.autograd.grad(value, list(model.parameters()))]
 
         if way == "compiled":
-            answer = equal(row, run(second), [run(second, torch.compile(model.loss, fullgraph=True, backend="aot_eager"))])
+            whole = torch.compile(model.loss, fullgraph=True, backend="aot_eager")
+            answer = equal(row, run(second), [run(second, whole)])
             # On a CPU, where this is only rehearsed, what is compiled leaves igpt/cpu.py out.
             return dataclasses.replace(answer, ok=answer.ok or device == "cpu")
         tokens, aside, graph = first.clone(), torch.cuda.Stream(), torch.cuda.CUDAGraph()

@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import functools
 import itertools
+import os
 import subprocess
 import sys
 import time
@@ -111,7 +112,7 @@ def listed(name: str, device: str) -> list[tuple[object, Callable[[], Row]]]:
         checked.append((case, functools.partial(sampling.check, width, device, dtype)))
     checked += [(case, functools.partial(checks.determinism, case, device, 20 if gpu else 2)) for case in repeated]
     for way in ("compiled", "CUDA graph") if widths else ():
-        checked.append((whole[0], functools.partial(checks.step, way, device)))
+        checked.append((whole[0], functools.partial(checks.step, way, device, 1024 if gpu else 64)))
     return checked
 
 
@@ -127,7 +128,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.workers > 1 and args.part is None:
         command = [sys.executable, "-m", "bench.correctness", *(sys.argv[1:] if argv is None else argv), "--part"]
-        parts = [subprocess.Popen([*command, str(part)], cwd=ROOT) for part in range(args.workers)]
+        env = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.workers))} | os.environ
+        parts = [subprocess.Popen([*command, str(part)], cwd=ROOT, env=env) for part in range(args.workers)]
         codes = [part.wait() for part in parts]
         return next((code for code in codes if code not in (0, 1)), max(codes))
     start, rows = time.monotonic(), []

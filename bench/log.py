@@ -1,4 +1,4 @@
-"""A run's rows as they come, its child processes, what makes it red, and what of it decides whether speeds are shown."""
+"""A run's rows as they come, its child processes, what makes it red, and whose speeds may be shown."""
 
 import itertools
 import json

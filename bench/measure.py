@@ -1,4 +1,4 @@
-"""From variants to rows: each built, warmed up, timed in turns with its rivals; ratios, rates and floors in one place."""
+"""From variants to rows: built, warmed up, timed in turns; ratios, rates and floors are made here alone."""
 
 import dataclasses
 import functools

@@ -21,9 +21,9 @@ from bench.peers import Absent, compiled, importable
 from bench.rows import Row
 from igpt import ImageGPT
 from igpt.config import PRESETS
-from igpt.hf import apply_igpt_kernels
+from igpt.hf.patch import apply_igpt_kernels
 from igpt.kernels import reference
-from igpt.rundir import peak_flops
+from igpt.machine import peak_flops
 
 PARTS = ("embed", "norm", "norm_linear", "attention", "norm_mlp", "head_loss", "model")
 SDPA_ORDER = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
@@ -101,7 +101,7 @@ def hugging_face(case: ModelCase, device: str):
         n_positions=case.N, n_embd=c.width, n_layer=c.n_layer, n_head=c.heads, resid_pdrop=0.0, embd_pdrop=0.0,
         attn_pdrop=0.0,
     )  # fmt: skip
-    # Built under `with torch.device(device)` it would be left on two: some of its constructor says where it wants to be.
+    # Built under `with torch.device(device)` a part of it would stay on the CPU.
     return ImageGPTForCausalImageModeling(config).to(device, DTYPES[case.dtype])
 
 

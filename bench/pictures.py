@@ -17,8 +17,8 @@ from bench.measure import Run, Variant, blank, rows_of
 from bench.peers import Absent, importable
 from bench.rows import Row
 from igpt import Palette, data
-from igpt.encode import encode_folder
-from igpt.fit_palette import mse
+from igpt.data.encode import encode_folder
+from igpt.programs.palette import mse
 
 SIDE = 32
 
