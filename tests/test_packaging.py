@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+import igpt
+
 ROOT = Path(__file__).parent.parent
 KERNEL = "import igpt.kernels.attention as a, igpt; print(igpt.__file__); print(a.__file__)"
 
@@ -60,7 +62,7 @@ def installed(sdist, tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("env")
     wheel = build(sdist, place / "dist", "wheel")
     names = zipfile.ZipFile(wheel).namelist()
-    assert "igpt/kernels/attention.py" in names and "igpt/assets/emoji.npz" in names
+    assert "igpt/kernels/attention.py" in names and {"igpt/assets/emoji.npz", "igpt/py.typed"} <= set(names)
     assert not any(name.startswith(("kernels/", "tests/", "bench/")) for name in names)
     run(sys.executable, "-m", "venv", "--without-pip", place / "venv", cwd=place)
     python = place / "venv" / "bin" / "python"
@@ -77,6 +79,7 @@ def test_the_wheel_runs_in_a_fresh_environment(installed, tmp_path):
     for command in ([installed.with_name("igpt")], [installed, "-m", "igpt"]):
         said = run(*command, "info", "--preset", "tiny", "--gpus", "1", cwd=tmp_path)
         assert json.loads(said.splitlines()[-1])["preset"] == "tiny"
+        assert run(*command, "--version", cwd=tmp_path) == f"igpt {igpt.__version__}\n"
 
 
 @pytest.mark.parametrize("source", ["checkout", "sdist"])
