@@ -1,4 +1,4 @@
-"""Tables as text: columns for a terminal, Markdown for a file."""
+"""Figures and rows as text, for a terminal or as Markdown."""
 
 
 def number(x: float | None, digits: int = 3) -> str:

@@ -8,6 +8,8 @@ Submodules load on first use, so that importing one kernel (`igpt.kernels.attent
 
 import importlib
 
+__version__ = "0.2.0"
+
 _EXPORTS = {
     "Config": "config",
     "PRESETS": "config",
