@@ -11,8 +11,9 @@ warp_group_dot_wait waits for one warpgroup. With more than 4 warps a place is f
 (#9484, #11047, #11056), and those stand in the PTX alone: the innermost loops with products are laid beside those of
 the PTX, event by event; outside of them nothing may go to shared memory between a wait and the next barrier.
 
-Plain kernels run with unknown arguments: a loop of unknown length takes 8 rounds, an unknown condition is true. Those
-with partitions run with their launch's integers, as program 0. What can't be followed is a finding as well. Not seen:
+Plain kernels run with unknown arguments: a loop of unknown length takes 8 rounds, an unknown condition is true. Where
+that contradicts itself, and with partitions, it is the launch's integers and program 0. What can't be followed is a
+finding as well. Not seen: other branches and programs,
 allocations that share an address (but for the PTX rule), tiles read into registers, loads read before they landed, TMA
 stores that still read, and, in PTX outside of loops, any order but that of the text.
 """
@@ -26,16 +27,18 @@ from dataclasses import dataclass, field
 ROUNDS = 8  # more than a ring's places and the products in flight together
 INTEGERS = {
     "addi": operator.add, "subi": operator.sub, "muli": operator.mul, "andi": operator.and_, "ori": operator.or_,
-    "xori": operator.xor, "minsi": min, "maxsi": max, "divsi": lambda a, b: int(a / b),
-    "remsi": lambda a, b: int(math.fmod(a, b)), "extsi": int, "extui": int, "trunci": int,
+    "xori": operator.xor, "minsi": min, "maxsi": max, "divsi": lambda a, b: int(a / b), "remsi": math.fmod,
+    "select": lambda c, a, b: a if c else b, "extsi": int, "extui": int, "trunci": int,
+    **{name: getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")},
 }  # fmt: skip
 VIEWS = ("memdesc_trans", "memdesc_reshape", "memdesc_subslice", "memdesc_reinterpret", "tmem_subslice")
 WRITES = ("async_copy_global_to_local", "async_tma_copy_global_to_local", "local_store", "tmem_store")
 READS = ("local_load", "local_dealloc", "inval_barrier", "async_tma_copy_local_to_global", "tmem_load")
-# A product, a wait, a load, the end of a group of loads, a load by TMA, a store, a barrier of the block.
-PTX = re.compile(r"""(?P<M>wgmma\.commit_group)|wgmma\.wait_group\.sync\.aligned\s+(?P<W>\d+)|(?P<C>cp\.async\.c[ag]\.)
-    |(?P<E>cp\.async\.commit_group)|(?P<T>cp\.async\.bulk\.tensor\.\dd\.shared::)|(?P<S>st\.shared|stmatrix)
-    |(?P<B>bar(?:rier)?(?:\.cta)?\.sync)""", re.X)  # fmt: skip
+LOADS = {"async_copy_global_to_local": "C", "async_commit_group": "E", "async_tma_copy_global_to_local": "T"}
+PTX = re.compile(  # the same in PTX; besides S, a store to shared memory, and b, a barrier of the block
+    r"(?P<M>wgmma\.commit_group)|wgmma\.wait_group\.sync\.aligned\s+(?P<W>\d+)|(?P<C>cp\.async\.c[ag]\.)|(?P<b>bar\w*\."
+    r"(?:cta\.)?sync)|(?P<E>cp\.async\.commit_group)|(?P<T>cp\.async\.bulk\.tensor\.\dd\.shared)|(?P<S>st\.shared|stm)"
+)
 
 
 class Unread(Exception):
@@ -43,23 +46,28 @@ class Unread(Exception):
 
 
 class Op:
-    """One line of ttgir: its name without the dialect, results, operands and regions."""
+    """One line of ttgir: its name without the dialect (of a comparison, which), results, operands and regions."""
 
     def __init__(self, text: str):
         left, right = text.split(" = ", 1) if text.startswith("%") else ("", text)
-        self.text, self.regions = text, []
         groups = re.findall(r"(%[\w-]+)(?::(\d+))?", left)
         self.results = [f"{name}#{i}" if n else name for name, n in groups for i in range(int(n or 1))]
-        self.name = re.match(r'"?(?:\w+\.)?([\w.]+)', right)[1]
+        self.name = re.match(r'"?(?:\w+\.)?(?:cmpi [su]?)?([\w.]+)', right)[1]
         head = re.sub(r"\{[^{}]*\}", "", right).split(" -> ")[0].split(" : ")[0]
-        self.args = re.findall(r"%[\w#-]+", head)
-        number = re.search(r"(?:, |constant )(-?\d+$|-?\d+,|true|false)", head)
-        self.number = number and {"true": True, "false": False}.get(number[1], number[1])
-        self.number = int(self.number.strip(",")) if isinstance(self.number, str) else self.number
+        self.args, self.regions = re.findall(r"%[\w#-]+", head), []
+        number = re.search(r"(?:, |constant )(-?\d+|true|false)\b", head)
+        self.number = int({"true": 1, "false": 0}.get(number[1], number[1])) if number else None
         types = re.findall(r"memdesc<([\dx]+)x[a-z]+(\d+)", text)
         self.shape, self.bits = ([int(n) for n in types[-1][0].split("x")], int(types[-1][1])) if types else ([], 0)
         self.pendings = int((re.search(r"pendings = (\d+)", text) or [0, 0])[1])
         self.is_async = "isAsync = true" in text or "is_async" in text
+
+    @property
+    def event(self) -> str:
+        """What `lay` calls it: a product, the depth of a wait, a load, the end of a group of loads, a load by TMA."""
+        if self.name == "warp_group_dot":
+            return "M" if self.is_async else "M0"
+        return str(self.pendings) if self.name == "warp_group_dot_wait" else LOADS.get(self.name, "")
 
 
 def parse(ttgir: str) -> list[Op]:
@@ -86,8 +94,8 @@ def walk(ops: list[Op]) -> Iterator[Op]:
 
 @dataclass
 class Ring:
-    """Memory that products read. ahead: loads before the first product; flying: the most products reading it when it
-    was written."""
+    """Memory that products read. ahead: writes before the first product; flying: the most places that products were
+    reading when another was written."""
 
     name: str
     places: int
@@ -97,7 +105,7 @@ class Ring:
     wrong: str = ""
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.places} places, {self.ahead} loads ahead, {self.flying} products in flight"
+        return f"{self.name}: {self.places} places, {self.ahead} loads ahead, {self.flying} being read"
 
 
 @dataclass(eq=False)
@@ -113,8 +121,8 @@ class Thread:
 class Run:
     """Runs a function. `last` is the partition that is held back, `inside` and `freed` are what `lay` gives."""
 
-    def __init__(self, function: Op, env: dict, programs: int, last: int, inside: set[Op], freed: set[Op]):
-        self.rings, self.bars, self.programs, self.inside, self.freed = {}, {}, programs, inside, freed
+    def __init__(self, function: Op, env: dict, last: int, inside: set[Op], freed: set[Op]):
+        self.rings, self.bars, self.inside, self.freed = {}, {}, inside, freed
         self.threads = [main := Thread()]
         main.body = self.block(function.regions[0], env, main)
         while live := [t for t in self.threads if t.body]:
@@ -131,18 +139,13 @@ class Run:
         for i, op in enumerate(ops):
             a, out = [env.get(x) for x in op.args], []
             if op.name in INTEGERS:
-                out = [] if None in a else [INTEGERS[op.name](*a)]
+                out = [] if None in a else [int(INTEGERS[op.name](*a))]
             elif op.name == "constant":
                 out = [op.number]
-            elif op.name == "cmpi":
-                compare = getattr(operator, re.search(r"cmpi [su]?(eq|ne|lt|le|gt|ge)", op.text)[1])
-                out = [] if None in a else [compare(*a)]
-            elif op.name == "select":
-                out = [] if a[0] is None else [a[1] if a[0] else a[2]]
             elif op.name in VIEWS:
                 out = a[:1]
-            elif op.name in ("get_program_id", "get_num_programs") and self.programs:
-                out = [0 if op.name == "get_program_id" else self.programs]
+            elif op.name in ("get_program_id", "get_num_programs"):
+                out = [env.get(op.name)]
             elif op.name in ("yield", "warp_yield", "warp_return", "return"):
                 return a
             elif op.name == "for":
@@ -151,12 +154,12 @@ class Run:
                     env.update(zip(op.args[4::2], out), **{op.args[0]: n})
                     out = yield from self.block(op.regions[0], env, me)
             elif op.name == "if":
-                out = yield from self.block([*op.regions, []][0 if a[0] in (None, True) else 1], env, me)
+                out = yield from self.block([*op.regions, []][a[0] == 0], env, me)
             elif op.name == "warp_specialize":
                 for other in ops[i + 1 :]:
                     if other.name.startswith("partition"):
                         self.threads.append(t := Thread())
-                        t.body = self.block(other.regions[0], dict(zip(other.args, a)), t)
+                        t.body = self.block(other.regions[0], env | dict(zip(other.args, a)), t)
             elif op.name == "default":
                 yield from self.block(op.regions[0], env, me)
             elif not op.name.startswith("partition"):
@@ -166,7 +169,7 @@ class Run:
         return []
 
     def event(self, op: Op, a: list, me: Thread):
-        """Memory, products and mbarriers [count, missing, bytes, phase]."""
+        """What concerns memory, products and mbarriers, [count, missing, bytes, phase]."""
         views, rest = [x for x in a if isinstance(x, tuple)], [x for x in a if not isinstance(x, tuple)]
         if op in self.freed:
             me.waited = []
@@ -178,46 +181,47 @@ class Run:
             return [(ring, None)]
         if op.name == "call" or op.regions and op.name not in ("reduce", "scan"):
             raise Unread(op.name)
-        if not views and op.name != "warp_group_dot_wait" or op.name in READS:
-            return []
-        if op.name == "memdesc_index":
-            if rest[0] is None:
-                raise Unread(f"a place of {views[0][0].name} that no integer tells")
-            return [(views[0][0], rest[0])]
-        at = views and (views[-1][0].name, views[-1][1])
-        if op.name in WRITES and rest[-1:] != [False]:
-            self.write(views[0])
-            if "tma" in op.name:
-                self.arrive(at, 0, -math.prod(op.shape) * op.bits // 8)
-        elif op.name == "init_barrier":
-            self.bars[at] = [op.number, op.number, 0, 0]
-        elif op.name == "barrier_expect" and rest != [False]:
-            self.arrive(at, 1, op.number)
-        elif op.name == "arrive_barrier" and rest != [False]:
-            self.arrive(at, op.number)
-        elif op.name == "wait_barrier" and rest[1:2] != [False]:
-            bar = self.bars[views[0][0].name, views[0][1]]
-            yield lambda: bar[3] % 2 != rest[0]
-            for t in self.threads:
-                done = [i for i, (_, by, phase) in enumerate(t.flight, 1) if by is bar and phase < bar[3]]
-                t.flight = t.flight[max(done, default=0) :]
-        elif op.name == "warp_group_dot_wait":
+        if op.name == "warp_group_dot_wait":
             n = max(len(me.flight) - op.pendings, 0)
             me.waited += [v for reads, *_ in me.flight[:n] for v in reads]
-            me.waited = me.waited if op in self.inside else []
-            me.flight = me.flight[n:]
-        elif op.name in ("warp_group_dot", "tc_gen5_mma") and (op.name == "warp_group_dot" or rest[1:2] != [False]):
+            me.waited, me.flight = me.waited if op in self.inside else [], me.flight[n:]
+        if not views or op.name in (*READS, "warp_group_dot_wait"):
+            return []
+        at = views[-1][0].name, views[-1][1]  # of the mbarrier, where there is one
+        if op.name in ("memdesc_index", "wait_barrier") and rest[0] is None:
+            raise Unread(f"a place or phase of {views[0][0].name} that no integer tells")
+        if op.name == "memdesc_index":
+            return [(views[0][0], rest[0])]
+        if op.name == "wait_barrier":
+            bar = self.bars[views[0][0].name, views[0][1]]
+            if rest[1:2] != [0]:
+                yield lambda: bar[3] % 2 != rest[0]
+                for t in self.threads:
+                    done = [i for i, (_, by, phase) in enumerate(t.flight, 1) if by is bar and phase < bar[3]]
+                    t.flight = t.flight[max(done, default=0) :]
+        elif op.name in ("warp_group_dot", "tc_gen5_mma"):
+            is_blackwell = op.name == "tc_gen5_mma"
+            if is_blackwell and rest[1:2] == [0]:
+                return []
             reads = [v for v in a[:2] if v in views]
             for ring, _ in reads:
                 ring.ahead = ring.writes if ring.ahead is None else ring.ahead
-            bar = self.bars.get(at) if op.name == "tc_gen5_mma" else None
             if op.is_async:
+                bar = self.bars[at] if is_blackwell else None
                 me.flight.append((reads, bar, bar and bar[3]))
-            yield None
-            if bar:
-                self.arrive(at, 1)
-        elif op.name not in (*WRITES, "barrier_expect", "arrive_barrier", "wait_barrier", "tc_gen5_mma"):
+                if bar:
+                    self.arrive(at, 1)
+        elif op.name == "init_barrier":
+            self.bars[at] = [op.number, op.number, 0, 0]
+        elif op.name not in (*WRITES, "barrier_expect", "arrive_barrier"):
             raise Unread(op.name)
+        elif rest[-1:] != [0]:
+            if op.name in WRITES:
+                self.write(views[0])
+            landed = -math.prod(op.shape) * op.bits // 8 if "tma" in op.name else 0
+            count, size = {"barrier_expect": (1, op.number), "arrive_barrier": (op.number, 0)}.get(op.name, (0, landed))
+            if count or size:
+                self.arrive(at, count, size)
         yield None
         return []
 
@@ -235,17 +239,11 @@ class Run:
 
         products = [reads for t in self.threads for reads, *_ in t.flight]
         ring.writes += 1
-        ring.flying = max(ring.flying, sum(any(r is ring for r, _ in reads) for reads in products))
+        ring.flying = max(ring.flying, len({p for reads in products for r, p in reads if r is ring}))
         if any(map(met, products)):
             ring.wrong = "written while a product reads it"
         elif any(met(t.waited) for t in self.threads):
             ring.wrong = ring.wrong or "written after a wait of one warpgroup, without a barrier of the block"
-
-
-def once(events: list[tuple]) -> list[tuple]:
-    """Events (kind, what), loads that follow each other as one."""
-    pairs = zip([("", None), *events], events)
-    return [event for before, event in pairs if event[0] != before[0] or event[0] not in ("C", "T")]
 
 
 def lay(function: Op, ptx: str) -> tuple[set[Op], set[Op], list[str]]:
@@ -254,66 +252,58 @@ def lay(function: Op, ptx: str) -> tuple[set[Op], set[Op], list[str]]:
     jumps = [(labels.get(m[1], len(ptx)), m.start()) for m in re.finditer(r"bra(?:\.uni)?\s+(\$L__BB\w+);", ptx)]
     loops = {(a, b) for a, b in jumps if a < b}
     loops = [(a, b) for a, b in loops if not any(a <= c and d <= b for c, d in loops - {(a, b)})]
-    there: dict[tuple, list[bool]] = {}  # by the events of a loop: which of them a barrier precedes in all such loops
+    there: dict[str, list[bool]] = {}  # by the events of a loop: which of them a barrier precedes in all such loops
     for a, b in loops:
-        events, freed = [], False
-        for m in PTX.finditer(ptx, a, b):
-            if m.lastgroup not in "BS":
-                events.append((m.lastgroup + (m["W"] or ""), freed))
-            freed = m.lastgroup == "B" or m.lastgroup == "S" and freed
-        events = once(events)
-        key, flags = tuple(kind for kind, _ in events), [is_freed for _, is_freed in events]
-        there[key] = [x and y for x, y in zip(flags, there.get(key, flags))]
+        text = "".join(m["W"] or m.lastgroup for m in PTX.finditer(ptx, a, b) if m.lastgroup != "S")
+        text = re.sub("([CT])(b*\\1)+", "\\1", text)  # of loads that follow each other the first counts
+        flags = [bool(bars) for bars in re.findall("(b*)[^b]", text)]
+        events = text.replace("b", "")
+        there[events] = [x and y for x, y in zip(flags, there.get(events, flags))]
     inside, freed, found = set(), set(), []
     for loop in walk(function.regions[0]):
-        body = list(walk(loop.regions[0])) if loop.name == "for" else []
-        if any(op.name == "for" for op in body) or not any(op.name.startswith("warp_group_dot") for op in body):
+        body = [op for op in walk(loop.regions[0]) if op.event or op.name == "for"] if loop.name == "for" else []
+        if any(op.name == "for" for op in body) or not any("warp_group" in op.name for op in body):
             continue
-        events = once([(kind, op) for op in body for kind in kinds(op)])
-        if (flags := there.get(tuple(kind for kind, _ in events))) is None:
-            found.append(f"loop {loop.results[:1]} isn't found in the PTX")
-        freed |= {op for (_, op), flag in zip(events, flags or []) if flag}
-        inside |= {op for op in body if op.name == "warp_group_dot_wait"}
+        body = [op for before, op in zip([loop, *body], body) if op.event not in "CT" or op.event != before.event]
+        events = "".join(op.event for op in body)
+        if events not in there:
+            found.append(f"no loop of the PTX has products, waits and loads as one of the ttgir: {events}")
+        flags = iter(there.get(events, ()))
+        freed |= {op for op in body if any([next(flags, False) for _ in op.event][:1])}
+        inside |= set(body)
     waited = False
     for m in PTX.finditer(ptx):
         if not any(a <= m.start() < b for a, b in loops):
             if waited and m.lastgroup in "CTS":
-                found.append("shared memory is written after a loop's products without a barrier of the block")
-            waited = m.lastgroup == "W" or waited and m.lastgroup not in "BCTS"
+                found.append("shared memory is written after a wait for products, without a barrier of the block")
+            waited = m.lastgroup == "W" or waited and m.lastgroup not in "bCTS"
     return inside, freed, found
 
 
-def kinds(op: Op) -> list[str]:
-    """The events of the PTX that an operation becomes."""
-    if op.name == "warp_group_dot":
-        return ["M"] if op.is_async else ["M", "W0"]
-    known = {
-        "async_copy_global_to_local": "C", "async_commit_group": "E", "async_tma_copy_global_to_local": "T",
-        "warp_group_dot_wait": f"W{op.pendings}",
-    }  # fmt: skip
-    return [known[op.name]] if op.name in known else []
-
-
 def read(ttgir: str, ptx: str = "", values: dict | None = None, programs: int = 1) -> tuple[list[Ring], list[str]]:
-    """The rings that asynchronous products of a binary read, and what is wrong with them in words. values: the launch's
-    arguments by name, programs: its grid's first number; both count for kernels with partitions."""
+    """What asynchronous products of a binary read in shared memory, and what is wrong with it in words. values: the
+    launch's arguments by name, programs: the first number of its grid; both count for kernels with partitions."""
     if "isAsync = true" not in ttgir and "is_async" not in ttgir:
         return [], []
     function = next(op for op in walk(parse(ttgir)) if op.name == "func")
-    partitions = [op for op in walk(function.regions[0]) if op.name.startswith("partition")]
-    warps = [int(n) for n in re.findall(r'num-warps" = (\d+)|num_warps\((\d+)\)', ttgir) for n in n if n]
-    rings, found, inside, freed = {}, [], set(), set()
-    if max(warps) > 4 and "warp_group_dot " in ttgir:
-        inside, freed, found = lay(function, ptx) if not partitions else (set(), set(), ["partitions of 8 warps"])
-    env = {f"%{name}": n for name, n in (values or {}).items() if isinstance(n, int)} if partitions else {}
-    try:
-        for last in range(len(partitions) + 1):
-            run = Run(function, env, programs if partitions else 0, last, inside, freed)
-            for ring in run.rings.values():
-                if ring.ahead is not None:
-                    before = rings.setdefault(ring.name, ring)
-                    before.ahead, before.flying = max(before.ahead, ring.ahead), max(before.flying, ring.flying)
-                    before.wrong = before.wrong or ring.wrong
-    except (Unread, ArithmeticError, AttributeError, LookupError, TypeError) as why:
-        found.append(f"can't be followed: {type(why).__name__} {why}")
-    return list(rings.values()), [f"{ring}: {ring.wrong}" for ring in rings.values() if ring.wrong] + found
+    partitions = sum(op.name.startswith("partition") for op in walk(function.regions[0]))
+    warps = max(int(n) for pair in re.findall(r'num-warps" = (\d+)|num_warps\((\d+)\)', ttgir) for n in pair if n)
+    inside, freed, found = set(), set(), []
+    if warps > 4 and "warp_group_dot " in ttgir:
+        inside, freed, found = (inside, freed, ["partitions of 8 warps"]) if partitions else lay(function, ptx)
+    known = {f"%{name}": n for name, n in (values or {}).items() if isinstance(n, int)}
+    known |= {"get_program_id": 0, "get_num_programs": programs}
+    for env in [known] if partitions else [{}, known]:
+        rings, why = {}, None
+        try:
+            for last in range(partitions + 1):
+                for ring in Run(function, dict(env), last, inside, freed).rings.values():
+                    if ring.ahead is not None:
+                        before = rings.setdefault(ring.name, ring)
+                        before.ahead, before.flying = max(before.ahead, ring.ahead), max(before.flying, ring.flying)
+                        before.wrong = before.wrong or ring.wrong
+            break
+        except (Unread, ArithmeticError, AttributeError, LookupError, TypeError) as fault:
+            why = f"can't be followed: {type(fault).__name__} {fault}"
+    wrong = [f"{ring}: {ring.wrong}" for ring in rings.values() if ring.wrong]
+    return list(rings.values()), wrong + found + ([why] if why else [])
