@@ -13,9 +13,9 @@ the PTX, event by event; outside of them nothing may go to shared memory between
 
 Plain kernels run with unknown arguments: a loop of unknown length takes 8 rounds, an unknown condition is true. Where
 that contradicts itself, and with partitions, it is the launch's integers and program 0. What can't be followed is a
-finding as well. Not seen: other branches and programs,
-allocations that share an address (but for the PTX rule), tiles read into registers, loads read before they landed, TMA
-stores that still read, and, in PTX outside of loops, any order but that of the text.
+finding as well. Not seen: other branches and programs, allocations that share an address (but for the PTX rule), tiles
+read into registers, loads read before they landed, TMA stores that still read, clusters, and, in PTX outside of loops,
+any order but that of the text.
 """
 
 import math
@@ -23,6 +23,8 @@ import operator
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+
+from bench.ttgir import Op, parse, walk
 
 ROUNDS = 8  # more than a ring's places and the products in flight together
 INTEGERS = {
@@ -45,63 +47,23 @@ class Unread(Exception):
     """Something that isn't followed here."""
 
 
-class Op:
-    """One line of ttgir: its name without the dialect (of a comparison, which), results, operands and regions."""
-
-    def __init__(self, text: str):
-        left, right = text.split(" = ", 1) if text.startswith("%") else ("", text)
-        groups = re.findall(r"(%[\w-]+)(?::(\d+))?", left)
-        self.results = [f"{name}#{i}" if n else name for name, n in groups for i in range(int(n or 1))]
-        self.name = re.match(r'"?(?:\w+\.)?(?:cmpi [su]?)?([\w.]+)', right)[1]
-        head = re.sub(r"\{[^{}]*\}", "", right).split(" -> ")[0].split(" : ")[0]
-        self.args, self.regions = re.findall(r"%[\w#-]+", head), []
-        number = re.search(r"(?:, |constant )(-?\d+|true|false)\b", head)
-        self.number = int({"true": 1, "false": 0}.get(number[1], number[1])) if number else None
-        types = re.findall(r"memdesc<([\dx]+)x[a-z]+(\d+)", text)
-        self.shape, self.bits = ([int(n) for n in types[-1][0].split("x")], int(types[-1][1])) if types else ([], 0)
-        self.pendings = int((re.search(r"pendings = (\d+)", text) or [0, 0])[1])
-        self.is_async = "isAsync = true" in text or "is_async" in text
-
-    @property
-    def event(self) -> str:
-        """What `lay` calls it: a product, the depth of a wait, a load, the end of a group of loads, a load by TMA."""
-        if self.name == "warp_group_dot":
-            return "M" if self.is_async else "M0"
-        return str(self.pendings) if self.name == "warp_group_dot_wait" else LOADS.get(self.name, "")
-
-
-def parse(ttgir: str) -> list[Op]:
-    """The lines of a module as a tree."""
-    text = re.sub(r" loc\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)", "", ttgir)
-    blocks: list[list[Op]] = [[]]
-    for line in map(str.strip, text.splitlines()):
-        if line.startswith("}"):
-            blocks.pop()
-        elif line and line[0] not in "#^":
-            blocks[-1].append(Op(line))
-        if line.endswith("{"):
-            blocks[-1][-1].regions.append([])
-            blocks.append(blocks[-1][-1].regions[-1])
-    return blocks[0]
-
-
-def walk(ops: list[Op]) -> Iterator[Op]:
-    for op in ops:
-        yield op
-        for region in op.regions:
-            yield from walk(region)
+def event(op: Op) -> str:
+    """What `lay` calls it: a product, the depth of a wait, a load, the end of a group of loads, a load by TMA."""
+    if op.name == "warp_group_dot":
+        return "M" if op.is_async else "M0"
+    return str(op.pendings) if op.name == "warp_group_dot_wait" else LOADS.get(op.name, "")
 
 
 @dataclass
 class Ring:
-    """Memory that products read. ahead: writes before the first product; flying: the most places that products were
-    reading when another was written."""
+    """Memory that products read. ahead: the most writes before the first product (`early` counts them); flying: the
+    most places that products were reading when another was written."""
 
     name: str
     places: int
     ahead: int | None = None
     flying: int = 0
-    writes: int = 0
+    early: int | None = 0
     wrong: str = ""
 
     def __str__(self) -> str:
@@ -121,8 +83,8 @@ class Thread:
 class Run:
     """Runs a function. `last` is the partition that is held back, `inside` and `freed` are what `lay` gives."""
 
-    def __init__(self, function: Op, env: dict, last: int, inside: set[Op], freed: set[Op]):
-        self.rings, self.bars, self.inside, self.freed = {}, {}, inside, freed
+    def __init__(self, function: Op, env: dict, rings: dict, last: int, inside: set[Op], freed: set[Op]):
+        self.rings, self.bars, self.inside, self.freed = rings, {}, inside, freed
         self.threads = [main := Thread()]
         main.body = self.block(function.regions[0], env, main)
         while live := [t for t in self.threads if t.body]:
@@ -144,8 +106,8 @@ class Run:
                 out = [op.number]
             elif op.name in VIEWS:
                 out = a[:1]
-            elif op.name in ("get_program_id", "get_num_programs"):
-                out = [env.get(op.name)]
+            elif op.name in env:
+                out = [env[op.name]]
             elif op.name in ("yield", "warp_yield", "warp_return", "return"):
                 return a
             elif op.name == "for":
@@ -176,10 +138,11 @@ class Run:
         if op.name in ("local_alloc", "tmem_alloc"):
             name = op.results[0].strip("%")
             ring = self.rings.setdefault(name, Ring(name, op.shape[0] if len(op.shape) > 2 else 1))
+            ring.early = 0
             if op.args:
                 self.write((ring, None))
             return [(ring, None)]
-        if op.name == "call" or op.regions and op.name not in ("reduce", "scan"):
+        if op.name == "call" or (op.regions and op.name not in ("reduce", "scan")):
             raise Unread(op.name)
         if op.name == "warp_group_dot_wait":
             n = max(len(me.flight) - op.pendings, 0)
@@ -187,7 +150,7 @@ class Run:
             me.waited, me.flight = me.waited if op in self.inside else [], me.flight[n:]
         if not views or op.name in (*READS, "warp_group_dot_wait"):
             return []
-        at = views[-1][0].name, views[-1][1]  # of the mbarrier, where there is one
+        at = views[-1][0].name, views[-1][1]  # the mbarrier, where there is one
         if op.name in ("memdesc_index", "wait_barrier") and rest[0] is None:
             raise Unread(f"a place or phase of {views[0][0].name} that no integer tells")
         if op.name == "memdesc_index":
@@ -205,7 +168,7 @@ class Run:
                 return []
             reads = [v for v in a[:2] if v in views]
             for ring, _ in reads:
-                ring.ahead = ring.writes if ring.ahead is None else ring.ahead
+                ring.ahead, ring.early = max(ring.ahead or 0, ring.early or 0), None
             if op.is_async:
                 bar = self.bars[at] if is_blackwell else None
                 me.flight.append((reads, bar, bar and bar[3]))
@@ -238,7 +201,7 @@ class Run:
             return any(r is ring and (p == place or None in (p, place)) for r, p in views)
 
         products = [reads for t in self.threads for reads, *_ in t.flight]
-        ring.writes += 1
+        ring.early = None if ring.early is None else ring.early + 1
         ring.flying = max(ring.flying, len({p for reads in products for r, p in reads if r is ring}))
         if any(map(met, products)):
             ring.wrong = "written while a product reads it"
@@ -255,28 +218,28 @@ def lay(function: Op, ptx: str) -> tuple[set[Op], set[Op], list[str]]:
     there: dict[str, list[bool]] = {}  # by the events of a loop: which of them a barrier precedes in all such loops
     for a, b in loops:
         text = "".join(m["W"] or m.lastgroup for m in PTX.finditer(ptx, a, b) if m.lastgroup != "S")
-        text = re.sub("([CT])(b*\\1)+", "\\1", text)  # of loads that follow each other the first counts
+        text = re.sub("([CT])(b*\\1)+", "\\1", "b" * text.endswith("b") + text)  # of loads in a row the first counts
         flags = [bool(bars) for bars in re.findall("(b*)[^b]", text)]
         events = text.replace("b", "")
         there[events] = [x and y for x, y in zip(flags, there.get(events, flags))]
     inside, freed, found = set(), set(), []
     for loop in walk(function.regions[0]):
-        body = [op for op in walk(loop.regions[0]) if op.event or op.name == "for"] if loop.name == "for" else []
+        body = [op for op in walk(loop.regions[0]) if event(op) or op.name == "for"] if loop.name == "for" else []
         if any(op.name == "for" for op in body) or not any("warp_group" in op.name for op in body):
             continue
-        body = [op for before, op in zip([loop, *body], body) if op.event not in "CT" or op.event != before.event]
-        events = "".join(op.event for op in body)
+        body = [op for before, op in zip([loop, *body], body) if event(op) not in "CT" or event(op) != event(before)]
+        events = "".join(event(op) for op in body)
         if events not in there:
             found.append(f"no loop of the PTX has products, waits and loads as one of the ttgir: {events}")
         flags = iter(there.get(events, ()))
-        freed |= {op for op in body if any([next(flags, False) for _ in op.event][:1])}
+        freed |= {op for op in body if next(next(flags, False) for _ in event(op))}
         inside |= set(body)
     waited = False
     for m in PTX.finditer(ptx):
         if not any(a <= m.start() < b for a, b in loops):
             if waited and m.lastgroup in "CTS":
                 found.append("shared memory is written after a wait for products, without a barrier of the block")
-            waited = m.lastgroup == "W" or waited and m.lastgroup not in "bCTS"
+            waited = m.lastgroup == "W" or (waited and m.lastgroup not in "bCTS")
     return inside, freed, found
 
 
@@ -287,23 +250,19 @@ def read(ttgir: str, ptx: str = "", values: dict | None = None, programs: int = 
         return [], []
     function = next(op for op in walk(parse(ttgir)) if op.name == "func")
     partitions = sum(op.name.startswith("partition") for op in walk(function.regions[0]))
-    warps = max(int(n) for pair in re.findall(r'num-warps" = (\d+)|num_warps\((\d+)\)', ttgir) for n in pair if n)
+    warps = max(int(a or b) for a, b in re.findall(r'"ttg.num-warps" = (\d+)|num_warps\((\d+)\)', ttgir))
     inside, freed, found = set(), set(), []
     if warps > 4 and "warp_group_dot " in ttgir:
         inside, freed, found = (inside, freed, ["partitions of 8 warps"]) if partitions else lay(function, ptx)
     known = {f"%{name}": n for name, n in (values or {}).items() if isinstance(n, int)}
     known |= {"get_program_id": 0, "get_num_programs": programs}
     for env in [known] if partitions else [{}, known]:
-        rings, why = {}, None
+        rings, unread = {}, []
         try:
             for last in range(partitions + 1):
-                for ring in Run(function, dict(env), last, inside, freed).rings.values():
-                    if ring.ahead is not None:
-                        before = rings.setdefault(ring.name, ring)
-                        before.ahead, before.flying = max(before.ahead, ring.ahead), max(before.flying, ring.flying)
-                        before.wrong = before.wrong or ring.wrong
+                Run(function, dict(env), rings, last, inside, freed)
             break
         except (Unread, ArithmeticError, AttributeError, LookupError, TypeError) as fault:
-            why = f"can't be followed: {type(fault).__name__} {fault}"
+            unread = [f"can't be followed: {type(fault).__name__} {fault}"]
     wrong = [f"{ring}: {ring.wrong}" for ring in rings.values() if ring.wrong]
-    return list(rings.values()), wrong + found + ([why] if why else [])
+    return [ring for ring in rings.values() if ring.ahead is not None], wrong + found + unread
