@@ -13,6 +13,7 @@ _EXPORTS = {
     "PRESETS": "config",
     "ImageGPT": "model",
     "Palette": "palette",
+    "graphed": "cuda_graph",
 }
 _MODULES = ("config", "convert", "data", "hf", "model", "ops", "palette", "sample")
 
