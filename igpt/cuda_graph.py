@@ -127,8 +127,8 @@ class Graphed:
         if not all(group.get("capturable", True) for group in self.groups):
             names = ", ".join(type(optimizer).__name__ for optimizer in self.optimizers)
             raise ValueError(f"optimizers: got {names} with capturable=False, expected capturable=True")
-        self.aside = torch.cuda.Stream()
-        self.inputs = self.rates = self.graph = self.figures = self.captured = None
+        self.aside, self.taken = torch.cuda.Stream(self.device), torch.cuda.Event()
+        self.inputs = self.rates = self.figures = self.graph = self.captured = None
 
     @property
     def groups(self) -> list[dict]:
@@ -147,53 +147,55 @@ class Graphed:
                 self.warm_up = math.inf
         if self.graph is None:
             self.warm_up -= 1
-            return self.run()
-        self.require_unchanged()
-        self.graph.replay()
+            self.run()
+        else:
+            self.require_unchanged()
+            self.graph.replay()
         return self.figures.clone()
 
     def refill(self, batch: tuple[torch.Tensor, ...]) -> None:
-        """Batch and learning rates to their places. From the host they come on the side stream, under the last replay;
-        only the step from there to their places, a copy within the GPU's memory, waits for its end."""
-        main, got = torch.cuda.current_stream(), said(batch)
+        """Batch and learning rates to their places. A batch comes from the host on the side stream, under the last
+        replay; only the copy from there to its place, within the GPU's memory, waits for the replay's end. The next one
+        comes when that copy is done, so it may come to the same memory."""
+        main, got = torch.cuda.current_stream(self.device), said(batch)
         if self.inputs is None:
             fits = [isinstance(t, torch.Tensor) and t.dim() and not len(t) % self.accumulate for t in batch]
             if not fits or not all(fits):
                 raise ValueError(f"batch: got {got}, expected tensors of a multiple of {self.accumulate} rows")
             self.inputs = [torch.empty_like(t, device=self.device) for t in batch]
             self.rates = [torch.zeros((), device=self.device) for _ in self.groups]
+            self.figures = torch.zeros(2, device=self.device)
         if got != (want := said(self.inputs)):
             raise ValueError(
                 f"batch: got {got}, expected {want} as in the first call: drop or pad a last, smaller batch, or call "
                 "igpt.graphed again for another shape"
             )
+        self.aside.wait_event(self.taken)
         with torch.cuda.stream(self.aside):
             fresh = [t.pin_memory().to(self.device, non_blocking=True) if t.device.type == "cpu" else t for t in batch]
         main.wait_stream(self.aside)
         for place, t in zip(self.inputs, fresh):
             place.copy_(t)
-            t.record_stream(main)
+        self.taken.record(main)
         for rate, group in zip(self.rates, self.groups):
             rate.fill_(group["lr"])
 
-    def step(self) -> torch.Tensor:
+    def step(self) -> None:
         self.forget()
-        return train_step(self.loss, self.optimizers, self.accumulate, self.clip, self.inputs)
+        self.figures.copy_(train_step(self.loss, self.optimizers, self.accumulate, self.clip, self.inputs))
 
     def forget(self) -> None:
         """Gradients: one that lay there would be added to by every replay."""
         for optimizer in self.optimizers:
             optimizer.zero_grad()
 
-    def run(self) -> torch.Tensor:
+    def run(self) -> None:
         """The step as it is."""
-        main = torch.cuda.current_stream()
+        main = torch.cuda.current_stream(self.device)
         self.aside.wait_stream(main)
         with self.on_the_side():
-            figures = self.step()
+            self.step()
         main.wait_stream(self.aside)
-        figures.record_stream(main)
-        return figures
 
     def capture(self) -> None:
         graph = torch.cuda.CUDAGraph()
@@ -201,7 +203,7 @@ class Graphed:
         try:
             # The other threads' calls (a loader that pins memory) are no part of the step.
             with self.on_the_side(), torch.cuda.graph(graph, stream=self.aside, capture_error_mode="thread_local"):
-                figures = self.step()
+                self.step()
         except RuntimeError as error:
             cause = error.__context__ or error  # ending the capture raises an error of its own
             raise CaptureError(
@@ -211,7 +213,7 @@ class Graphed:
             ) from error
         finally:
             self.forget()
-        self.graph, self.figures, self.captured = graph, figures, self.holds()
+        self.graph, self.captured = graph, self.holds()
 
     @contextmanager
     def on_the_side(self):

@@ -68,11 +68,21 @@ class Machine:
         machine, self.log = self, []
 
         class Stream:
-            def __init__(self, name="side"):
+            def __init__(self, device, name="side"):
                 self.name = name
 
             def wait_stream(self, other):
                 machine.log.append(f"{self.name} waits for {other.name}")
+
+            def wait_event(self, event):
+                machine.log.append(f"{self.name} waits for the event of {event.stream}")
+
+        class Event:
+            stream = "nothing"
+
+            def record(self, stream):
+                self.stream = stream.name
+                machine.log.append(f"event on {stream.name}")
 
         class CUDAGraph:
             def replay(self):
@@ -98,7 +108,11 @@ class Machine:
                     raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
                 machine.current = self.former
 
-        self.current, self.Stream, self.CUDAGraph, self.Graph = Stream("main"), Stream, CUDAGraph, Graph
+        self.current = Stream(None, "main")
+        self.fakes = {
+            "Stream": Stream, "Event": Event, "CUDAGraph": CUDAGraph, "graph": Graph, "stream": self.stream,
+            "current_stream": lambda device: self.current,
+        }  # fmt: skip
 
     @contextmanager
     def stream(self, stream):
@@ -120,13 +134,9 @@ def install(monkeypatch) -> Machine:
         machine.log.append(f"pin on {machine.current.name}")
         return t.clone()
 
-    for name, value in {
-        "Stream": machine.Stream, "stream": machine.stream, "current_stream": lambda: machine.current,
-        "CUDAGraph": machine.CUDAGraph, "graph": machine.Graph,
-    }.items():  # fmt: skip
+    for name, value in machine.fakes.items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(torch.Tensor, "pin_memory", pinned)
-    monkeypatch.setattr(torch.Tensor, "record_stream", lambda t, stream: None)
     monkeypatch.setattr(torch.Tensor, "copy_", logged_copy)
     monkeypatch.setattr(cuda_graph, "possible", lambda device: True)
     monkeypatch.setattr(checks, "integers", lambda *_: None)  # reads ids from the host, but only a CPU's

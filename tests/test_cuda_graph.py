@@ -107,10 +107,12 @@ def test_the_next_batch_comes_on_the_side_stream(machine):
         machine.log.clear()
         step(*tokens)
         lines.append(list(machine.log))
-    brought = ["pin on side", "main waits for side", "copy on main"]
-    assert lines[0] == lines[1] == [*brought, "side waits for main", "main waits for side"]
-    assert lines[2][:4] == [*brought, "capture on side"] and "replay on main" in lines[2]
-    assert lines[3][:4] == [*brought, "replay on main"]
+    brought = ["pin on side", "main waits for side", "copy on main", "event on main"]
+    step_by_itself = ["side waits for main", "copy on side", "main waits for side"]
+    assert lines[0] == ["side waits for the event of nothing", *brought, *step_by_itself]
+    assert lines[1] == ["side waits for the event of main", *brought, *step_by_itself]
+    assert lines[2][1:7] == [*brought, "capture on side", "copy on side"] and "replay on main" in lines[2]
+    assert lines[3][:6] == ["side waits for the event of main", *brought, "replay on main"]
 
 
 def test_gradients_left_by_others_are_not_added(machine):
