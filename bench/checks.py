@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
+import igpt
 from bench import models
 from bench.cases import Case
 from bench.machine import FAULTS, ROOT, stamp
@@ -92,6 +93,48 @@ def step(device: str) -> Iterator[Row]:
         # On a CPU, where this is only rehearsed, what is compiled leaves igpt/cpu.py out.
         ok, note = not differ or device == "cpu", f"{differ} tensors differ" if differ else "bit-equal"
         yield dataclasses.replace(row, ok=ok, note=note)
+    yield trained(device)
+
+
+def trained(device: str) -> Row:
+    """Six steps of igpt.graphed, the last four replayed, against a loop of its own: losses, norms and weights."""
+    row = Row("correctness", "step", "triton, igpt.graphed", "bf16", "fwd+bwd", preset="tiny", B=4, **stamp(device))
+    if device != "cuda":
+        return dataclasses.replace(row, note="absent: no GPU")
+    batches = torch.randint(0, 512, (6, 4, 1024))
+
+    def built():
+        model = models.ours(ModelCase("tiny", 4, 1024, "fp32", "step"), device)
+        return model, torch.optim.Adam(model.parameters(), lr=1e-3, fused=True, capturable=True)
+
+    def loss(model, tokens):
+        with torch.autocast(device, torch.bfloat16):
+            return model.loss(tokens)
+
+    def loop():
+        model, optimizer = built()
+        optimizer.param_groups[0]["lr"] = torch.tensor(1e-3, device=device)
+        for tokens in batches.to(device):
+            value = loss(model, tokens)
+            value.backward()
+            yield value.detach()
+            yield torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+        yield from model.parameters()
+
+    def replayed():
+        model, optimizer = built()
+        step = igpt.graphed(lambda tokens: loss(model, tokens), optimizer, clip=0.5)
+        for tokens in batches:
+            yield from step(tokens)
+        yield from model.parameters()
+
+    try:
+        differ = sum(not torch.equal(a, b) for a, b in zip(loop(), replayed(), strict=True))
+    except FAULTS as fault:
+        return dataclasses.replace(row, ok=False, note=f"raised {type(fault).__name__}: {str(fault)[:300]}")
+    return dataclasses.replace(row, ok=not differ, note=f"{differ} tensors differ" if differ else "bit-equal")
 
 
 def first_step(device: str, preset: str) -> Iterator[Row]:
