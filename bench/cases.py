@@ -174,14 +174,6 @@ OPS = {
         cost=lambda c, e: cost.norm_linear(c.B * c.N, c.d, 3 * c.d, e, c.direction),
         diff=("x", "norm_weight", "weight"),
     ),
-    "linear_residual": Op(
-        inputs=lambda c, draw: {
-            "a": draw.normal(c.B, c.N, c.d), "weight": draw.weight(c.d, c.d), "residual": draw.stream(),
-        },
-        **_same("linear_residual"),
-        cost=lambda c, e: cost.linear_residual(c.B * c.N, c.d, c.d, e, c.direction),
-        diff=("a", "weight", "residual"),
-    ),
     "norm_mlp": Op(
         inputs=lambda c, draw: {
             "x": draw.stream(), "norm_weight": draw.gain(),
@@ -196,8 +188,7 @@ OPS = {
             "x": draw.stream(), "norm_weight": draw.gain(),
             "head_weight": draw.weight(VOCAB, c.d), "targets": draw.tokens(),
         },
-        ours=lambda c, impl: functools.partial(ops.head_loss, reduction="none", impl=impl),
-        reference=lambda c: reference.head_loss,
+        **_same("head_loss"),
         cost=lambda c, e: cost.head_loss(c.B * c.N, c.d, VOCAB, e, c.direction),
         diff=("x", "norm_weight", "head_weight"),
     ),
@@ -224,7 +215,7 @@ OPS = {
     ),
 }  # fmt: skip
 
-WIDTH_OPS = ("norm_mlp", "norm_linear", "linear_residual", "head_loss", "norm")
+WIDTH_OPS = ("norm_mlp", "norm_linear", "head_loss", "norm")
 ROW_OPS = (*WIDTH_OPS, "embed")
 PIXEL_OPS = ("palette_encode", "palette_decode")
 

@@ -15,7 +15,7 @@ from igpt import ImageGPT
 from igpt.decode_kernels import KernelDecoder
 from igpt.draw import Sampler
 from igpt.kernels.palette import palette_sums
-from igpt.kernels.tiles import ARCHS
+from igpt.kernels.device import ARCHS
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,6 @@ def cases() -> Iterator[CompileCase]:
                 if ragged:
                     yield of(Case("attention", 1, 77, H, D, dtype, causal), f"{name} N77", archs=few)
             for op in ROW_OPS:
-                if op == "linear_residual":
-                    continue  # the vendor's product is all of it
                 yield of(Case(op, 32, 1024, H, D, dtype), f"d{H * D} {dtype}", quick and preset == "s", archs)
                 if ragged:
                     yield of(Case(op, 1, 77, H, D, dtype), f"d{H * D} {dtype} T77", archs=few)

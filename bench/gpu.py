@@ -128,7 +128,7 @@ def attention(job: Job) -> None:
 def others(job: Job) -> None:
     """MLP, head, palette and the rest, against everything but torch.compile, whose autotuning takes its time."""
     size = TOKENS // 1024, 1024
-    ops = ("norm_mlp", "head_loss", "norm_linear", "linear_residual", "embed", "norm")
+    ops = ("norm_mlp", "head_loss", "norm_linear", "embed", "norm")
     chosen = [
         Case(op, *size, *cases.shapes(preset), "bf16", True, direction, preset)
         for op in ops for preset in PRESETS for direction in ("fwd", "bwd", *(["fwd+bwd"] if op == "head_loss" else []))

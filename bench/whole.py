@@ -16,7 +16,7 @@ from bench.rows import Row
 from bench.timing import interleaved
 from igpt.rundir import peak_flops
 
-PARTS = ("embed", "norm", "norm_linear", "attention", "linear_residual", "norm_mlp", "head_loss", "model")
+PARTS = ("embed", "norm", "norm_linear", "attention", "norm_mlp", "head_loss", "model")
 
 
 def fitting(name: str, case: ModelCase, device: str) -> tuple[Callable | Absent, ModelCase]:
