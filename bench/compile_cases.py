@@ -12,10 +12,10 @@ import torch
 
 from bench.cases import PIXEL_OPS, ROW_OPS, Case, shapes
 from igpt import ImageGPT
-from igpt.decode_kernels import KernelDecoder
-from igpt.draw import Sampler
-from igpt.kernels.palette import palette_sums
 from igpt.kernels.device import ARCHS
+from igpt.kernels.palette import palette_sums
+from igpt.sample.draw import Sampler
+from igpt.sample.kernel_decoder import KernelDecoder
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from bench.cases import DTYPES, tokens
 from bench.peers import Absent, compiled, importable
 from igpt import ImageGPT
 from igpt.config import PRESETS
-from igpt.hf import apply_igpt_kernels
+from igpt.hf.patch import apply_igpt_kernels
 from igpt.kernels import reference
 
 DIRECTIONS = ("fwd", "fwd+bwd", "step")

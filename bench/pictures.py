@@ -20,8 +20,8 @@ from bench.peers import importable
 from bench.rows import Row
 from bench.timing import Stats, interleaved
 from igpt import Palette, data
-from igpt.encode import encode_folder
-from igpt.fit_palette import mse
+from igpt.data.encode import encode_folder
+from igpt.programs.palette import mse
 
 SIDE = 32
 

@@ -33,9 +33,9 @@ from bench.rows import Row, to_json
 from bench.timing import interleaved
 from igpt import ImageGPT, data, sample
 from igpt.config import PRESETS, preset
-from igpt.decode import decoder_of
-from igpt.draw import Sampler
 from igpt.kernels import reference
+from igpt.sample import decoder_of
+from igpt.sample.draw import Sampler
 
 STORED = {"fp32": 4, "bf16": 2, "int8": 1}  # bytes of a weight
 STEPS = 64

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from bench import rows
 from bench.rows import Row
+from bench.tables import columns
 
 OWN = {"ours again", "torch path"}  # no rivals
 HEADS = {64: 1.1, 96: 1.2, 128: 1.1}
@@ -165,8 +166,6 @@ HEAD = ["number", "asked", "worst case", "cases", "verdict"]
 
 
 def main(argv: list[str] | None = None) -> int:
-    from bench.report import columns
-
     parser = argparse.ArgumentParser(prog="python -m bench.targets", description=__doc__.splitlines()[0])
     parser.add_argument("rows", type=Path, help="a run's rows.jsonl")
     args = parser.parse_args(argv)

@@ -14,7 +14,7 @@ from bench.models import ModelCase
 from bench.peers import Absent
 from bench.rows import Row
 from bench.timing import interleaved
-from igpt.rundir import peak_flops
+from igpt.machine import peak_flops
 
 PARTS = ("embed", "norm", "norm_linear", "attention", "norm_mlp", "head_loss", "model")
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from igpt import ops
+from igpt import convert, ops, sample
 from igpt.config import Config, preset
 
 MASK_PROBABILITY = 0.15
@@ -116,15 +116,20 @@ class ImageGPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source, *, impl: str = "auto", device=None, dtype=None) -> "ImageGPT":
-        """A model from our directory, a Hugging Face directory or hub id, or an OpenAI TF1 checkpoint prefix."""
-        from igpt import convert
-
-        return convert.load(source, impl=impl, device=device, dtype=dtype)
+        """A model from our directory, a Hugging Face directory or hub id ("org/name" or "org/name@revision"), or an
+        OpenAI TF1 checkpoint prefix; the checkpoint's dtype unless `dtype` is given. `palette` is the one beside the
+        weights, or None. Raises ValueError naming what is wrong, before anything is allocated."""
+        checkpoint = convert.open_checkpoint(source)
+        model = cls(checkpoint.config, impl=impl, device="meta", dtype=dtype or checkpoint.dtype)
+        model.to_empty(device=device if device is not None else torch.get_default_device())
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(checkpoint.tensors[name].read())
+        model.palette = checkpoint.palette
+        return model
 
     def save_pretrained(self, path, format: str = "igpt") -> None:
         """Write model.safetensors and config.json, ours ("igpt") or Hugging Face's ("hf")."""
-        from igpt import convert
-
         convert.save(self, path, format=format)
 
     @torch.no_grad()
@@ -255,12 +260,8 @@ class ImageGPT(nn.Module):
 
     def generate(self, batch: int = 1, *, temperature: float = 1.0, top_k: int | None = None, seed: int = 0, **options):
         """Sample whole pictures: tokens (batch, n_ctx). Options as in igpt.sample.generate."""
-        from igpt import sample
-
         return sample.generate(self, batch, temperature=temperature, top_k=top_k, seed=seed, **options)
 
     def complete(self, tokens_BN, keep: int, *, temperature: float = 1.0, top_k=None, seed: int = 0, **options):
         """Keep the first `keep` pixels of each picture and sample the rest: tokens (B, n_ctx)."""
-        from igpt import sample
-
         return sample.complete(self, tokens_BN, keep, temperature=temperature, top_k=top_k, seed=seed, **options)

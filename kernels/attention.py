@@ -104,7 +104,7 @@ def attention_forward(q, k, v, causal: bool, scale: float, out, lse) -> None:
         **view_args("k", k, tile.BLOCK_N, tile.tma),
         **view_args("v", v, tile.BLOCK_N, tile.tma),
         out=out, out_strides=out.stride()[:3], lse=lse,
-        scale_log2=scale * LOG2E.value, N=N, H=H, HEADS=B * H, GROUP=heads_in_group(q),
+        scale_log2=scale * LOG2E.value, N=N, H=H, HEADS=B * H, GROUP=heads_in_group(q, tile),
         D=D, IS_CAUSAL=causal, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import igpt
-from igpt import checkpoint, train
-from igpt.checkpoint import Checkpoints
-from igpt.processes import Processes
+from igpt.programs import train
+from igpt.training import checkpoint
+from igpt.training.checkpoint import Checkpoints
+from igpt.training.processes import Processes
 from tests.children import options
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

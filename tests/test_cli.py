@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 import igpt
-from igpt import cli
+from igpt.programs import cli
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -22,7 +22,7 @@ SURFACE = Path(__file__).with_name("cli_surface.txt")
 
 
 def options_of(command: str) -> type:
-    return importlib.import_module(f"igpt.{cli.COMMANDS[command][0]}").Options
+    return importlib.import_module(f"igpt.programs.{command}").Options
 
 
 def surface() -> str:
@@ -63,7 +63,8 @@ def test_help_is_quick_and_lists_every_command(capsys):
     assert cli.main(["--help"]) == 0
     said = capsys.readouterr().out
     assert all(f"  {command} " in said for command in cli.COMMANDS)
-    code = "import sys, igpt.cli; igpt.cli.main(['--help']); assert not {'torch', 'tyro', 'numpy'} & set(sys.modules)"
+    code = "import sys; from igpt.programs import cli; cli.main(['--help']); "
+    code += "assert not {'torch', 'tyro', 'numpy'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from igpt import Palette, data
-from igpt.crops import eval_crop, open_picture, square, train_crop
+from igpt.data.crops import eval_crop, open_picture, square, train_crop
 
 RNG = np.random.default_rng(0)
 

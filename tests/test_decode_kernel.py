@@ -6,13 +6,13 @@ import torch.nn.functional as F
 
 from bench.budget import against_fp64
 from igpt.config import Config
-from igpt.draw import Sampler
 from igpt.kernels import decode_attention as attention_file
 from igpt.kernels import reference
 from igpt.kernels.decode_attention import decode_attention, decode_attention_op
 from igpt.kernels.decode_linear import decode_linear_op, decode_linear_residual, decode_norm_linear
 from igpt.kernels.decode_sample import decode_embed, decode_embed_op, decode_sample, decode_sample_op
 from igpt.model import ImageGPT
+from igpt.sample.draw import Sampler
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -22,7 +22,6 @@ from transformers.models.imagegpt import modeling_imagegpt as theirs  # noqa: E4
 
 import igpt  # noqa: E402
 from bench.budget import compare  # noqa: E402
-from igpt import convert  # noqa: E402
 
 N, START = 16, 16
 SMALL = {"n_layer": 24, "n_embd": 512, "n_head": 8, "n_positions": 1024, "vocab_size": 513, "initializer_range": 0.05}
@@ -415,7 +414,7 @@ def test_exported_model_is_right_without_a_patch(head_dim, tmp_path):
     want = model.double()(x)
     assert (hf.eval()(behind).logits - want).abs().max() < 1e-4
     assert math.isqrt(head_dim) ** 2 != head_dim or not hf.config.reorder_and_upcast_attn
-    assert convert.load(tmp_path / "hf").config == config
+    assert igpt.ImageGPT.from_pretrained(tmp_path / "hf").config == config
 
 
 # --- the image processor

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from bench.budget import against_fp64, compare
-from igpt import cpu, cpu_attention, ops
+from igpt import ops
 from igpt.kernels import reference
 from igpt.kernels.device import check_device
+from igpt.ops import cpu, cpu_attention
 
 
 def rand(*shape, dtype=torch.float32, scale=1.0, seed=0):

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 import igpt
-from igpt import data, evaluate, features, finetune, lowdata, probe
+from igpt import data
 from igpt.palette import Palette
-from igpt.source import with_config
+from igpt.programs import eval as evaluate
+from igpt.programs import features, finetune, lowdata, probe
+from igpt.programs.source import with_config
 
 SIDE, CLASSES, COLOURS = 6, 3, 16
 

@@ -14,7 +14,12 @@ from PIL import Image
 from bench import sampling
 from bench.budget import compare
 from bench.cost import H200
-from igpt import ImageGPT, Palette, complete, decode, draw, grid, sample
+from igpt import ImageGPT, Palette, machine, sample
+from igpt.programs import complete
+from igpt.programs import sample as program
+from igpt.programs.sampling import Sampling
+from igpt.sample import decoder as decode
+from igpt.sample import draw, grid
 
 HEAD_DIMS = (64, 96, 128)
 FORMS = {
@@ -284,7 +289,7 @@ def test_kernels_complete_truncate_and_reuse(device, poison_empty):
     tokens = random_tokens(model, 2).to(device)
     how = {"top_k": 9, "top_p": 0.8}
     assert torch.equal(model.complete(tokens, 2, seed=1, **how), plain.complete(tokens, 2, seed=1, **how))
-    decoder = decode.decoder_of(model, 2)
+    decoder = sample.decoder_of(model, 2)
     for seed in (3, 4):  # on a GPU the second picture replays the first one's graph
         drawn = torch.zeros(2, 4, dtype=torch.int64, device=device)
         decoder.sample(drawn, 0, 3, draw.Sampler(seed=seed))
@@ -384,8 +389,8 @@ def checkpoint(tmp_path):
 
 def test_sample_program(checkpoint):
     def pixels(**how):
-        options = sample.Options(str(checkpoint), n=5, scale=1, out=checkpoint / "grids" / "a.png", **how)
-        report = sample.run(options)
+        options = program.Options(str(checkpoint), n=5, scale=1, out=checkpoint / "grids" / "a.png", **how)
+        report = program.run(options)
         assert report["pictures"] == 5 and report["pictures_per_s"] > 0
         return np.asarray(Image.open(report["out"]))
 
@@ -423,31 +428,31 @@ def test_programs_refuse(checkpoint, monkeypatch):
     for bad in ({"keep": 0.0}, {"keep": 1.0}, {"keep": 0.01}, {"completions": 0}, {"pictures": ()}, {"batch": 0}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             complete.run(complete.Options(str(checkpoint), **{**wide, "resize": True, **bad}))
-    monkeypatch.setattr(sample.Sampling, "load", None)  # what follows is refused before a model is read
+    monkeypatch.setattr(Sampling, "load", None)  # what follows is refused before a model is read
     for bad in ({"columns": 0}, {"out": checkpoint}):
         with pytest.raises(ValueError, match=next(iter(bad))):
-            sample.run(sample.Options(str(checkpoint), **bad))
+            program.run(program.Options(str(checkpoint), **bad))
     monkeypatch.undo()
     with pytest.raises(ValueError, match="scale: got 0"):
-        sample.run(sample.Options(str(checkpoint), scale=0))
+        program.run(program.Options(str(checkpoint), scale=0))
     (checkpoint / "palette.npy").unlink()
     with pytest.raises(ValueError, match=r"palette: .* came without one, expected --palette"):
-        sample.run(sample.Options(str(checkpoint)))
+        program.run(program.Options(str(checkpoint)))
     with pytest.raises(ValueError, match="n: got 0"):
-        sample.run(sample.Options(str(checkpoint), n=0, out=Path("never.png")))
+        program.run(program.Options(str(checkpoint), n=0, out=Path("never.png")))
 
 
 def test_a_container_s_limit_counts(tmp_path):
-    assert decode.container_bytes(tmp_path) == sys.maxsize
+    assert machine.container_bytes(tmp_path) == sys.maxsize
     (tmp_path / "memory.current").write_text("300\n")
     for limit, left in (("max", sys.maxsize), ("1000", 700)):
         (tmp_path / "memory.max").write_text(limit + "\n")
-        assert decode.container_bytes(tmp_path) == left
+        assert machine.container_bytes(tmp_path) == left
 
 
 def test_a_decoder_is_used_again_and_fits():
     model = small(16)
-    decoder = decode.decoder_of(model, 2)
+    decoder = sample.decoder_of(model, 2)
     want = sample.generate(model, 2, seed=3)
     assert all(torch.equal(sample.generate(model, 2, seed=3, decoder=decoder), want) for _ in range(2))
     with pytest.raises(ValueError, match="decoder: got one for 2 pictures, expected 3"):

@@ -20,9 +20,10 @@ import torch
 from PIL import Image
 
 import igpt
-from igpt import info, rundir, train
-from igpt.order import Order
-from igpt.processes import processes
+from igpt import machine
+from igpt.programs import info, train
+from igpt.training.order import Order
+from igpt.training.processes import processes
 from tests import children
 from tests.children import options
 
@@ -275,5 +276,5 @@ def test_peak_flops_are_known_by_name(monkeypatch):
     names = {"NVIDIA H200": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA A100-SXM4-80GB": 312e12, "Something": None}
     for name, peak in names.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
-        assert rundir.peak_flops(torch.device("cuda")) == peak
-    assert rundir.peak_flops(torch.device("cpu")) is None
+        assert machine.peak_flops(torch.device("cuda")) == peak
+    assert machine.peak_flops(torch.device("cpu")) is None

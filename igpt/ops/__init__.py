@@ -1,0 +1,243 @@
+"""The operations of the model, each of which chooses here how it runs: `impl` is "auto", "triton" or "torch".
+
+- "triton": the kernels, on a GPU or (TRITON_INTERPRET=1) in the interpreter; anywhere else a ValueError, never a
+  fall-back.
+- "torch": the quickest exact PyTorch path: on a CPU igpt/cpu.py and igpt/cpu_attention.py; elsewhere SDPA for
+  attention and the activation's constants in the alpha of the MLP's products.
+- "auto": "triton" for fp16, bf16 and fp32 tensors on a GPU, "torch" otherwise.
+
+Bad arguments raise ValueError before any work (igpt/kernels/checks.py). Parameters are cast to the activations' dtype
+here, so fp32 parameters under bf16 activations get fp32 gradients. Meanings, formulas and sources:
+`igpt/kernels/reference.py`, function by function.
+
+The residual stream is a sum that its next norm finishes. `add`: what is added to x before the norm. `through`: return
+(y, s), s = x + add, for the next operation; a gradient that comes back to s is added in the pass that makes x's own.
+"""
+
+import importlib.util
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from igpt.kernels import checks, reference
+from igpt.ops import cpu, cpu_attention
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # Linux only; elsewhere the torch path is all there is
+if HAS_TRITON:
+    from igpt.kernels import attention as attention_kernel
+    from igpt.kernels import decode_attention as decode_attention_kernel
+    from igpt.kernels import embedding as embedding_kernel
+    from igpt.kernels import head_loss as head_loss_kernel
+    from igpt.kernels import norm as norm_kernel
+    from igpt.kernels import norm_linear as norm_linear_kernel
+    from igpt.kernels import norm_mlp as norm_mlp_kernel
+    from igpt.kernels import palette as palette_kernel
+    from igpt.kernels.device import check_device
+
+IMPLS = ("auto", "triton", "torch")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def resolve(impl: str, x: torch.Tensor) -> bool:
+    """True if the Triton kernels run on x. Raises ValueError for an unknown impl, or "triton" where they cannot run."""
+    if impl == "auto":
+        return HAS_TRITON and x.is_cuda and (x.dtype in FLOATS or not x.is_floating_point())
+    if impl == "torch":
+        return False
+    if impl != "triton":
+        raise ValueError(f"impl: got {impl!r}, expected one of {IMPLS}")
+    if not HAS_TRITON:
+        raise ValueError("impl='triton': Triton is not installed; expected impl='torch' or 'auto'")
+    check_device("impl='triton'", x)
+    if x.is_floating_point() and x.dtype not in FLOATS:
+        raise ValueError(f"impl='triton': got {x.dtype}, expected one of {FLOATS}; fp64 runs with impl='torch'")
+    return True
+
+
+def attention(q, k=None, v=None, *, causal: bool, scale: float | None = None, impl: str = "auto"):
+    """Attention of q, k, v, each (B, N, H, D), or of one packed qkv (B, N, 3, H, D) -> (B, N, H, D).
+
+    Any strides with a contiguous last dimension, no copies; scale defaults to 1/sqrt(D). D must be a multiple of 16 up
+    to 128 for the kernels. Exact softmax attention in every form; no N x N buffer."""
+    packed = k is None and v is None
+    if (k is None) != (v is None):
+        raise ValueError("k, v: got one of them, expected both, or neither with q a packed (B, N, 3, H, D)")
+    if resolve(impl, q):
+        if packed:
+            return attention_kernel.attention_packed(q, causal, scale)
+        return attention_kernel.attention(q, k, v, causal, scale)
+    checks.attention_packed(q) if packed else checks.attention(q, k, v)
+    if cpu_attention.suits(q):
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        return cpu_attention.Attention.apply(causal, scale, *((q,) if packed else (q, k, v)))
+    q, k, v = q.unbind(2) if packed else (q, k, v)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale).transpose(1, 2)
+
+
+def decode_attention(qkv, k_cache, v_cache, position, scale: float | None = None, *, impl: str = "auto"):
+    """Attention of one new position, whose key and value are written into the caches: qkv (B, 3, H, D), caches (B, H,
+    n_ctx, D) of any float dtype -> (B, H, D).
+
+    position: one integer in [0, n_ctx) on qkv's device, which the kernels never bring to the host: outside of it they
+    give NaN and write nothing. scale defaults to 1/sqrt(D)."""
+    if resolve(impl, qkv):
+        return decode_attention_kernel.decode_attention(qkv, k_cache, v_cache, position, scale)
+    checks.decode_attention(qkv, k_cache, v_cache)
+    n = int(position)
+    if not 0 <= n < k_cache.shape[2]:
+        raise ValueError(f"position: got {n}, expected an integer in [0, {k_cache.shape[2]})")
+    q, *new = qkv.unbind(1)
+    for cache, x in zip((k_cache, v_cache), new):
+        top = torch.finfo(cache.dtype).max
+        cache[:, :, n] = x.clamp(-top, top) if cache.element_size() == 1 else x  # a cast to fp8 overflows to NaN
+    k, v = (cache[:, :, : n + 1].to(qkv.dtype) for cache in (k_cache, v_cache))
+    return F.scaled_dot_product_attention(q[:, :, None], k, v, scale=scale)[:, :, 0]
+
+
+def norm(x, weight, *, eps: float = 1e-5, centred: bool = False, impl: str = "auto"):
+    """x * rsqrt(mean(x^2) + eps) * weight over the last dimension (centred=True: of x - mean(x)), (..., d)."""
+    weight = weight.to(x.dtype)
+    if resolve(impl, x):
+        return norm_kernel.norm(x, weight, eps, centred)
+    checks.norm("norm", x, None, weight)
+    return _rows(cpu.Norm, x, weight, eps, centred) if cpu.suits(x) else reference.norm(x, weight, eps, centred)
+
+
+def norm_linear(
+    x, norm_weight, weight, bias=None,
+    *, add=None, through: bool = False, eps: float = 1e-5, centred: bool = False, impl: str = "auto",
+):  # fmt: skip
+    """norm(x + add) @ weight^T + bias: (..., d), weight (out, d) -> (..., out), or with `through` (y, x + add)."""
+    norm_weight, weight, bias = _cast(x.dtype, norm_weight, weight, bias)
+    if resolve(impl, x):
+        return norm_linear_kernel.norm_linear(x, norm_weight, weight, bias, eps, centred, add, through)
+    checks.norm_linear(x, add, norm_weight, weight, bias)
+    x = x if add is None else x + add
+    if cpu.suits(x):
+        y = _rows(cpu.NormLinear, x, norm_weight, weight, bias, eps, centred)
+    else:
+        y = F.linear(norm(x, norm_weight, eps=eps, centred=centred, impl="torch"), weight, bias)
+    return (y, x) if through else y
+
+
+def linear(x, weight, bias=None):
+    """x @ weight^T + bias by the vendor's product: (..., d), weight (out, d) -> (..., out)."""
+    weight, bias = _cast(x.dtype, weight, bias)
+    return _rows(cpu.Linear, x, weight, bias) if cpu.suits(x) else F.linear(x, weight, bias)
+
+
+def norm_mlp(
+    x, norm_weight, w_fc, w_proj, b_fc=None, b_proj=None,
+    *, add=None, through: bool = False, eps: float = 1e-5, centred: bool = False, recompute: bool = False,
+    impl: str = "auto",
+):  # fmt: skip
+    """s + quick_gelu(norm(s) @ w_fc^T + b_fc) @ w_proj^T + b_proj, s = x + add: (..., d), w_fc (inner, d), w_proj (d,
+    inner). With `through` what the next operation takes as (add, x): the two summands, or (None, their sum) where the
+    sum cost nothing.
+
+    recompute: backward makes quick_gelu's result again from its argument, so that only one (..., inner) is kept."""
+    norm_weight, w_fc, w_proj, b_fc, b_proj = _cast(x.dtype, norm_weight, w_fc, w_proj, b_fc, b_proj)
+    if resolve(impl, x):
+        return norm_mlp_kernel.norm_mlp(
+            x, norm_weight, w_fc, w_proj, b_fc, b_proj, eps, centred, recompute, add, through
+        )
+    checks.norm_mlp(x, add, norm_weight, w_fc, w_proj, b_fc, b_proj)
+    x = x if add is None else x + add
+    if cpu.suits(x):
+        training = torch.is_grad_enabled()
+        y = _rows(cpu.NormMLP, x, norm_weight, w_fc, w_proj, b_fc, b_proj, eps, centred, training, recompute)
+    else:
+        y = _torch_norm_mlp(x, norm_weight, w_fc, w_proj, b_fc, b_proj, eps, centred, recompute)
+    return (None, y) if through else y
+
+
+def _torch_norm_mlp(x, norm_weight, w_fc, w_proj, b_fc, b_proj, eps, centred, recompute):
+    n = norm(x, norm_weight, eps=eps, centred=centred, impl="torch")
+    # quick_gelu(h) = silu(1.702 h) / 1.702: both constants ride in the products' alpha, the residual in beta, so that
+    # of the elementwise passes only silu is left.
+    bias = None if b_fc is None else reference.QUICK_GELU * b_fc
+    pre = _addmm(bias, n, w_fc, alpha=reference.QUICK_GELU)
+
+    def out(pre):
+        hidden = F.silu(pre, inplace=not torch.is_grad_enabled())
+        return _addmm(x if b_proj is None else x + b_proj, hidden, w_proj, alpha=1 / reference.QUICK_GELU)
+
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(out, pre, use_reentrant=False, preserve_rng_state=False)
+    return out(pre)
+
+
+def embed(tokens, wte, wpe, sos=None, masked=None, *, dtype: torch.dtype | None = None, impl: str = "auto"):
+    """Token plus position embedding: tokens (B, N) int, wte (V, d), wpe (n_ctx >= N, d) -> (B, N, d).
+
+    sos (d): AR, shifted right behind the start vector. masked (B, N) bool: BERT, masked token embeddings times 0.
+    dtype: of the result (default wte's). Token ids outside of [0, V) raise on a CPU; on a GPU their rows are NaN."""
+    checks.integers("embed", "tokens", tokens, wte.shape[0])
+    wte, wpe, sos = _cast(dtype or wte.dtype, wte, wpe, sos)
+    if resolve(impl, wte):
+        return embedding_kernel.embed(tokens, wte, wpe, sos, masked)
+    checks.embed(tokens, wte, wpe, sos, masked)
+    return reference.embed(tokens, wte, wpe, sos, masked)
+
+
+def head_loss(x, norm_weight, head_weight, targets, *, eps: float = 1e-5, centred: bool = False, impl: str = "auto"):
+    """Nats of each target behind final norm and head: x (..., d), head_weight (V, d), targets (...) -> (...), at least
+    fp32. Target ids outside of [0, V) raise on a CPU; on a GPU their loss is NaN."""
+    checks.integers("head_loss", "targets", targets, head_weight.shape[0])
+    norm_weight, head_weight = _cast(x.dtype, norm_weight, head_weight)
+    if resolve(impl, x):
+        return head_loss_kernel.head_loss(x, norm_weight, head_weight, targets, eps, centred)
+    checks.head_loss(x, norm_weight, head_weight, targets)
+    n = norm(x, norm_weight, eps=eps, centred=centred, impl="torch")
+    logits = reference.wide(linear(n, head_weight)).flatten(0, -2)
+    return F.cross_entropy(logits, targets.long().flatten(), reduction="none").view(targets.shape)
+
+
+def palette_encode(pixels, palette, *, impl: str = "auto"):
+    """Index of the nearest colour, the lowest on ties: uint8 or float (..., 3), palette fp32 (k, 3) -> int64 (...).
+
+    For pictures on a CPU use `igpt.Palette.encode`, whose exact table is far quicker than this brute force."""
+    if resolve(impl, pixels):
+        return palette_kernel.palette_encode(pixels, palette)
+    checks.palette_encode(pixels, palette)
+    return reference.palette_encode(pixels, palette)
+
+
+def palette_decode(tokens, palette, *, impl: str = "auto"):
+    """Colours of tokens: int (...), palette fp32 (k, 3) -> uint8 (..., 3)."""
+    checks.integers("palette_decode", "tokens", tokens, palette.shape[0])
+    if resolve(impl, tokens):
+        return palette_kernel.palette_decode(tokens, palette)
+    checks.palette_decode(tokens, palette)
+    return reference.palette_decode(tokens, palette)
+
+
+def palette_sums(colours, weight, palette, *, impl: str = "auto"):
+    """A step of k-means: nearest colours, int64 (n,), and each palette colour's sums of weight * (1, r, g, b), int64
+    (4, k), of distinct colours uint8 (n, 3) with their counts int64 (n,)."""
+    if resolve(impl, colours):
+        return palette_kernel.palette_sums(colours, weight, palette)
+    checks.palette_sums(colours, weight, palette)
+    return reference.palette_sums(colours, weight, palette)
+
+
+def _rows(function, x, *args):
+    """Apply an autograd function of 2-D activations to (..., d) ones."""
+    y = function.apply(x.flatten(0, -2), *args)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _addmm(added, a, weight, alpha: float = 1.0):
+    """added + alpha a @ weight^T in one product (`added` may be None, a row, or a full residual)."""
+    rows = a.flatten(0, -2)
+    if added is None:
+        out = rows.new_zeros(())  # beta = 0: never read
+        return torch.addmm(out, rows, weight.t(), beta=0, alpha=alpha).view(*a.shape[:-1], -1)
+    added = added.flatten(0, -2) if added.dim() > 1 else added
+    return torch.addmm(added, rows, weight.t(), alpha=alpha).view(*a.shape[:-1], -1)
+
+
+def _cast(dtype, *tensors):
+    return [t if t is None else t.to(dtype) for t in tensors]
