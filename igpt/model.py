@@ -189,7 +189,8 @@ class ImageGPT(nn.Module):
                     h, add = total(h, add), None
                     each(h, block.attn.norm)
                 if self.recompute == "block" and torch.is_grad_enabled():
-                    h, add = checkpoint(block, h, add, self.impl, use_reentrant=False)
+                    # A block draws nothing, and a CUDA graph cannot read a generator's state.
+                    h, add = checkpoint(block, h, add, self.impl, use_reentrant=False, preserve_rng_state=False)
                 else:
                     h, add = block(h, add, self.impl, self.recompute == "mlp")
             return total(h, add)
