@@ -224,6 +224,67 @@ def test_any_mode_becomes_rgb(tmp_path, mode):
         assert (pixels == 255).all(), "transparent is white"
 
 
+SIXTEEN = np.tile(np.linspace(0, 65535, 32).astype(np.uint16), (32, 1))
+GREYS = np.rint(SIXTEEN[..., None].repeat(3, -1) / 257)  # the same in 8 bits
+
+
+def write_wide(path: Path, what: str) -> None:
+    """The ramp in one of the ways in which files hold more than 8 bits."""
+    match what:
+        case "big-endian":
+            Image.frombytes("I;16B", (32, 32), SIXTEEN.astype(">u2").tobytes()).save(path)
+        case "float":
+            Image.fromarray(SIXTEEN.astype(np.float32) / 65535).save(path)
+        case "white is zero":
+            Image.fromarray(65535 - SIXTEEN).save(path, tiffinfo={262: 0})
+        case "one value is transparent":
+            Image.fromarray(SIXTEEN).save(path, transparency=0)
+        case "pgm":
+            path.write_bytes(b"P5 32 32 65535 " + SIXTEEN.astype(">u2").tobytes())
+        case "12 bits":
+            bits = np.unpackbits((SIXTEEN >> 4).astype(">u2")[..., None].view(np.uint8), axis=-1)[..., 4:]
+            Image.fromarray(SIXTEEN).save(path)  # whose only strip is then packed: BitsPerSample 12, 48 bytes a row
+            file = bytearray(path.read_bytes())
+            with Image.open(path) as written:
+                (start,), entries = written.tag_v2[273], struct.unpack_from("<I", file, 4)[0]
+            for at in range(entries + 2, entries + 2 + 12 * struct.unpack_from("<H", file, entries)[0], 12):
+                if file[at : at + 2] == struct.pack("<H", 258):
+                    file[at + 8] = 12
+            packed = np.packbits(bits.reshape(32, -1), axis=-1).tobytes()
+            file[start : start + len(packed)] = packed
+            path.write_bytes(file)
+        case _:
+            Image.fromarray(SIXTEEN).save(path)
+
+
+@pytest.mark.parametrize(
+    "name, what",
+    [
+        ("a.png", "plain"), ("a.tif", "plain"), ("a.tif", "big-endian"), ("a.tif", "float"), ("a.tif", "12 bits"),
+        ("a.tif", "white is zero"), ("a.png", "one value is transparent"), ("a.pgm", "pgm"),
+    ],
+)  # fmt: skip
+def test_more_than_8_bits_keep_their_greys(tmp_path, name, what):
+    write_wide(tmp_path / name, what)
+    want = GREYS.copy()
+    if what == "one value is transparent":
+        want[:, 0] = 255
+    assert np.abs(square(tmp_path / name, 32) - want).max() <= (what == "12 bits")
+
+
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        (SIXTEEN.astype(np.int32), "32-bit or signed integers"), (SIXTEEN.astype(np.float32), "floats from 0.0 to 65535"),
+        (np.full((4, 4), np.nan, np.float32), "floats from nan"),
+    ],
+)  # fmt: skip
+def test_numbers_without_a_known_white_are_refused(tmp_path, values, words):
+    Image.fromarray(values).save(tmp_path / "a.tif")
+    with pytest.raises(ValueError, match=rf"a\.tif: .*{words}"):
+        open_picture(tmp_path / "a.tif")
+
+
 def test_upright_by_exif(tmp_path):
     picture = Image.fromarray(noise(20, 30, 3))
     exif = Image.Exif()
