@@ -2,12 +2,15 @@
 
 import gzip
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import igpt.data.workers
 from igpt import Palette, data
 from igpt.data.crops import eval_crop, open_picture, square, train_crop
 
@@ -275,7 +278,8 @@ def test_more_than_8_bits_keep_their_greys(tmp_path, name, what):
 @pytest.mark.parametrize(
     "values, words",
     [
-        (SIXTEEN.astype(np.int32), "32-bit or signed integers"), (SIXTEEN.astype(np.float32), "floats from 0.0 to 65535"),
+        (SIXTEEN.astype(np.int32), "32-bit or signed integers"),
+        (SIXTEEN.astype(np.float32), "floats from 0.0 to 65535"),
         (np.full((4, 4), np.nan, np.float32), "floats from nan"),
     ],
 )  # fmt: skip
@@ -415,9 +419,76 @@ def test_unreadable_pictures_are_named_or_counted(tmp_path):
         data.load(str(tmp_path))
     pictures = data.load(str(tmp_path), holdout=0, skip_bad=True)
     assert pictures.skipped == ("cat/0.png",) and len(pictures) == 5 and pictures.labels.tolist() == [0, 0, 1, 1, 1]
-    Image.fromarray(noise(8, 8, 3)).save(tmp_path / "stray.png")
-    with pytest.raises(ValueError, match=r"label missing: stray\.png lies beside .* \['cat', 'dog'\]"):
-        data.load(str(tmp_path), skip_bad=True)
+
+
+def test_loose_pictures_are_read_and_have_no_labels(tmp_path):
+    write_folder(tmp_path / "train")
+    Image.fromarray(noise(8, 8, 3)).save(tmp_path / "train" / "stray.png")
+    write_folder(tmp_path / "valid", classes=(".",))
+    write_folder(tmp_path / "test", classes=("owl",))
+    pictures = data.load(str(tmp_path))
+    assert len(pictures) == 7 and pictures.labels is None
+    with pytest.raises(ValueError, match=r"labels are missing: stray\.png lies beside .* \['cat', 'dog'\]"):
+        pictures.labelled()
+    with pytest.raises(ValueError, match="labels are missing: its pictures lie in no subfolders"):
+        data.load(str(tmp_path), "valid").labelled()
+    assert len(data.load(str(tmp_path), "train+valid")) == 10 and len(data.load(str(tmp_path), "test")) == 3
+
+
+def test_linked_folders_are_followed_but_not_in_circles(tmp_path):
+    exact = write_folder(tmp_path / "elsewhere" / "deep", classes=("dog",), size=(32, 32))
+    write_folder(tmp_path / "set", classes=("cat",))
+    (tmp_path / "set" / "dog").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "set" / "cat" / "again").symlink_to(tmp_path / "set")
+    (tmp_path / "elsewhere" / "self").symlink_to(".")
+    (tmp_path / "set" / "owl").symlink_to(tmp_path / "gone")
+    said = r"1 other files \(owl\), 2 links back to a folder they lie in \(cat/again\); 1 without a suffix"
+    with pytest.warns(UserWarning, match=said):
+        pictures = data.load(str(tmp_path / "set"), holdout=0)
+    assert pictures.classes == ("cat", "dog") and pictures.labels.tolist() == [0] * 3 + [1] * 3
+    assert {picture.tobytes() for picture in pictures.images[3:]} == {picture.tobytes() for picture in exact.values()}
+
+
+def test_what_is_passed_over_is_said(tmp_path):
+    for hidden in (".ipynb_checkpoints", "cat/.thumbs"):
+        write_folder(tmp_path / hidden, classes=("old",))
+    write_folder(tmp_path)
+    (tmp_path / "owl").mkdir()
+    for name in ("cat/notes.txt", "cat/a.heic", "dog/b.heic", "dog/.hidden.png"):
+        (tmp_path / name).write_text("no picture")
+    with pytest.warns(UserWarning) as told:
+        assert data.load(str(tmp_path), holdout=0).classes == ("cat", "dog")
+    assert str(told[0].message) == (
+        f"{tmp_path}: passed over 2 hidden folders (.ipynb_checkpoints), 3 other files (cat/a.heic), 1 hidden files "
+        "(dog/.hidden.png), 1 folders without pictures (owl); 2 .heic, 1 .txt"
+    )
+    (tmp_path / "train" / "cat").mkdir(parents=True)
+    for valid in ("valid", "val"):
+        (tmp_path / valid).mkdir()
+    with pytest.raises(ValueError, match="got both valid/ and val/"):
+        data.load(str(tmp_path))
+
+
+def test_only_what_is_asked_for_is_read(tmp_path, monkeypatch):
+    """Held out and not picked: never opened. Whoever reads, in whatever tasks, the pictures are the same."""
+    write_folder(tmp_path, n=30)
+    opened, real = [], igpt.data.workers.square
+    monkeypatch.setattr(igpt.data.workers, "square", lambda path, *how: opened.append(path) or real(path, *how))
+    whole = data.load(str(tmp_path), "train+valid", crop="train")
+    assert len(set(opened)) == len(opened) == 60
+    kept, held = data.hold_out(60, 0.2)
+    for split, rows in (("train", kept[::5]), ("valid", held[::5])):
+        opened.clear()
+        few = data.load(str(tmp_path), split, crop="train", holdout=0.2, pick=lambda n: np.arange(0, n, 5))
+        assert len(opened) == len(rows) == len(few) and np.array_equal(few.images, whole.images[rows])
+        assert np.array_equal(few.labels, whole.labels[rows])
+    monkeypatch.setattr(igpt.data.workers, "BATCH", 7)
+    assert np.array_equal(data.load(str(tmp_path), "train+valid", crop="train", workers=2).images, whole.images)
+
+
+def test_workers_import_no_torch():
+    code = "import sys, igpt.data.workers; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 @pytest.mark.parametrize("kind", ["png", "jpg", "gif", "bmp", "tif", "webp", "ppm"])

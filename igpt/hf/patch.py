@@ -88,8 +88,8 @@ def processor_tokens(images, size: int | tuple[int, int], palette: Palette, resa
     """The tokens int64 (B, H*W) that transformers' ImageGPTImageProcessorPil makes of pictures: the whole picture is
     resized to `size` (side, or height and width) whatever its proportions, each pixel then becomes its nearest colour.
 
-    images: PIL pictures or uint8 arrays (H, W, 3); other modes become RGB as a file's would,
-    where theirs raises. The paper's crops are igpt.data.crops' and the default of `igpt encode`. Raises ValueError naming a bad argument."""
+    images: PIL pictures or uint8 arrays (H, W, 3); other modes become RGB as a file's would, where theirs raises. The
+    paper's crops are igpt.data.crops' and the default of `igpt encode`. Raises ValueError naming a bad argument."""
     height, width = (size, size) if isinstance(size, int) else size
     squares = []
     for image in images:
