@@ -1,9 +1,12 @@
 """Picture sets: every format read right from small files written by the format's own rules, bad files named."""
 
 import gzip
+import io
+import pickle
 import struct
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +76,70 @@ def test_cifar10(tmp_path):
         assert test.classes[3] == "name3"
 
 
+class Evil:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('run!')",)
+
+
+class Python2(pickle._Pickler):
+    """As CIFAR's authors pickled it: protocol 2, whose strings are bytes."""
+
+    def save_bytes(self, value):
+        self.write(b"T" + struct.pack("<I", len(value)) + value)
+        self.memoize(value)
+
+    dispatch = pickle._Pickler.dispatch | {bytes: save_bytes}
+
+
+def python2(value) -> bytes:
+    Python2(file := io.BytesIO(), protocol=2).dump(value)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("dumps", [pickle.dumps, python2, partial(pickle.dumps, protocol=2)])
+def test_cifar_python_version(tmp_path, dumps):
+    images, labels = write_cifar10(tmp_path / "cifar-10-batches-bin")
+    there = tmp_path / "python" / "cifar-10-batches-py"
+    there.mkdir(parents=True)
+    planes = np.split(images.transpose(0, 3, 1, 2).reshape(18, -1), 6)
+    for i, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
+        batch = {b"data": planes[i], b"labels": labels[3 * i :][:3].tolist(), b"batch_label": b"some"}
+        (there / name).write_bytes(dumps(batch))
+    for spec in (there, there.parent, f"cifar10:{there}"):
+        for split in ("train+valid", "test"):
+            want, got = data.load(str(tmp_path), split), data.load(str(spec), split)
+            assert np.array_equal(want.images, got.images) and np.array_equal(want.labels, got.labels)
+            assert got.classes == want.classes
+    (there / "batches.meta").write_bytes(dumps({b"label_names": [b"name%d" % i for i in range(10)]}))
+    assert data.load(str(there), "test").classes[3] == "name3"
+    for bad, words in (
+        ({b"data": Evil(), b"labels": [0]}, "got a Kept, expected an array of uint8"),
+        ({b"data": planes[0].astype(np.int8), b"labels": [0]}, "got an array of 'i1', expected uint8"),
+        ({b"data": planes[0], b"labels": [0]}, r"got data and labels of \(3, 3072\) and int64 \(1,\)"),
+        ({b"labels": [0]}, "not CIFAR's Python version: 'data'"), ([1], "got a pickled list, expected a dictionary"),
+        (Evil(), "got a pickled Kept"),
+    ):  # fmt: skip
+        (there / "test_batch").write_bytes(pickle.dumps(bad))
+        with pytest.raises(ValueError, match=rf"test_batch: .*{words}"):
+            data.load(str(there), "test")
+
+
+def test_a_mangled_pickle_raises_only_value_error(tmp_path):
+    whole = pickle.dumps({b"data": noise(2, 3072), b"labels": [0, 1], "more": Evil()}, protocol=2)
+    head, rng = np.frombuffer(whole, np.uint8), np.random.default_rng(0)
+    for name in [*(f"data_batch_{i}" for i in range(2, 6))]:
+        (tmp_path / name).write_bytes(whole)
+    for _ in range(300):
+        mangled = head[: rng.integers(1, len(head) + 1)].copy()
+        where = rng.integers(0, min(len(mangled), 400), 4)
+        mangled[where] = rng.integers(0, 256, 4)
+        (tmp_path / "data_batch_1").write_bytes(mangled.tobytes())
+        try:
+            assert data.load(str(tmp_path)).images.shape[1:] == (32, 32, 3)
+        except ValueError as error:
+            assert "data_batch_1" in str(error) or "labels from" in str(error)
+
+
 def test_hold_out(tmp_path):
     images, _ = write_cifar10(tmp_path, per_file=8)
     train, valid = (data.load(str(tmp_path), split) for split in ("train", "valid"))
@@ -95,6 +162,15 @@ def test_cifar100(tmp_path):
     assert np.array_equal(train.images, planes.transpose(0, 2, 3, 1))
     train = data.load(str(tmp_path), "test", labels="coarse")
     assert np.array_equal(train.labels, coarse[:2]) and len(train.classes) == 20
+    there = tmp_path / "cifar-100-python"
+    there.mkdir()
+    names = {"fine_label_names": [str(i) for i in range(100)], "coarse_label_names": list("abcdefghijklmnopqrst")}
+    whole = {"data": planes.reshape(4, -1), "fine_labels": fine.tolist(), "coarse_labels": coarse.tolist()}
+    for name, values in (("train", whole), ("test", whole), ("meta", names)):
+        (there / name).write_bytes(pickle.dumps(values))
+    python = data.load(str(there), "test", labels="coarse")
+    assert np.array_equal(python.images, planes.transpose(0, 2, 3, 1)) and python.labels.tolist() == [0, 19, 5, 7]
+    assert python.classes[19] == "t"
 
 
 def test_stl10(tmp_path):
@@ -120,29 +196,31 @@ def idx_bytes(array: np.ndarray) -> bytes:
     return bytes((0, 0, 8, array.ndim)) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
 
 
-def write_idx(root: Path, zipped: bool, prefix: str = "", test: str = "t10k", dot: str = "-"):
+def write_idx(root: Path, zipped: bool, prefix: str = "", test: str = "t10k", dot: str = "-", first: int = 0):
     root.mkdir(parents=True, exist_ok=True)
-    grey, labels = noise(12, 28, 28), np.arange(12, dtype=np.uint8) % 4
+    grey, labels = noise(12, 28, 28), np.arange(12, dtype=np.uint8) % 4 + first
+    stored = grey.swapaxes(1, 2) if prefix else grey  # EMNIST's readme: column by column
     for stem, rows in (("train", slice(0, 8)), (test, slice(8, 12))):
-        for what, array in (("images", grey), ("labels", labels)):
+        for what, array in (("images", stored), ("labels", labels)):
             name = f"{prefix}{stem}-{what}{dot}idx{array.ndim}-ubyte"
             content = idx_bytes(array[rows])
             (root / (name + ".gz" if zipped else name)).write_bytes(gzip.compress(content) if zipped else content)
     return grey, labels
 
 
-@pytest.mark.parametrize("zipped, prefix, test, dot", [
-    (True, "", "t10k", "-"), (False, "", "t10k", "."), (True, "emnist-letters-", "test", "-"),
+@pytest.mark.parametrize("zipped, prefix, test, dot, first", [
+    (True, "", "t10k", "-", 0), (False, "", "t10k", ".", 0), (True, "emnist-letters-", "test", "-", 1),
 ])
-def test_idx(tmp_path, zipped, prefix, test, dot):
-    grey, labels = write_idx(tmp_path, zipped, prefix, test, dot)
+def test_idx(tmp_path, zipped, prefix, test, dot, first):
+    grey, labels = write_idx(tmp_path, zipped, prefix, test, dot, first)
     train, held_out = data.load(str(tmp_path), "train+valid"), data.load(str(tmp_path), "test")
     assert train.images.shape == (8, 32, 32, 3) and held_out.images.shape == (4, 32, 32, 3)
     assert np.array_equal(train.images[:, 2:30, 2:30], np.repeat(grey[:8, :, :, None], 3, axis=-1))
     border = train.images.copy()
     border[:, 2:30, 2:30] = 0
     assert not border.any(), "padded with black"
-    assert np.array_equal(train.labels, labels[:8]) and np.array_equal(held_out.labels, labels[8:])
+    assert np.array_equal(train.labels, labels[:8] - first) and np.array_equal(held_out.labels, labels[8:] - first)
+    assert train.classes == tuple(str(first + i) for i in range(4)), "no class is empty"
     data.same_classes(train, held_out)
 
 

@@ -30,7 +30,7 @@ def load(
 ) -> Pictures:
     """One split of a picture set.
 
-    spec: "builtin:emoji"; or a path, recognised by what it holds: CIFAR-10 / CIFAR-100 / STL-10 binaries, IDX files
+    spec: "builtin:emoji"; or a path, recognised by what it holds: CIFAR-10 / CIFAR-100 / STL-10's files, IDX files
     (MNIST family), OpenAI's PREFIX_trX.npy, our token sets, else picture files; "KIND:path" settles the kind: tokens,
     openai, cifar10, cifar100, stl10, idx, folder.
     split: "train", "valid", "train+valid" (the held-out part folded back), "test", "unlabeled" (STL-10).
