@@ -46,6 +46,7 @@ class Options:
     size: int | None = None  # pictures become size x size; default: 32, or the token set's own
     holdout: float = 0.1  # part of train that is valid, where the set has no valid of its own (paper's ImageNet: 0.04)
     palette: Path | None = None  # palette.npy or kmeans_centers.npy; default: the set's own
+    skip_bad: bool = False  # leave unreadable picture files out and count them; default: stop at the first
     steps: int | None = None  # updates; default: the paper's 1,000,000 (xl 2,000,000; tiny 1000)
     batch: int | None = None  # pictures an update, over all processes; default: the paper's 128 (xl 64; tiny 16)
     lr: float | None = None  # at its peak; default: the paper's for this preset and objective
@@ -110,14 +111,16 @@ def run(options: Options) -> dict:
                 "micro-batches"
             )
         palette = None if options.palette is None else Palette.load(options.palette)
-        train, valid = (data.load(options.data, s, size=options.size, holdout=options.holdout).encoded(palette)
-                        for s in ("train", "valid"))
+        how = {"size": options.size, "holdout": options.holdout, "skip_bad": options.skip_bad, "workers": None}
+        train = data.load(options.data, "train", **how).encoded(palette)
+        first = slice(options.valid_pictures)
+        valid = data.load(options.data, "valid", **how, pick=lambda n: first).encoded(palette)
         for pictures in (train, valid):
             if not len(pictures):
                 raise ValueError(f"data: {pictures.name} has no pictures")
         if options.sample_every and options.objective == "ar" and train.palette is None and us.first:
             print(f"no sample grids: {options.data} came without a palette", file=sys.stderr)
-        return Training(options, us, micro, train, valid.rows(slice(options.valid_pictures))).run(stopped)
+        return Training(options, us, micro, train, valid).run(stopped)
 
 
 @contextmanager
