@@ -30,7 +30,9 @@ STEPS = {"tiny": 1000, "xl": 2_000_000}  # the others 1,000,000
 
 @dataclass(frozen=True)
 class Options:
-    """Pretrain a model. A run directory that has a checkpoint is resumed; one of another configuration is refused.
+    """Pretrain a model. A run directory that has a checkpoint is resumed, also with more or fewer steps, whose schedule
+    the learning rate then follows; one of another configuration is refused. Every program takes the run directory as a
+    model at any moment; export/ is the best checkpoint by validation loss.
 
     `torchrun --nproc-per-node 8 -m igpt -- train ...` shares the batch between 8 processes; their number may change
     between a run and its resumption. SIGTERM and Ctrl-C save a checkpoint and end the run."""
@@ -63,7 +65,7 @@ class Options:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     log_every: int = 10  # updates between lines of metrics.jsonl
     save_every: int | None = None  # updates between checkpoints; default: a tenth of the run, at most 1000
-    keep: int = 2  # checkpoints kept
+    keep: int = 2  # the newest checkpoints that are kept, beside the best, which is saved when it is validated
     valid_every: int | None = None  # updates between validation losses; default: a tenth of the run
     valid_pictures: int = 1024  # at most so many of the validation split, the first ones
     sample_every: int | None = None  # updates between sample grids, 0 for none; default: a tenth of the run

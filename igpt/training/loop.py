@@ -5,6 +5,7 @@ learning rate. So a run that was killed goes on from its last checkpoint as if n
 """
 
 import math
+import sys
 import threading
 from dataclasses import asdict
 
@@ -20,10 +21,10 @@ from igpt.training import muon
 from igpt.training.checkpoint import Checkpoints
 from igpt.training.order import Order
 from igpt.training.processes import Processes, build, whole
-from igpt.training.rundir import Metrics, claim
+from igpt.training.rundir import Metrics, claim, keep_palette
 
 SAMPLES = 16  # pictures in a grid during training
-# What a resumed run may change: none of it moves the loss by more than rounding.
+# What a resumed run may change beside its length: none of it moves the loss by more than rounding.
 FREE = {
     "run", "accumulate", "recompute", "impl", "device", "log_every", "save_every", "keep", "valid_every",
     "valid_pictures", "sample_every", "tensorboard",
@@ -46,10 +47,11 @@ class Training:
         self.order = Order(len(train), options.batch, options.seed)
         if us.first:
             claim(options.run, self.identity())
+            keep_palette(options.run, train.palette)
         us.wait()
         self.checkpoints = Checkpoints(options.run / "checkpoints", us, options.keep)
         self.model = build(self.config, us, impl=options.impl, bf16=self.bf16, seed=options.seed)
-        self.model.recompute = options.recompute
+        self.model.recompute, self.model.palette = options.recompute, train.palette
         self.optimizers = self.make_optimizers()
 
     def make_optimizers(self) -> list[torch.optim.Optimizer]:
@@ -80,6 +82,8 @@ class Training:
             peak=peak and peak * self.us.world, tensorboard=options.tensorboard,
         )  # fmt: skip
         every = [n for n in (options.save_every, options.valid_every, options.sample_every) if n]
+        if self.us.first and start > options.steps:
+            print(f"{options.run} is at step {start} already: nothing is trained", file=sys.stderr)
         step, queued, stop = start, None, False
         try:
             while step < options.steps and not stop:
@@ -101,7 +105,7 @@ class Training:
         result = {"run": str(options.run), "step": step, **{k: v for k, v in self.metrics.last.items() if "loss" in k}}
         if step < options.steps:
             return {**result, "stopped": "by a signal; the same command goes on"}
-        return {**result, "export": self.export()}
+        return {**result, **self.export()}
 
     def update(self, step: int, stop: bool) -> torch.Tensor:
         """One optimiser step. Gives [loss, gradient norm, processes asked to stop], on the device, over all."""
@@ -164,7 +168,7 @@ class Training:
 
     def look(self, step: int, stop: bool) -> None:
         """What is due between two steps: validation, samples, a checkpoint."""
-        options, last = self.options, step == self.options.steps
+        options, last, loss = self.options, step == self.options.steps, None
         with self.metrics.apart():
             if step % options.valid_every == 0 or last:
                 loss = self.valid_loss()
@@ -172,9 +176,10 @@ class Training:
                 self.metrics.validated(step, loss)
             if options.sample_every and self.config.causal and (step % options.sample_every == 0 or last):
                 self.sample(step)
-        if step % options.save_every == 0 or last or stop:
+        is_best = loss is not None and loss < self.checkpoints.lowest
+        if step % options.save_every == 0 or last or stop or is_best:
             self.metrics.sync()
-            self.checkpoints.start(step, self.model, self.optimizers)
+            self.checkpoints.start(step, self.model, self.optimizers, loss)
 
     @torch.no_grad()
     def valid_loss(self) -> float:
@@ -200,11 +205,9 @@ class Training:
             grid.save(path, pictures, columns=math.isqrt(SAMPLES), scale=4)
         self.us.wait()
 
-    def export(self) -> str:
-        """The trained model and its palette, for every other program."""
-        path = self.options.run / "export"
-        model = whole(self.model, self.us)
-        if model is not None:
-            convert.save(model, path, palette=self.train.palette)
-        self.us.wait()
-        return str(path)
+    def export(self) -> dict:
+        """The best checkpoint as a directory of its own, with its palette, for every other program."""
+        path, written = self.options.run / "export", None
+        if self.us.first:
+            written = convert.convert(self.options.run, path)["trained"]
+        return {"export": str(path), "exported": self.us.from_first(written)}
