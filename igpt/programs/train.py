@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Literal
 
 from igpt import data
+from igpt.config import Config
 from igpt.palette import Palette
 from igpt.training.loop import Training
 from igpt.training.processes import processes
 from igpt.training.rundir import summary_writer
+from igpt.training.start import checkpoint_of, preset_of
 
 # The paper's, at 32x32 (XL: 64x64). It prints .01 for L at 48x48, which looks like a slip. tiny's is ours.
 LEARNING_RATES = {
@@ -39,7 +41,9 @@ class Options:
 
     run: Path  # the run directory: config.json, metrics.jsonl, checkpoints/, samples/, and export/ at the end
     data: str = "builtin:emoji"  # builtin:emoji, a folder of pictures, a token set, CIFAR, STL-10, IDX, OpenAI's npy
-    preset: Literal["tiny", "s", "m", "l", "xl"] = "s"  # the model's size
+    init: str | None = None  # a model to start from: a run, our directory, Hugging Face's, a hub id, OpenAI's prefix
+    interpolate: bool = False  # its positions, to pictures of another size (bicubic)
+    preset: Literal["tiny", "s", "m", "l", "xl"] = "s"  # the model's size; with --init it is the checkpoint's
     objective: Literal["ar", "bert"] = "ar"  # next pixel, or 15% of the pixels hidden
     layers: int | None = None  # default: the preset's
     width: int | None = None  # default: the preset's
@@ -71,8 +75,11 @@ class Options:
     sample_every: int | None = None  # updates between sample grids, 0 for none; default: a tenth of the run
     tensorboard: bool = False  # write TensorBoard's files too
 
-    def resolved(self) -> "Options":
-        """With the defaults that depend on other options filled in. Raises ValueError for values that make no run."""
+    def resolved(self, init: Config | None = None) -> "Options":
+        """With the defaults that depend on other options, and on the model to start from, filled in. Raises ValueError
+        for values that make no run."""
+        if self.preset == "s" and init is not None and (named := preset_of(init)):
+            return replace(self, preset=named).resolved()
         steps = STEPS.get(self.preset, 1_000_000) if self.steps is None else self.steps
         tenth = max(1, steps // 10)
         filled = {
@@ -101,7 +108,8 @@ class Options:
 
 
 def run(options: Options) -> dict:
-    options = options.resolved()
+    init = checkpoint_of(options)
+    options = options.resolved(init and init.config)
     if options.tensorboard:
         summary_writer()  # or say now that it is not there
     with processes(options.device) as us, stop_signal() as stopped:
@@ -111,7 +119,7 @@ def run(options: Options) -> dict:
                 f"batch: got {options.batch}, expected a multiple of {us.world} processes * {options.accumulate} "
                 "micro-batches"
             )
-        palette = None if options.palette is None else Palette.load(options.palette)
+        palette = init and init.palette if options.palette is None else Palette.load(options.palette)
         train, valid = (data.load(options.data, s, size=options.size, holdout=options.holdout).encoded(palette)
                         for s in ("train", "valid"))
         for pictures in (train, valid):
@@ -119,7 +127,7 @@ def run(options: Options) -> dict:
                 raise ValueError(f"data: {pictures.name} has no pictures")
         if options.sample_every and options.objective == "ar" and train.palette is None and us.first:
             print(f"no sample grids: {options.data} came without a palette", file=sys.stderr)
-        return Training(options, us, micro, train, valid.rows(slice(options.valid_pictures))).run(stopped)
+        return Training(options, us, micro, train, valid.rows(slice(options.valid_pictures)), init).run(stopped)
 
 
 @contextmanager

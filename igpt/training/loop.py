@@ -8,12 +8,12 @@ import math
 import sys
 import threading
 from dataclasses import asdict
+from functools import partial
 
 import numpy as np
 import torch
 
 from igpt import convert, data
-from igpt.config import preset
 from igpt.machine import peak_flops
 from igpt.model import MASK_PROBABILITY, ImageGPT
 from igpt.sample import generate, grid
@@ -22,25 +22,25 @@ from igpt.training.checkpoint import Checkpoints
 from igpt.training.order import Order
 from igpt.training.processes import Processes, build, whole
 from igpt.training.rundir import Metrics, claim, keep_palette
+from igpt.training.start import config_of, fill
 
 SAMPLES = 16  # pictures in a grid during training
 # What a resumed run may change beside its length: none of it moves the loss by more than rounding.
 FREE = {
     "run", "accumulate", "recompute", "impl", "device", "log_every", "save_every", "keep", "valid_every",
-    "valid_pictures", "sample_every", "tensorboard",
+    "valid_pictures", "sample_every", "tensorboard", "interpolate",
 }  # fmt: skip
 
 
 class Training:
     """One process's part of a run. `options`: those of `igpt train` (igpt/programs/train.py), resolved."""
 
-    def __init__(self, options, us: Processes, micro: int, train: data.Pictures, valid: data.Pictures):
+    def __init__(
+        self, options, us: Processes, micro: int, train: data.Pictures, valid: data.Pictures,
+        init: convert.Checkpoint | None = None,
+    ):  # fmt: skip
         self.options, self.us, self.micro, self.train, self.valid = options, us, micro, train, valid
-        overrides = {"n_layer": options.layers, "width": options.width, "heads": options.heads, "vocab": train.vocab}
-        self.config = preset(
-            options.preset, n_ctx=train.n_ctx, objective=options.objective, norm=options.norm,
-            **{k: v for k, v in overrides.items() if v is not None},
-        )  # fmt: skip
+        self.config = config_of(options, init, train)
         self.bf16 = options.dtype == "bf16" or (options.dtype == "auto" and us.device.type == "cuda")
         epoch = math.ceil(len(train) / options.batch)
         self.warmup = min(epoch, options.steps // 10) if options.warmup is None else options.warmup
@@ -50,7 +50,8 @@ class Training:
             keep_palette(options.run, train.palette)
         us.wait()
         self.checkpoints = Checkpoints(options.run / "checkpoints", us, options.keep)
-        self.model = build(self.config, us, impl=options.impl, bf16=self.bf16, seed=options.seed)
+        first = partial(fill, init=init, size=train.size, seed=options.seed)
+        self.model = build(self.config, us, impl=options.impl, bf16=self.bf16, fill=first)
         self.model.recompute, self.model.palette = options.recompute, train.palette
         self.optimizers = self.make_optimizers()
 
