@@ -6,15 +6,16 @@ is a CUDA graph (graphed.py).
 """
 
 import math
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 
 import numpy as np
 import torch
 
 from igpt import convert, data
-from igpt.config import preset
 from igpt.machine import peak_flops
 from igpt.model import MASK_PROBABILITY, ImageGPT
 from igpt.sample import generate, grid
@@ -22,36 +23,38 @@ from igpt.training import graphed, muon
 from igpt.training.checkpoint import Checkpoints
 from igpt.training.order import Order
 from igpt.training.processes import Processes, build, whole
-from igpt.training.rundir import Metrics, claim
+from igpt.training.rundir import Metrics, claim, keep_palette
+from igpt.training.start import config_of, fill
 
 SAMPLES = 16  # pictures in a grid during training
-# What a resumed run may change: none of it moves the loss by more than rounding.
+# What a resumed run may change beside its length: none of it moves the loss by more than rounding.
 FREE = {
     "run", "accumulate", "recompute", "impl", "device", "log_every", "save_every", "keep", "valid_every",
-    "valid_pictures", "sample_every", "tensorboard", "skip_bad",
+    "valid_pictures", "sample_every", "tensorboard", "skip_bad", "interpolate",
 }  # fmt: skip
 
 
 class Training:
     """One process's part of a run. `options`: those of `igpt train` (igpt/programs/train.py), resolved."""
 
-    def __init__(self, options, us: Processes, micro: int, train: data.Pictures, valid: data.Pictures):
+    def __init__(
+        self, options, us: Processes, micro: int, train: data.Pictures, valid: data.Pictures,
+        init: convert.Checkpoint | None = None,
+    ):  # fmt: skip
         self.options, self.us, self.micro, self.train, self.valid = options, us, micro, train, valid
-        overrides = {"n_layer": options.layers, "width": options.width, "heads": options.heads, "vocab": train.vocab}
-        self.config = preset(
-            options.preset, n_ctx=train.n_ctx, objective=options.objective, norm=options.norm,
-            **{k: v for k, v in overrides.items() if v is not None},
-        )  # fmt: skip
+        self.config = config_of(options, init, train)
         self.bf16 = options.dtype == "bf16" or (options.dtype == "auto" and us.device.type == "cuda")
         epoch = math.ceil(len(train) / options.batch)
         self.warmup = min(epoch, options.steps // 10) if options.warmup is None else options.warmup
         self.order = Order(len(train), options.batch, options.seed)
         if us.first:
             claim(options.run, self.identity())
+            keep_palette(options.run, train.palette)
         us.wait()
         self.checkpoints = Checkpoints(options.run / "checkpoints", us, options.keep)
-        self.model = build(self.config, us, impl=options.impl, bf16=self.bf16, seed=options.seed)
-        self.model.recompute = options.recompute
+        first = partial(fill, init=init, size=train.size, seed=options.seed)
+        self.model = build(self.config, us, impl=options.impl, bf16=self.bf16, fill=first)
+        self.model.recompute, self.model.palette = options.recompute, train.palette
         self.optimizers = self.make_optimizers()
         how = self.loss, self.optimizers, options.accumulate, options.clip
         self.step = graphed.stepper(*how, us, self.model.set_requires_gradient_sync if us.world > 1 else None)
@@ -85,6 +88,8 @@ class Training:
             peak=peak and peak * self.us.world, tensorboard=options.tensorboard,
         )  # fmt: skip
         every = [n for n in (options.save_every, options.valid_every, options.sample_every) if n]
+        if self.us.first and start > options.steps:
+            print(f"{options.run} is at step {start} already: nothing is trained", file=sys.stderr)
         step, queued, stop = start, None, False
         try:
             while step < options.steps and not stop:
@@ -106,7 +111,7 @@ class Training:
         result = {"run": str(options.run), "step": step, **{k: v for k, v in self.metrics.last.items() if "loss" in k}}
         if step < options.steps:
             return {**result, "stopped": "by a signal; the same command goes on"}
-        return {**result, "export": self.export()}
+        return {**result, **self.export()}
 
     def update(self, step: int, stop: bool) -> Callable[[], list[float]]:
         """One optimiser step. Gives [loss, gradient norm, processes asked to stop] over all, read when it is called."""
@@ -158,7 +163,7 @@ class Training:
 
     def look(self, step: int, stop: bool) -> None:
         """What is due between two steps: validation, samples, a checkpoint."""
-        options, last = self.options, step == self.options.steps
+        options, last, loss = self.options, step == self.options.steps, None
         with self.metrics.apart():
             if step % options.valid_every == 0 or last:
                 loss = self.valid_loss()
@@ -166,9 +171,10 @@ class Training:
                 self.metrics.validated(step, loss)
             if options.sample_every and self.config.causal and (step % options.sample_every == 0 or last):
                 self.sample(step)
-        if step % options.save_every == 0 or last or stop:
+        is_best = loss is not None and loss < self.checkpoints.lowest
+        if step % options.save_every == 0 or last or stop or is_best:
             self.metrics.sync()
-            self.checkpoints.start(step, self.model, self.optimizers)
+            self.checkpoints.start(step, self.model, self.optimizers, loss)
 
     @torch.no_grad()
     def valid_loss(self) -> float:
@@ -194,11 +200,9 @@ class Training:
             grid.save(path, pictures, columns=math.isqrt(SAMPLES), scale=4)
         self.us.wait()
 
-    def export(self) -> str:
-        """The trained model and its palette, for every other program."""
-        path = self.options.run / "export"
-        model = whole(self.model, self.us)
-        if model is not None:
-            convert.save(model, path, palette=self.train.palette)
-        self.us.wait()
-        return str(path)
+    def export(self) -> dict:
+        """The best checkpoint as a directory of its own, with its palette, for every other program."""
+        path, written = self.options.run / "export", None
+        if self.us.first:
+            written = convert.convert(self.options.run, path)["trained"]
+        return {"export": str(path), "exported": self.us.from_first(written)}
