@@ -3,7 +3,8 @@
     pytest bench --benchmark-only --benchmark-autosave
     pytest bench --benchmark-only --benchmark-compare
 
-Kernels run on a GPU; without one, the torch path. Correctness is bench/run.py's business and the tests'.
+Kernels run on a GPU; without one, the torch path; the host's time for a block is always a CPU's (bench/host.py).
+Correctness is bench/run.py's business and the tests'.
 """
 
 import time

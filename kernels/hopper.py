@@ -69,17 +69,16 @@ def chunks(D: int) -> tuple[int, int]:
 
 
 @functools.cache
-def layout_of(dtype: gl.dtype, *block: int) -> gl.NVMMASharedLayout:
+def layout_of(dtype: torch.dtype, rows: int, width: int):
     """Gluon takes 9 us to make one, and a block's attention asks for 32."""
-    return gl.NVMMASharedLayout.get_default_for(block, dtype)
+    return gl.NVMMASharedLayout.get_default_for([rows, width], gl.bfloat16 if dtype == torch.bfloat16 else gl.float16)
 
 
 def describe(t: torch.Tensor, rows: int, width: int) -> TensorDescriptor:
     """t (B, N, H, D) as a matrix (B N, H D), read and written in blocks of [rows, width]."""
     B, N, H, D = t.shape
-    dtype = gl.bfloat16 if t.dtype == torch.bfloat16 else gl.float16
     view = t.as_strided((B * N, H * D), (t.stride(1), 1))
-    return TensorDescriptor.from_tensor(view, [rows, width], layout_of(dtype, rows, width))
+    return TensorDescriptor.from_tensor(view, [rows, width], layout_of(t.dtype, rows, width))
 
 
 def describe_flat(t: torch.Tensor, length: int) -> TensorDescriptor:
