@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench import rows
+from bench.machine import ROOT
 from bench.rows import Row
 from bench.tables import columns, number
 
-ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"(<!-- rows: (\S+) (\S+) -->\n).*?(<!-- end rows -->)", re.S)
 PEERS = ("hugging face", "hugging face fp32", "torch.compile")  # with a column of their own where cases are listed
 PATCHED = "hugging face patched"  # ours again, in its clothes: a row, and no rival

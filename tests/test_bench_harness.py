@@ -261,6 +261,7 @@ def test_both_halves_are_rehearsed(half, tmp_path, capfd):
         assert {("correctness", "step", "triton, compiled"), ("kernels", "attention", "sdpa")} <= seen
         assert {row.op for row in found if row.suite == "correctness"} >= {"norm", "model", "decode", "palette_encode"}
         assert "launches" in (tmp_path / "profile.txt").read_text()
+        assert "ATTENTION_DQ  ('portable', 96): Tile(" in (tmp_path / "tiles.txt").read_text()
         with tarfile.open(tmp_path / "triton_cache.tar.gz") as tar:
             assert any(name.endswith(".cubin") for name in tar.getnames())
     else:
