@@ -109,7 +109,7 @@ def test_what_does_not_fit_is_refused_by_name(small, tmp_path, changes, said):
 def test_the_preset_is_the_checkpoint_s(tmp_path):
     model_of(igpt.config.preset("tiny", n_ctx=16), scattered(0)).save_pretrained(tmp_path / "tiny")
     asked = options(tmp_path / "run", init=str(tmp_path / "tiny"), size=4, layers=None, width=None, heads=None)
-    with pytest.raises(ValueError, match="preset: got 'm', but .*tiny has 'tiny'"):
+    with pytest.raises(ValueError, match=r"preset: got 'm', but .*tiny has 'tiny'"):
         train.run(replace(asked, preset="m"))
     config = start.checkpoint_of(asked).config
     assert replace(asked, preset="s", batch=None).resolved(config).batch == 16
