@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import torch
 
+import igpt
 from bench import models
 from bench.cases import Case
 from bench.machine import ROOT, attempted, stamp
@@ -89,6 +90,44 @@ def step(way: str, device: str, N: int) -> Row:
         return equal(row, run(second), [results])
 
     return attempted(row, check)
+
+
+def graphed(device: str) -> Row:
+    """Six steps of igpt.graphed, the last four replayed, against a loop of its own: losses, norms and weights."""
+    case = ModelCase("tiny", 4, 1024, "fp32", "step")
+    row = dataclasses.replace(blank("correctness", "triton, igpt.graphed", case, device), op="step")
+    if device != "cuda":
+        return dataclasses.replace(row, note="absent: no GPU")
+    batches = torch.randint(0, 512, (6, 4, 1024))
+
+    def built():
+        model = models.ours(case, device)
+        return model, torch.optim.Adam(model.parameters(), lr=1e-3, fused=True, capturable=True)
+
+    def loss(model, tokens):
+        with torch.autocast(device, torch.bfloat16):
+            return model.loss(tokens)
+
+    def loop():
+        model, optimizer = built()
+        optimizer.param_groups[0]["lr"] = torch.tensor(1e-3, device=device)
+        for tokens in batches.to(device):
+            value = loss(model, tokens)
+            value.backward()
+            yield value.detach()
+            yield torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+        yield from model.parameters()
+
+    def replayed():
+        model, optimizer = built()
+        step = igpt.graphed(lambda tokens: loss(model, tokens), optimizer, clip=0.5)
+        for tokens in batches:
+            yield from (figure.clone() for figure in step(tokens))  # the next replay writes to the same places
+        yield from model.parameters()
+
+    return attempted(row, lambda: equal(row, list(loop()), [list(replayed())]))
 
 
 def first_step(device: str, preset: str) -> Iterator[Row]:

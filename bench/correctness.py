@@ -113,6 +113,8 @@ def listed(name: str, device: str) -> list[tuple[object, Callable[[], Row]]]:
     checked += [(case, functools.partial(checks.determinism, case, device, 20 if gpu else 2)) for case in repeated]
     for way in ("compiled", "CUDA graph") if widths else ():
         checked.append((whole[0], functools.partial(checks.step, way, device, 1024 if gpu else 64)))
+    if widths:
+        checked.append((whole[0], functools.partial(checks.graphed, device)))
     return checked
 
 

@@ -1,6 +1,7 @@
 """Whole models: ours, and what it is timed against, on the same tokens of real pictures.
 
-Directions: "fwd" is logits without gradients, "fwd+bwd" the loss and every gradient, "step" that and fused Adam.
+Directions: "fwd" is logits without gradients, "fwd+bwd" the loss and every gradient, "step" that and fused Adam: on a
+GPU ours is what `igpt train` does, one CUDA graph.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import igpt
 from bench import cost, peers
 from bench.cases import DTYPES, tokens
 from bench.machine import ceilings
@@ -114,7 +116,9 @@ def nll(logits, tokens_BN):
     return F.cross_entropy(logits.float().flatten(0, 1), tokens_BN.flatten())
 
 
-def runner(case: ModelCase, model, logits: Callable, loss: Callable, device: str) -> Callable[[], object]:
+def runner(
+    case: ModelCase, model, logits: Callable, loss: Callable, device: str, graph: bool = False
+) -> Callable[[], object]:
     """The call that is timed."""
     ids = tokens(case.B, case.N, device)
     if case.direction == "fwd":
@@ -124,9 +128,14 @@ def runner(case: ModelCase, model, logits: Callable, loss: Callable, device: str
                 return logits(model, ids)
 
         return forward
-    optimizer = None
+    optimizer, on_gpu = None, device == "cuda"
     if case.direction == "step":
-        optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.95), fused=device == "cuda")
+        optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.95), fused=on_gpu, capturable=on_gpu)
+        if graph:
+            replay = igpt.graphed(lambda tokens: loss(model, tokens), optimizer)
+            for _ in range(3):  # two steps as they are, and the capture
+                replay(ids)
+            return lambda: replay(ids)
 
     def step():
         model.zero_grad(set_to_none=True)
@@ -140,7 +149,7 @@ def runner(case: ModelCase, model, logits: Callable, loss: Callable, device: str
 def build(name: str, case: ModelCase, device: str):
     """The timed call of one implementation, or Absent."""
     if name == "ours":
-        return runner(case, ours(case, device), ImageGPT.__call__, ImageGPT.loss, device)
+        return runner(case, ours(case, device), ImageGPT.__call__, ImageGPT.loss, device, graph=device == "cuda")
     if name.startswith("hugging face"):
         model, logits = hugging_face(case, device), hugging_face_logits
         if name == "hugging face patched" and not isinstance(model, Absent):

@@ -15,6 +15,7 @@ _EXPORTS = {
     "PRESETS": "config",
     "ImageGPT": "model",
     "Palette": "palette",
+    "graphed": "training.graphed",
 }
 _MODULES = ("config", "convert", "data", "hf", "model", "ops", "palette", "sample")
 

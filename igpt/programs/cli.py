@@ -8,6 +8,7 @@ import importlib
 import json
 import os
 import sys
+import warnings
 
 import igpt
 
@@ -46,7 +47,9 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     program = importlib.import_module(f"igpt.programs.{name}")
     try:
-        result = program.run(parse(program.Options, rest, name))
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: print(f"igpt {name}: {message}", file=sys.stderr)
+            result = program.run(parse(program.Options, rest, name))
     except (ValueError, OSError) as error:
         print(f"igpt {name}: {error}", file=sys.stderr)
         return 2
