@@ -147,9 +147,9 @@ def profiled(job: Job) -> None:
 def steps(job: Job) -> None:
     """Whole training steps against Hugging Face and, at 1024, torch.compile; the presets at 1024 first."""
     chosen = [ModelCase(preset, max(1, STEP_TOKENS // N), N, "bf16", "step") for N in LENGTHS for preset in PRESETS]
-    short, long = chosen[: len(PRESETS)], chosen[len(PRESETS) :]
-    for cases_of, peer in ((short, "hugging face"), (short, "torch.compile,torch.compile graphed"), (long, "hugging face")):
-        job.models(cases_of, peer)
+    job.models(chosen[: len(PRESETS)], "hugging face")
+    job.models(chosen[: len(PRESETS)], "torch.compile,torch.compile graphed")
+    job.models(chosen[len(PRESETS) :], "hugging face")
 
 
 def sampled(job: Job) -> None:

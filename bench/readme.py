@@ -96,7 +96,8 @@ TABLES = {
         line=lambda r: f"{r.B} x {r.N}",
         column=preset,
         cell=lambda r: listed(
-            f"{r.median_ms:.0f} ms", f"MFU {100 * r.mfu:.0f}%", ratio(r, "torch.compile", " torch.compile")
+            f"{r.median_ms:.0f} ms", f"MFU {100 * r.mfu:.0f}%",
+            *(ratio(r, peer, f" {peer}") for peer in ("hugging face", "torch.compile", "torch.compile graphed")),
         ),
         title="pictures x tokens",
     ),
