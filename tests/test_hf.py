@@ -436,5 +436,8 @@ def test_processor_gives_the_same_tokens(resample):
     assert torch.equal(got, torch.from_numpy(want).long())
     grey = Image.fromarray(pictures[0]).convert("L")
     assert igpt.hf.processor_tokens([grey], (8, 4), palette).shape == (1, 32)
+    wide = Image.fromarray(257 * np.asarray(grey).astype(np.uint16))
+    assert wide.mode == "I;16"
+    assert torch.equal(*(igpt.hf.processor_tokens([image], 8, palette, resample) for image in (wide, grey)))
     with pytest.raises(ValueError, match="images"):
         igpt.hf.processor_tokens([np.zeros((4, 4))], 32, palette)

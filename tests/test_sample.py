@@ -1,5 +1,6 @@
 """Decoding against the full forward, drawing against probabilities, seeds, bad input, and the two programs."""
 
+import dataclasses
 import math
 import sys
 from pathlib import Path
@@ -417,6 +418,18 @@ def test_complete_program(checkpoint):
         assert np.array_equal(row[0, :2], truth[:2]) and (row[0, 2:] == grid.HIDDEN).all()
         assert all(np.array_equal(cell[:2], truth[:2]) for cell in row[1:-1])
         assert not np.array_equal(row[1], row[2])
+
+
+def test_complete_leaves_unreadable_pictures_out_where_it_may(checkpoint):
+    files = tuple(checkpoint / f"{i}.png" for i in range(3))
+    for file in files:
+        Image.new("RGB", (4, 4)).save(file)
+    files[1].write_bytes(files[1].read_bytes()[:40])
+    options = complete.Options(str(checkpoint), pictures=files, completions=2, out=checkpoint / "c.png")
+    with pytest.raises(ValueError, match=r"1\.png: unreadable picture"):
+        complete.run(options)
+    with pytest.warns(UserWarning, match=r"pictures: left out 1 unreadable of 3 pictures \(.*1\.png\)"):
+        assert complete.run(dataclasses.replace(options, skip_bad=True))["pictures"] == 4
 
 
 def test_programs_refuse(checkpoint, monkeypatch):

@@ -36,6 +36,7 @@ if HAS_TRITON:
     from igpt.kernels.device import check_device
 
 IMPLS = ("auto", "triton", "torch")
+DISTANCES = 1 << 21  # of pixels from colours, held at once by the torch path: 60 MB, as each takes 28 bytes at work
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -164,7 +165,9 @@ def _torch_norm_mlp(x, norm_weight, w_fc, w_proj, b_fc, b_proj, eps, centred, re
         hidden = F.silu(pre, inplace=not torch.is_grad_enabled())
         return _addmm(x if b_proj is None else x + b_proj, hidden, w_proj, alpha=1 / reference.QUICK_GELU)
 
-    return checkpoint(out, pre, use_reentrant=False) if recompute and torch.is_grad_enabled() else out(pre)
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(out, pre, use_reentrant=False, preserve_rng_state=False)
+    return out(pre)
 
 
 def embed(tokens, wte, wpe, sos=None, masked=None, *, dtype: torch.dtype | None = None, impl: str = "auto"):
@@ -200,7 +203,8 @@ def palette_encode(pixels, palette, *, impl: str = "auto"):
     if resolve(impl, pixels):
         return palette_kernel.palette_encode(pixels, palette)
     checks.palette_encode(pixels, palette)
-    return reference.palette_encode(pixels, palette)
+    parts = pixels.reshape(-1, 3).split(_pixels_at_once(palette))
+    return torch.cat([reference.palette_encode(part, palette) for part in parts]).view(pixels.shape[:-1])
 
 
 def palette_decode(tokens, palette, *, impl: str = "auto"):
@@ -218,7 +222,13 @@ def palette_sums(colours, weight, palette, *, impl: str = "auto"):
     if resolve(impl, colours):
         return palette_kernel.palette_sums(colours, weight, palette)
     checks.palette_sums(colours, weight, palette)
-    return reference.palette_sums(colours, weight, palette)
+    parts = zip(*(t.split(_pixels_at_once(palette)) for t in (colours, weight)))
+    index, sums = zip(*(reference.palette_sums(*part, palette) for part in parts))
+    return torch.cat(index), sum(sums)
+
+
+def _pixels_at_once(palette) -> int:
+    return max(1, DISTANCES // palette.shape[0])
 
 
 def _rows(function, x, *args):
