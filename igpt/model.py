@@ -212,6 +212,8 @@ class ImageGPT(nn.Module):
 
         AR: mean cross-entropy of all B N pixels. BERT: each picture's mean over its masked pixels (0 if it has none),
         then the mean over pictures; masked_BN defaults to independent draws with probability 0.15."""
+        if tokens_BN.shape[:1] == (0,):
+            raise ValueError("tokens_BN: got no pictures, expected at least one: the loss is a mean")
         if self.config.causal and masked_BN is not None:
             raise ValueError("masked_BN: got a mask, expected None for objective 'ar'")
         if not self.config.causal and masked_BN is None:
@@ -255,7 +257,8 @@ class ImageGPT(nn.Module):
         """Class logits (B, classes) from the trunk's output: wclf on the mean-pooled final features."""
         if self.classifier is None:
             raise ValueError("classes: got 0 in this model's config, expected a model with a classifier (classes > 0)")
-        return F.linear(self.pool(h_BNd, self.norm_f), self.classifier.float())
+        pooled = self.pool(h_BNd, self.norm_f)
+        return F.linear(pooled, self.classifier.to(pooled.dtype))
 
     def generate(self, batch: int = 1, *, temperature: float = 1.0, top_k: int | None = None, seed: int = 0, **options):
         """Sample whole pictures: tokens (batch, n_ctx). Options as in igpt.sample.generate."""

@@ -6,6 +6,8 @@ that all operands must share: the kernels ask for it, the torch path (igpt/ops.p
 
 import torch
 
+COLDEST = 1e-30  # temperature
+
 
 def refuse(name: str, argument: str, got, expected: str) -> None:
     raise ValueError(f"{name}: {argument}: got {got}, expected {expected}")
@@ -111,6 +113,13 @@ def embed(tokens, wte, wpe, sos, masked, dtype=None) -> None:
     if tokens.dim() != 2 or not 1 <= tokens.shape[1] <= wpe.shape[0]:
         refuse("embed", "tokens", f"shape {tuple(tokens.shape)}", f"(B, N) with 1 <= N <= {wpe.shape[0]}")
     operand("embed", "masked", masked, tuple(tokens.shape), torch.bool)
+
+
+def temperature(name: str, value: float) -> float:
+    """Itself, or 0 (greedy) where logits divided by it would be infinite: no noise makes up for such differences."""
+    if not 0 <= value < float("inf"):
+        refuse(name, "temperature", value, "a finite number >= 0 (0: greedy)")
+    return 0.0 if value < COLDEST else float(value)
 
 
 def palette(name: str, palette) -> None:

@@ -207,6 +207,22 @@ def test_classifier():
         small().classify(torch.zeros(1, 4, 64))
 
 
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # fp16 on the torch path is plain PyTorch's
+@pytest.mark.parametrize("objective", ["ar", "bert"])
+def test_no_pictures_give_empty_results(objective, dtype, impl):
+    model = small(objective=objective, bias=True, classes=3, impl=impl).to(dtype)
+    none = torch.empty(0, 48, dtype=torch.long)
+    results = {"logits": model(none), "features": model.features(none), "classes": model.classify(model.trunk(none))}
+    assert {name: tuple(result.shape) for name, result in results.items()} == {
+        "logits": (0, 48, 32), "features": (3, 0, 64), "classes": (0, 3),
+    }  # fmt: skip
+    sum(result.float().sum() for result in results.values()).backward()
+    assert all(not p.grad.any() for p in model.parameters())
+    with pytest.raises(ValueError, match="tokens_BN: got no pictures"):
+        model.loss(none)
+
+
 def test_full_graph_compile():
     model = small()
     tokens = tokens_for(model)

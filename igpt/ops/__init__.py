@@ -237,12 +237,12 @@ def _rows(function, x, *args):
 
 def _addmm(added, a, weight, alpha: float = 1.0):
     """added + alpha a @ weight^T in one product (`added` may be None, a row, or a full residual)."""
-    rows = a.flatten(0, -2)
+    rows, shape = a.flatten(0, -2), (*a.shape[:-1], weight.shape[0])
     if added is None:
         out = rows.new_zeros(())  # beta = 0: never read
-        return torch.addmm(out, rows, weight.t(), beta=0, alpha=alpha).view(*a.shape[:-1], -1)
+        return torch.addmm(out, rows, weight.t(), beta=0, alpha=alpha).view(shape)
     added = added.flatten(0, -2) if added.dim() > 1 else added
-    return torch.addmm(added, rows, weight.t(), alpha=alpha).view(*a.shape[:-1], -1)
+    return torch.addmm(added, rows, weight.t(), alpha=alpha).view(shape)
 
 
 def _cast(dtype, *tensors):
