@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from igpt import convert, ops, sample
 from igpt.config import Config, preset
+from igpt.kernels import checks
 
 MASK_PROBABILITY = 0.15
 RECOMPUTE = ("none", "mlp", "block")
@@ -178,6 +179,8 @@ class ImageGPT(nn.Module):
         `each(h)` is called with every block's input: the hook of `features`."""
         if self.recompute not in RECOMPUTE:
             raise ValueError(f"recompute: got {self.recompute!r}, expected one of {RECOMPUTE}")
+        if self.recompute != "none" and checks.is_transformed():
+            raise ValueError(f"recompute: got {self.recompute!r} under torch.func, which cannot: expected 'none'")
         device = tokens_BN.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.wte.dtype
         # Every op casts its parameters to the stream's dtype; autocast's own casts would only do it twice.

@@ -5,9 +5,10 @@
 
 p is an integer in device memory. gumbel = -log(-log(u)), u = tl.rand(seed, (picture << 32) + p V + k): noise by counter
 (Philox-4x32-10), the same for a picture whatever batch it is drawn in. truncate keeps a token while fewer than top_k
-are likelier, then while the likelier ones have less than top_p of the mass that is left, and the likeliest; equal
-logits live or die together. temperature 0 takes the likeliest token, the lowest on ties. One program a picture; truncation counts by V^2
-comparisons, which for the few hundred colours of a palette is no slower than a sort and needs no order.
+are likelier, then while the likelier ones have less than top_p of the mass that is left; equal logits live or die
+together, and the likeliest live. temperature 0 takes the likeliest token, the lowest on ties. One program a picture;
+truncation counts by V^2 comparisons, which for the few hundred colours of a palette is no slower than a sort and needs
+no order.
 """
 
 import torch
