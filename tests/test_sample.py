@@ -334,7 +334,8 @@ def test_kernels_log_likelihood(dtype, options, form, device, poison_empty):
     ({"temperature": -0.5}, "temperature"), ({"temperature": math.nan}, "temperature"),
     ({"temperature": math.inf}, "temperature"), ({"top_k": 0}, "top_k"), ({"top_k": 38}, "top_k.*37"),
     ({"seed": 2**63}, "seed: got"), ({"top_p": 0.0}, "top_p"), ({"top_p": 1.5}, "top_p"),
-    ({"weights": "int4"}, "weights"), ({"cache_dtype": "int8"}, "cache_dtype"), ({"batch": 0}, "batch"), ({"batch": 2.0}, "batch"),
+    ({"weights": "int4"}, "weights"), ({"cache_dtype": "int8"}, "cache_dtype"), ({"batch": 0}, "batch"),
+    ({"batch": 2.0}, "batch"),
 ])  # fmt: skip
 def test_bad_options(options, named):
     with pytest.raises(ValueError, match=named):
