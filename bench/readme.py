@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench import rows
-from bench.report import columns, number
 from bench.rows import Row
+from bench.tables import columns, number
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"(<!-- rows: (\S+) (\S+) -->\n).*?(<!-- end rows -->)", re.S)

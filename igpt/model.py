@@ -95,6 +95,7 @@ class ImageGPT(nn.Module):
             raise ValueError(f"impl: got {impl!r}, expected one of {ops.IMPLS}")
         self.config, self.impl, self.recompute = config, impl, "none"
         self.palette = None  # the Palette that came with the weights, if one did; save_pretrained passes it on
+        self.trained = None  # where in its run they were made, if we know: convert.runs.Trained
         d = config.width
         with torch.device(device if device is not None else torch.get_default_device()):
             self.wte = nn.Parameter(torch.empty(config.vocab, d))
@@ -116,17 +117,18 @@ class ImageGPT(nn.Module):
         return cls(preset(name, **overrides), impl=impl, device=device, dtype=dtype)
 
     @classmethod
-    def from_pretrained(cls, source, *, impl: str = "auto", device=None, dtype=None) -> "ImageGPT":
-        """A model from our directory, a Hugging Face directory or hub id ("org/name" or "org/name@revision"), or an
-        OpenAI TF1 checkpoint prefix; the checkpoint's dtype unless `dtype` is given. `palette` is the one beside the
-        weights, or None. Raises ValueError naming what is wrong, before anything is allocated."""
-        checkpoint = convert.open_checkpoint(source)
+    def from_pretrained(cls, source, *, step=None, impl: str = "auto", device=None, dtype=None) -> "ImageGPT":
+        """A model from our directory, a run's, a Hugging Face directory or hub id ("org/name" or "org/name@revision"),
+        or an OpenAI TF1 checkpoint prefix; the checkpoint's dtype unless `dtype` is given. `step`: which checkpoint of
+        a run, a number or "last"; default: the best by validation loss. `palette` is the one beside the weights, or
+        None. Raises ValueError naming what is wrong, before anything is allocated."""
+        checkpoint = convert.open_checkpoint(source, step)
         model = cls(checkpoint.config, impl=impl, device="meta", dtype=dtype or checkpoint.dtype)
         model.to_empty(device=device if device is not None else torch.get_default_device())
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(checkpoint.tensors[name].read())
-        model.palette = checkpoint.palette
+        model.palette, model.trained = checkpoint.palette, checkpoint.trained
         return model
 
     def save_pretrained(self, path, format: str = "igpt") -> None:
@@ -192,7 +194,8 @@ class ImageGPT(nn.Module):
                     h, add = total(h, add), None
                     each(h, block.attn.norm)
                 if self.recompute == "block" and torch.is_grad_enabled():
-                    h, add = checkpoint(block, h, add, self.impl, use_reentrant=False)
+                    # A block draws nothing, and a CUDA graph cannot read a generator's state.
+                    h, add = checkpoint(block, h, add, self.impl, use_reentrant=False, preserve_rng_state=False)
                 else:
                     h, add = block(h, add, self.impl, self.recompute == "mlp")
             return total(h, add)

@@ -4,6 +4,8 @@ Each row says where it was measured ("H200 2026-12-01") or "compiled only". `ben
 nothing searches in the call path. Architectures that no row names use "portable", and say so once.
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -29,6 +31,20 @@ class Tile:
     programs: int = 1
     group_bytes: int = 16 << 20
     evidence: str = "compiled only"
+
+
+@contextlib.contextmanager
+def using(table: dict, key, tile: Tile) -> Iterator[None]:
+    """Within this context the table's row `key` is `tile`, whether it had one or not: for searches and tests."""
+    before = table.get(key)
+    table[key] = tile
+    try:
+        yield
+    finally:
+        if before is None:
+            del table[key]
+        else:
+            table[key] = before
 
 
 def require(kernel: str, tile: Tile, x: torch.Tensor, elements: int, stages: int = 1) -> None:

@@ -1,6 +1,6 @@
 """Checkpoints in and out: our own, Hugging Face's, OpenAI's.
 
-    model = load("openai/imagegpt-small")                  # a directory, a TF1 prefix, or a hub id
+    open_checkpoint("openai/imagegpt-small")               # a directory, a run, a TF1 prefix, or a hub id
     save(model, "out", format="hf")
     convert("ckpt/model.ckpt-1000000", "out", format="hf")  # tensor by tensor, without a model
 
@@ -21,14 +21,14 @@ from pathlib import Path
 import torch
 
 from igpt.config import Config
-from igpt.convert import hf_keys, tf_checkpoint
+from igpt.convert import hf_keys, runs, tf_checkpoint
 from igpt.convert.tensors import Lazy, read_json, read_safetensors, write_safetensors
 from igpt.palette import FILES as PALETTES
 from igpt.palette import Palette
 
 FORMATS = ("igpt", "hf")
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
-WRITTEN = {WEIGHTS, CONFIG, "palette.npy", "preprocessor_config.json"}  # what save() may replace
+WRITTEN = {WEIGHTS, CONFIG, "palette.npy", "preprocessor_config.json", runs.TRAINING}  # what save() may replace
 MAX_LAYERS = 1024
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 HUB_FILES = ("*.safetensors", INDEX, CONFIG, *PALETTES, "pytorch_model.bin.index.json")
@@ -38,13 +38,15 @@ torch.load('pytorch_model.bin', weights_only=True).items()}, 'model.safetensors'
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """format "igpt", "hf" or "tf"; tensors by our parameters' names, checked to be exactly those of `config`."""
+    """format "igpt", "hf" or "tf"; tensors by our parameters' names, checked to be exactly those of `config`; trained:
+    where in its run one of ours was made."""
 
     format: str
     config: Config
     tensors: dict[str, Lazy]
     palette: Palette | None = None
     remarks: tuple[str, ...] = ()
+    trained: runs.Trained | None = None
 
     def __post_init__(self):
         check(self.config, self.tensors)
@@ -62,10 +64,13 @@ def save(model, path, format: str = "igpt", *, palette: Palette | None = None) -
     write(Checkpoint("igpt", model.config, tensors, palette), path, format)
 
 
-def convert(source, path, format: str = "igpt", *, dtype: torch.dtype | None = None, palette=None) -> dict:
-    """From any format into directory `path`, a tensor at a time; floating tensors as `dtype` if given. `palette`: a
-    Palette, or a file or directory of one, instead of the source's own. Returns a summary for people and programs."""
-    checkpoint = open_checkpoint(source)
+def convert(
+    source, path, format: str = "igpt", *, step: int | str | None = None, dtype: torch.dtype | None = None, palette=None
+) -> dict:
+    """From any format into directory `path`, a tensor at a time; floating tensors as `dtype` if given. `step` as in
+    open_checkpoint; `palette`: a Palette, or a file or directory of one, instead of the source's own. Returns a summary
+    for people and programs."""
+    checkpoint = open_checkpoint(source, step)
     if Path(source).is_dir() and Path(path).resolve() == Path(source).resolve():
         raise ValueError(f"path: got {path}, the source itself; expected another directory")
     if palette is not None and not isinstance(palette, Palette):
@@ -74,12 +79,18 @@ def convert(source, path, format: str = "igpt", *, dtype: torch.dtype | None = N
     dtype = str(dtype or checkpoint.dtype).removeprefix("torch.")
     return {"source": str(source), "source_format": checkpoint.format, "path": str(path), "format": format,
             "dtype": dtype, "tensors": len(checkpoint.tensors), "bytes": size, "remarks": list(checkpoint.remarks),
+            "trained": checkpoint.trained and checkpoint.trained._asdict(),
             "config": checkpoint.config.to_dict()}  # fmt: skip
 
 
-def open_checkpoint(source) -> Checkpoint:
-    """Find out the format, read and check every header. Raises ValueError."""
+def open_checkpoint(source, step: int | str | None = None) -> Checkpoint:
+    """Find out the format, read and check every header. A run directory stands for its best checkpoint, or for that of
+    `step`, a number or "last" (runs.py). Raises ValueError."""
     path = Path(source)
+    if runs.is_run(path):
+        path = runs.resolve(path, step)
+    elif step is not None:
+        raise ValueError(f"step: got {step!r}, but {source} is no run directory")
     if path.is_dir():
         checkpoint = _open_directory(path)
     elif tf_checkpoint.is_bundle(path):
@@ -101,7 +112,7 @@ def _open_directory(path: Path) -> Checkpoint:
         if prefixes:
             raise ValueError(f"source: {path} holds several checkpoints, expected one of {[str(p) for p in prefixes]}")
         raise ValueError(f"source: {path} holds neither {CONFIG} nor a TF1 checkpoint's .index")
-    values, tensors = read_json(path / CONFIG), _read_shards(path)
+    values, tensors = read_json(path / CONFIG), _read_weights(path)
     try:
         palette = _palette_in(path)
         if values.get("model_type") == "imagegpt":
@@ -110,7 +121,7 @@ def _open_directory(path: Path) -> Checkpoint:
         if values.pop("format", None) != "igpt":
             kind = values.get("model_type")
             raise ValueError(f"{CONFIG}: got model_type {kind!r:.80}, expected 'imagegpt', or 'format': 'igpt'")
-        return Checkpoint("igpt", Config.from_dict(values), tensors, palette)
+        return Checkpoint("igpt", Config.from_dict(values), tensors, palette, trained=runs.Trained.of(path))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -129,10 +140,12 @@ def _palette_in(path: Path) -> Palette | None:
     return None
 
 
-def _read_shards(path: Path) -> dict[str, Lazy]:
-    """Every tensor of model.safetensors, or of the shards that its index names."""
+def _read_weights(path: Path) -> dict[str, Lazy]:
+    """Every tensor of model.safetensors, of the shards that its index names, or of a run's checkpoint."""
     if (path / WEIGHTS).is_file():
         return read_safetensors(path / WEIGHTS)
+    if (path / runs.SIZES).is_file():
+        return runs.read_weights(path)
     if not (path / INDEX).is_file():
         if found := [name for name in PICKLES if (path / name).is_file()]:
             raise ValueError(
@@ -221,17 +234,25 @@ def write(checkpoint: Checkpoint, path, format: str, dtype: torch.dtype | None =
         palette.require(config.vocab)
     if format == "hf":
         values, tensors = hf_keys.to_hf(config, tensors, dtype or checkpoint.dtype)
-    else:
-        values = {"format": "igpt"} | config.to_dict()
     with _replaced(Path(path)) as directory:
         size = write_safetensors(directory / WEIGHTS, tensors, dtype)
-        _write_json(directory / CONFIG, values)
-        if palette is not None and format == "hf":
-            _write_json(directory / "preprocessor_config.json", hf_keys.processor_config(palette, config.n_ctx))
-        elif palette is not None:
-            palette.save(directory / "palette.npy")
-            _fsync(directory / "palette.npy")
+        if format == "igpt":
+            describe(directory, config, palette, checkpoint.trained)
+        else:
+            _write_json(directory / CONFIG, values)
+            if palette is not None:
+                _write_json(directory / "preprocessor_config.json", hf_keys.processor_config(palette, config.n_ctx))
     return size
+
+
+def describe(directory: Path, config: Config, palette: Palette | None, trained: runs.Trained | None) -> None:
+    """All of a model of ours but its weights, durably: of an export, and of a run's checkpoint."""
+    _write_json(directory / CONFIG, {"format": "igpt"} | config.to_dict())
+    if palette is not None:
+        palette.save(directory / "palette.npy")
+        _fsync(directory / "palette.npy")
+    if trained is not None:
+        _write_json(directory / runs.TRAINING, trained._asdict())
 
 
 @contextmanager

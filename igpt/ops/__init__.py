@@ -167,7 +167,9 @@ def _torch_norm_mlp(x, norm_weight, w_fc, w_proj, b_fc, b_proj, eps, centred, re
         hidden = F.silu(pre, inplace=not torch.is_grad_enabled())
         return _addmm(x if b_proj is None else x + b_proj, hidden, w_proj, alpha=1 / reference.QUICK_GELU)
 
-    return checkpoint(out, pre, use_reentrant=False) if recompute and torch.is_grad_enabled() else out(pre)
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(out, pre, use_reentrant=False, preserve_rng_state=False)
+    return out(pre)
 
 
 def embed(tokens, wte, wpe, sos=None, masked=None, *, dtype: torch.dtype | None = None, impl: str = "auto"):

@@ -7,15 +7,16 @@ from typing import Literal
 import torch
 
 from igpt.convert.checkpoints import convert
+from igpt.programs.source import OfRun
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(OfRun):
     """Convert a checkpoint, tensor by tensor. Nothing that could run code is ever loaded."""
 
-    source: str  # our directory, a Hugging Face directory or hub id, or an OpenAI TF1 checkpoint prefix
+    source: str  # our directory, a run's, a Hugging Face directory or hub id, or an OpenAI TF1 checkpoint prefix
     out: Path  # a new directory, or one that holds an earlier model
     format: Literal["igpt", "hf"] = "igpt"
     dtype: Literal["fp32", "bf16", "fp16"] | None = None  # default: the source's
@@ -24,4 +25,5 @@ class Options:
 
 def run(options: Options) -> dict:
     dtype = None if options.dtype is None else DTYPES[options.dtype]
-    return convert(options.source, options.out, options.format, dtype=dtype, palette=options.palette)
+    how = {"step": options.which, "dtype": dtype, "palette": options.palette}
+    return convert(options.source, options.out, options.format, **how)

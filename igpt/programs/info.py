@@ -3,17 +3,21 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from igpt import convert
 from igpt.config import Config, preset
 from igpt.model import ImageGPT
+from igpt.programs.source import OfRun
 
 GB = 1e9
 SAVED = 14  # widths d a token and block that the backward pass needs: h, q k v, attention's output, h, two of 4 d
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(OfRun):
     """Parameters, FLOPs a token, and the memory that training takes on 1 to `gpus` GPUs (FSDP2, bf16 activations)."""
 
+    model: str | None = None  # our directory, a run's, a Hugging Face directory or hub id, or an OpenAI prefix
+    # Without one, a model to come:
     preset: Literal["tiny", "s", "m", "l", "xl"] = "s"
     objective: Literal["ar", "bert"] = "ar"
     size: int | None = None  # pictures are size x size; default: the paper's 32 (xl 64)
@@ -29,7 +33,13 @@ class Options:
 
 
 def run(options: Options) -> dict:
-    config = options.config()
+    config, known = options.config(), {"preset": options.preset}
+    if options.model is not None or options.which is not None:
+        if options.model is None or options.size is not None:
+            raise ValueError("model, size: expected one of them, and --step or --last with a run only")
+        found = convert.open_checkpoint(options.model, options.which)
+        known = {"model": options.model, "trained": found.trained and found.trained._asdict()}
+        config = found.config
     model = ImageGPT(config, device="meta")
     counts = sorted({options.gpus, *(2**i for i in range(options.gpus.bit_length()) if 2**i <= options.gpus)})
     plans = [plan(model, gpus, options.memory * GB) for gpus in counts]
@@ -39,7 +49,7 @@ def run(options: Options) -> dict:
         print(f"{p['gpus']:>5} {p['state_gb']:>9.2f} {p['gathered_gb']:>12.2f} {p['picture_gb']:>13.3f} "
               f"{p['picture_recompute_gb']:>11.3f} {p['pictures']:>15} {p['pictures_recompute']:>11}")  # fmt: skip
     return {
-        "preset": options.preset, "config": config.to_dict(), "parameters": model.num_parameters(),
+        **known, "config": config.to_dict(), "parameters": model.num_parameters(),
         "flops_per_token": {"training": model.flops_per_token(), "forward": model.flops_per_token(training=False)},
         "kv_bytes_per_picture": model.kv_bytes_per_token() * config.n_ctx, "memory_gb": options.memory, "plan": plans,
     }  # fmt: skip

@@ -10,17 +10,16 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from igpt.machine import device_of
-from igpt.model import ImageGPT
 from igpt.palette import Palette
+from igpt.programs.source import OfRun
 from igpt.sample import decoder_of
 
 
 @dataclass(frozen=True)
-class Sampling:
+class Sampling(OfRun):
     """How the programs load a model and draw pixels."""
 
-    model: str  # our directory, a Hugging Face directory or hub id, or an OpenAI checkpoint prefix
+    model: str  # our directory, a run's, a Hugging Face directory or hub id, or an OpenAI checkpoint prefix
     palette: Path | None = None  # palette.npy, kmeans_centers.npy or a directory with one; default: the model's own
     temperature: float = 1.0  # divides the logits; 0 is greedy
     top_k: int | None = None  # draw from the k likeliest colours only
@@ -37,7 +36,7 @@ class Sampling:
         for name in ("batch", "scale"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
-        model = ImageGPT.from_pretrained(self.model, device=device_of(self.device))
+        model = self.pretrained(self.model, self.device)
         side = math.isqrt(model.config.n_ctx)
         if side * side != model.config.n_ctx:
             raise ValueError(f"model: got n_ctx {model.config.n_ctx}, expected a square number of pixels")

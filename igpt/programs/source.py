@@ -1,8 +1,10 @@
 """What every measuring program starts from: a model and a labelled picture set as tokens."""
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -15,11 +17,38 @@ from igpt.model import ImageGPT
 from igpt.palette import Palette
 
 
+@dataclass(frozen=True, kw_only=True)
+class OfRun:
+    """Which checkpoint is meant where the model is a run directory."""
+
+    step: int | None = None  # of a run: its checkpoint of this step; default: the best by validation loss
+    last: bool = False  # of a run: its last checkpoint
+
+    @property
+    def which(self) -> int | str | None:
+        if self.last and self.step is not None:
+            raise ValueError(f"last, step: got both, --last and --step {self.step}, expected one of them")
+        return "last" if self.last else self.step
+
+    def pretrained(self, source: str, device: str):
+        """The model of a directory, a run, a hub id or a prefix, on "auto", "cpu" or "cuda"."""
+        model = ImageGPT.from_pretrained(source, step=self.which, device=device_of(device))
+        if model.trained:
+            say(f"{source}: {model.trained}")
+        return model
+
+
+@cache
+def say(text: str) -> None:
+    """To people, once."""
+    print(text, file=sys.stderr)
+
+
 @dataclass(frozen=True)
-class Source:
+class Source(OfRun):
     """A pretrained model and a picture set."""
 
-    model: str  # our directory, a Hugging Face directory or hub id, or an OpenAI checkpoint prefix
+    model: str  # our directory, a run's, a Hugging Face directory or hub id, or an OpenAI checkpoint prefix
     data: str  # builtin:emoji, a folder, a token set, CIFAR, STL-10, IDX or OpenAI's npy sets (igpt.data.load)
     labels: str | None = None  # which labels, where a set has several
     holdout: float = 0.1  # part of train that is valid, where the set has no valid of its own (paper's ImageNet: 0.04)
@@ -34,7 +63,7 @@ class Source:
         """The model on its device; `overrides` replace Config fields that add parameters (classes)."""
         if self.batch is not None and self.batch < 1:
             raise ValueError(f"batch: got {self.batch}, expected at least 1")
-        model = ImageGPT.from_pretrained(self.model, device=device_of(self.device))
+        model = self.pretrained(self.model, self.device)
         return with_config(model, **overrides) if overrides else model
 
     def autocast(self, model):

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Literal
 
 from igpt import data
+from igpt.config import Config
 from igpt.palette import Palette
 from igpt.training.loop import Training
 from igpt.training.processes import processes
 from igpt.training.rundir import summary_writer
+from igpt.training.start import checkpoint_of, preset_of
 
 # The paper's, at 32x32 (XL: 64x64). It prints .01 for L at 48x48, which looks like a slip. tiny's is ours.
 LEARNING_RATES = {
@@ -30,14 +32,18 @@ STEPS = {"tiny": 1000, "xl": 2_000_000}  # the others 1,000,000
 
 @dataclass(frozen=True)
 class Options:
-    """Pretrain a model. A run directory that has a checkpoint is resumed; one of another configuration is refused.
+    """Pretrain a model. A run directory that has a checkpoint is resumed, also with more or fewer steps, whose schedule
+    the learning rate then follows; one of another configuration is refused. Every program takes the run directory as a
+    model at any moment; export/ is the best checkpoint by validation loss.
 
     `torchrun --nproc-per-node 8 -m igpt -- train ...` shares the batch between 8 processes; their number may change
     between a run and its resumption. SIGTERM and Ctrl-C save a checkpoint and end the run."""
 
     run: Path  # the run directory: config.json, metrics.jsonl, checkpoints/, samples/, and export/ at the end
     data: str = "builtin:emoji"  # builtin:emoji, a folder of pictures, a token set, CIFAR, STL-10, IDX, OpenAI's npy
-    preset: Literal["tiny", "s", "m", "l", "xl"] = "s"  # the model's size
+    init: str | None = None  # a model to start from: a run, our directory, Hugging Face's, a hub id, OpenAI's prefix
+    interpolate: bool = False  # its positions, to pictures of another size (bicubic)
+    preset: Literal["tiny", "s", "m", "l", "xl"] = "s"  # the model's size; with --init it is the checkpoint's
     objective: Literal["ar", "bert"] = "ar"  # next pixel, or 15% of the pixels hidden
     layers: int | None = None  # default: the preset's
     width: int | None = None  # default: the preset's
@@ -64,14 +70,17 @@ class Options:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     log_every: int = 10  # updates between lines of metrics.jsonl
     save_every: int | None = None  # updates between checkpoints; default: a tenth of the run, at most 1000
-    keep: int = 2  # checkpoints kept
+    keep: int = 2  # the newest checkpoints that are kept, beside the best, which is saved when it is validated
     valid_every: int | None = None  # updates between validation losses; default: a tenth of the run
     valid_pictures: int = 1024  # at most so many of the validation split, the first ones
     sample_every: int | None = None  # updates between sample grids, 0 for none; default: a tenth of the run
     tensorboard: bool = False  # write TensorBoard's files too
 
-    def resolved(self) -> "Options":
-        """With the defaults that depend on other options filled in. Raises ValueError for values that make no run."""
+    def resolved(self, init: Config | None = None) -> "Options":
+        """With the defaults that depend on other options, and on the model to start from, filled in. Raises ValueError
+        for values that make no run."""
+        if self.preset == "s" and init is not None and (named := preset_of(init)):
+            return replace(self, preset=named).resolved()
         steps = STEPS.get(self.preset, 1_000_000) if self.steps is None else self.steps
         tenth = max(1, steps // 10)
         filled = {
@@ -100,7 +109,8 @@ class Options:
 
 
 def run(options: Options) -> dict:
-    options = options.resolved()
+    init = checkpoint_of(options)
+    options = options.resolved(init and init.config)
     if options.tensorboard:
         summary_writer()  # or say now that it is not there
     with processes(options.device) as us, stop_signal() as stopped:
@@ -110,7 +120,7 @@ def run(options: Options) -> dict:
                 f"batch: got {options.batch}, expected a multiple of {us.world} processes * {options.accumulate} "
                 "micro-batches"
             )
-        palette = None if options.palette is None else Palette.load(options.palette)
+        palette = init and init.palette if options.palette is None else Palette.load(options.palette)
         how = {"size": options.size, "holdout": options.holdout, "skip_bad": options.skip_bad, "workers": None}
         train = data.load(options.data, "train", **how).encoded(palette)
         first = slice(options.valid_pictures)
@@ -120,7 +130,7 @@ def run(options: Options) -> dict:
                 raise ValueError(f"data: {pictures.name} has no pictures")
         if options.sample_every and options.objective == "ar" and train.palette is None and us.first:
             print(f"no sample grids: {options.data} came without a palette", file=sys.stderr)
-        return Training(options, us, micro, train, valid).run(stopped)
+        return Training(options, us, micro, train, valid, init).run(stopped)
 
 
 @contextmanager

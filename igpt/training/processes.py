@@ -6,7 +6,7 @@ NCCL or CPUs with gloo; gradients are means over the processes, so the losses ar
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -76,12 +76,12 @@ def processes(device: str = "auto") -> Iterator[Processes]:
         dist.destroy_process_group()
 
 
-def build(config: Config, us: Processes, *, impl: str, bf16: bool, seed: int) -> ImageGPT:
-    """A freshly initialised model, sharded where we are many. The first weights depend on the seed only."""
+def build(config: Config, us: Processes, *, impl: str, bf16: bool, fill: Callable[[ImageGPT], None]) -> ImageGPT:
+    """A model with the weights that `fill` gives it, sharded where we are many: then the first process's count."""
 
     def whole_model():
         model = ImageGPT(config, impl=impl, device="cpu")
-        model.init_weights(torch.Generator().manual_seed(seed))
+        fill(model)
         return model
 
     if us.world == 1:

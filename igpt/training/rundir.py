@@ -1,33 +1,52 @@
-"""A run directory: config.json, metrics.jsonl, checkpoints/, samples/, export/."""
+"""A run directory: config.json, palette.npy, metrics.jsonl, checkpoints/, samples/, export/, and tokens/ where it has
+encoded a folder."""
 
 import json
 import os
+import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
 from tqdm import tqdm
 
+from igpt.palette import Palette
 from igpt.training.checkpoint import write_durably
+
+OURS = {"config.json.new", "palette.npy", "palette.npy.new", "tokens"}  # what may be there before config.json is
+LENGTH = {"train.steps", "train.warmup"}
+
+
+def require_ours(run: Path) -> None:
+    """Raises ValueError unless `run` is a run directory, or can become one."""
+    if run.exists() and not (run / "config.json").is_file() and {entry.name for entry in run.iterdir()} - OURS:
+        raise ValueError(f"run: {run} is not empty and has no config.json, expected a new or a run directory")
 
 
 def claim(run: Path, config: dict) -> None:
-    """Make `run` this configuration's directory, or check that it is. Raises ValueError showing the difference."""
+    """Make `run` this configuration's directory, or check that it is; only its length may change, which is said.
+
+    Raises ValueError showing the difference."""
+    require_ours(run)
     run.mkdir(parents=True, exist_ok=True)
-    path = run / "config.json"
-    config = json.loads(json.dumps(config))
-    if not path.is_file():
-        if any(entry.name != f"{path.name}.new" for entry in run.iterdir()):  # what a kill leaves of write_durably
-            raise ValueError(f"run: {run} is not empty and has no config.json, expected a new or a run directory")
+    path, config = run / "config.json", json.loads(json.dumps(config))
+    there, here = flat(json.loads(path.read_text())) if path.is_file() else {}, flat(config)
+    differ = sorted(key for key in there | here if there.get(key) != here.get(key)) if there else []
+    if differ and not {"train.steps"} <= set(differ) <= LENGTH:
+        said = "; ".join(f"{key}: {there.get(key)} there, {here.get(key)} asked" for key in differ)
+        raise ValueError(f"run: {run} is a run of another configuration ({said})")
+    if differ:
+        print(f"{run} had {there['train.steps']} steps and now has {here['train.steps']}: from its last checkpoint on "
+              "the learning rate follows the new length's schedule", file=sys.stderr)  # fmt: skip
+    if differ or not there:
         write_durably(path, json.dumps(config, indent=1) + "\n")
-        return
-    there, here = flat(json.loads(path.read_text())), flat(config)
-    differences = [
-        f"{key}: {there.get(key, 'absent')} there, {here.get(key, 'absent')} asked"
-        for key in sorted(there | here) if there.get(key, "absent") != here.get(key, "absent")
-    ]  # fmt: skip
-    if differences:
-        raise ValueError(f"run: {run} is a run of another configuration ({'; '.join(differences)})")
+
+
+def keep_palette(run: Path, palette: Palette | None) -> None:
+    """palette.npy, all of it or none."""
+    if palette is not None:
+        palette.save(run / "palette.npy.new")
+        os.replace(run / "palette.npy.new", run / "palette.npy")
 
 
 def flat(nested: dict, prefix: str = "") -> dict:
