@@ -26,7 +26,7 @@ def read_squares(
     """The pictures names[start:] as squares, task after task in order: (files, uint8 (n, size, size, 3), [(name, why)
     of the unreadable]). A few tasks for each worker are under way at once; workers = 0 reads here."""
     tasks = ((root, names[i : i + BATCH], i, size, crop, seed, resample) for i in range(start, len(names), BATCH))
-    if workers == 0:
+    if workers == 0 or len(names) - start <= BATCH:  # a single task: processes would only have to start
         yield from (read_batch(*task) for task in tasks)
         return
     # spawn: a fork of a process with torch's threads may hang.

@@ -28,7 +28,7 @@ SAMPLES = 16  # pictures in a grid during training
 # What a resumed run may change beside its length: none of it moves the loss by more than rounding.
 FREE = {
     "run", "accumulate", "recompute", "impl", "device", "log_every", "save_every", "keep", "valid_every",
-    "valid_pictures", "sample_every", "tensorboard", "interpolate",
+    "valid_pictures", "sample_every", "tensorboard", "interpolate", "skip_bad",
 }  # fmt: skip
 
 
