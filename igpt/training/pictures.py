@@ -37,8 +37,10 @@ def tokens_of(options, us: Processes, init: Checkpoint | None) -> tuple[data.Pic
         palette = Palette.load(options.palette)
     elif palette is None and (run / "config.json").is_file() and (run / "palette.npy").is_file():
         palette = Palette.load(run / "palette.npy")
-    if init is not None and size is None and kind not in ("tokens", "openai"):
-        size = math.isqrt(init.config.n_ctx)
+    if init is not None and kind not in ("tokens", "openai"):
+        if palette is None:
+            raise ValueError(f"palette: {options.init} came without one, expected --palette")
+        size = size or math.isqrt(init.config.n_ctx)
     if kind == "folder":
         if us.first:
             encode(path, size or SIDE, palette, options)
