@@ -102,7 +102,7 @@ def test_the_folder_s_own_splits_and_another_model_s_palette_and_size(tmp_path):
 def test_an_unreadable_picture_is_named_or_left_out(folder, tmp_path):
     (folder / "a" / "0.png").write_bytes(b"junk")
     asked = {"data": str(folder), **SHORT, "size": 8}
-    with pytest.raises(ValueError, match=r"a/0\.png.*skip-bad"):
+    with pytest.raises(ValueError, match=r"a/0\.png.*skip_bad"):
         train.run(options(tmp_path / "run", **asked))
     train.run(options(tmp_path / "run", skip_bad=True, **asked))
     assert json.loads((tmp_path / "run" / "tokens" / "meta.json").read_text())["skipped"] == ["a/0.png"]
