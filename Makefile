@@ -20,7 +20,7 @@ test: $(VENV)/.ready
 
 # On a machine with a GPU and its own torch and triton: no environment is made, nothing is installed.
 gpu:
-	$(PYTHON) -m bench.gpu --out bench/out
+	$(PYTHON) -m bench.gpu $(if $(HALF),--half $(HALF)) --out bench/out
 
 # The readers of checkpoints against 5,000 mutated files, new ones each time.
 fuzz: $(VENV)/.ready

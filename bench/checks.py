@@ -7,13 +7,15 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 
+import igpt
 from bench import models
 from bench.cases import Case
-from bench.machine import FAULTS, ROOT, stamp
+from bench.machine import ROOT, attempted, stamp
+from bench.measure import blank
 from bench.models import ModelCase
 from bench.rows import Row
 
@@ -32,41 +34,50 @@ print(time.monotonic() - start)
 """
 
 
-def determinism(cases: Iterable[Case], device: str, runs: int) -> Iterator[Row]:
+def equal(row: Row, wanted: list, others: Iterator[list]) -> Row:
+    """Green if every other list of tensors has the wanted bits."""
+    differ = [not all(map(torch.equal, wanted, other)) for other in others]
+    note = f"{sum(differ)} of {len(differ)} differ" if any(differ) else "bit-equal"
+    return dataclasses.replace(row, ok=not any(differ), note=note)
+
+
+def determinism(case: Case, device: str, runs: int) -> Row:
     """Output and gradients of `runs` runs, compared to the bit."""
-    for case in cases:
-        row = Row("correctness", impl=f"triton, {runs} runs", **case.labels | {"direction": "fwd+bwd"}, **stamp(device))
-        try:
-            inputs = case.inputs(device)
-            args = {k: v.detach().requires_grad_(k in case.diff) for k, v in inputs.items()}
+    row = dataclasses.replace(blank("correctness", f"triton, {runs} runs", case, device), direction="fwd+bwd")
 
-            def once(args=args, case=case):
-                out = case.ours("triton")(**args)
-                grads = torch.autograd.grad(out, [args[k] for k in case.diff], torch.ones_like(out))
-                return [out.detach(), *grads]
+    def check():
+        args = {k: v.detach().requires_grad_(k in case.diff) for k, v in case.inputs(device).items()}
 
-            first = once()
-            differ = sum(not all(torch.equal(a, b) for a, b in zip(first, once())) for _ in range(runs - 1))
-        except FAULTS as fault:
-            yield dataclasses.replace(row, ok=False, note=f"raised {type(fault).__name__}: {str(fault)[:300]}")
-            continue
-        yield dataclasses.replace(row, ok=not differ, note=f"{differ} of {runs - 1} differ" if differ else "bit-equal")
+        def once():
+            out = case.ours("triton")(**args)
+            return [out.detach(), *torch.autograd.grad(out, [args[k] for k in case.diff], torch.ones_like(out))]
+
+        return equal(row, once(), (once() for _ in range(runs - 1)))
+
+    return attempted(row, check)
 
 
-def step(device: str) -> Iterator[Row]:
-    """A loss and its gradients as one CUDA graph, replayed on other tokens than it was captured with, and through
-    torch.compile without a graph break: bit-equal to eager."""
-    model = models.ours(ModelCase("tiny", 1, 1024, "bf16", "fwd+bwd"), device)
-    first, second = torch.randint(0, 512, (2, 1, 1024), device=device)
+def step(way: str, device: str, N: int) -> Row:
+    """A loss and its gradients bit-equal to eager: "compiled", through torch.compile without a graph break, or "CUDA
+    graph", replayed on other tokens than it was captured with."""
+    case = ModelCase("tiny", 1, N, "bf16", "fwd+bwd")
+    row = dataclasses.replace(blank("correctness", f"triton, {way}", case, device), op="step")
+    if way == "CUDA graph" and device != "cuda":
+        return dataclasses.replace(row, note="absent: no GPU")
 
-    def run(tokens, loss=model.loss):
-        value = loss(tokens)
-        return [value.detach(), *torch.autograd.grad(value, list(model.parameters()))]
+    def check():
+        model = models.ours(case, device)
+        first, second = torch.randint(0, 512, (2, 1, N), device=device)
 
-    def compiled():
-        return run(second, torch.compile(model.loss, fullgraph=True, backend="aot_eager"))
+        def run(tokens, loss=model.loss):
+            value = loss(tokens)
+            return [value.detach(), *torch.autograd.grad(value, list(model.parameters()))]
 
-    def captured():
+        if way == "compiled":
+            whole = torch.compile(model.loss, fullgraph=True, backend="aot_eager")
+            answer = equal(row, run(second), [run(second, whole)])
+            # On a CPU, where this is only rehearsed, what is compiled leaves igpt/cpu.py out.
+            return dataclasses.replace(answer, ok=answer.ok or device == "cpu")
         tokens, aside, graph = first.clone(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):  # what is lazily set up must be there before the capture
@@ -76,22 +87,47 @@ def step(device: str) -> Iterator[Row]:
             results = run(tokens)
         tokens.copy_(second)
         graph.replay()
-        return results
+        return equal(row, run(second), [results])
 
-    want = run(second)
-    for name, way in {"compiled": compiled, "CUDA graph": captured}.items():
-        row = Row("correctness", "step", f"triton, {name}", "bf16", "fwd+bwd", preset="tiny", B=1, **stamp(device))
-        if name == "CUDA graph" and device != "cuda":
-            yield dataclasses.replace(row, note="absent: no GPU")
-            continue
-        try:
-            differ = sum(not torch.equal(a, b) for a, b in zip(want, way(), strict=True))
-        except FAULTS as fault:
-            yield dataclasses.replace(row, ok=False, note=f"raised {type(fault).__name__}: {str(fault)[:300]}")
-            continue
-        # On a CPU, where this is only rehearsed, what is compiled leaves igpt/cpu.py out.
-        ok, note = not differ or device == "cpu", f"{differ} tensors differ" if differ else "bit-equal"
-        yield dataclasses.replace(row, ok=ok, note=note)
+    return attempted(row, check)
+
+
+def graphed(device: str) -> Row:
+    """Six steps of igpt.graphed, the last four replayed, against a loop of its own: losses, norms and weights."""
+    case = ModelCase("tiny", 4, 1024, "fp32", "step")
+    row = dataclasses.replace(blank("correctness", "triton, igpt.graphed", case, device), op="step")
+    if device != "cuda":
+        return dataclasses.replace(row, note="absent: no GPU")
+    batches = torch.randint(0, 512, (6, 4, 1024))
+
+    def built():
+        model = models.ours(case, device)
+        return model, torch.optim.Adam(model.parameters(), lr=1e-3, fused=True, capturable=True)
+
+    def loss(model, tokens):
+        with torch.autocast(device, torch.bfloat16):
+            return model.loss(tokens)
+
+    def loop():
+        model, optimizer = built()
+        optimizer.param_groups[0]["lr"] = torch.tensor(1e-3, device=device)
+        for tokens in batches.to(device):
+            value = loss(model, tokens)
+            value.backward()
+            yield value.detach()
+            yield torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+        yield from model.parameters()
+
+    def replayed():
+        model, optimizer = built()
+        step = igpt.graphed(lambda tokens: loss(model, tokens), optimizer, clip=0.5)
+        for tokens in batches:
+            yield from (figure.clone() for figure in step(tokens))  # the next replay writes to the same places
+        yield from model.parameters()
+
+    return attempted(row, lambda: equal(row, list(loop()), [list(replayed())]))
 
 
 def first_step(device: str, preset: str) -> Iterator[Row]:
@@ -110,15 +146,14 @@ def first_step(device: str, preset: str) -> Iterator[Row]:
     yield dataclasses.replace(row, median_ms=1e3 * seconds, runs=1, ok=seconds <= FIRST_STEP_S, note=note)
 
 
-def sanitizer(seconds: float, tool: str | None) -> Iterator[Row]:
+def sanitizer(device: str, seconds: float, tool: str | None) -> Iterator[Row]:
     """compute-sanitizer over small cases of attention; a tool that isn't there is listed as absent."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     for name in SANITIZERS:
         row = Row("correctness", op=name, impl="triton", dtype="bf16", direction="fwd+bwd", **stamp(device))
         if not tool:
             yield dataclasses.replace(row, note="absent: compute-sanitizer is not installed")
             continue
-        check = [sys.executable, "-m", "bench.correctness", "--device", device, "--small"]
+        check = [sys.executable, "-m", "bench.correctness", "--device", device, "--list", "sanitizer"]
         # torch's caching allocator would hide an access past the end of a tensor.
         env = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         # A session of its own: the checked program must not outlive the tool, on a GPU that others are to be timed on.

@@ -32,6 +32,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 if __package__ is None or __package__ == "":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench.machine import FAULTS
+from bench.rings import read as read_rings
 from bench.rows import CompileRow, to_json
 from igpt.kernels.device import SHARED_BYTES, target
 from igpt.kernels.launching import recording
@@ -235,7 +236,9 @@ def compile_launch(launch: Launch) -> dict:
         warps = int(total.group(1))
     shared = kernel.metadata.shared
     occupied = occupancy(machine, found["regs"], shared, warps, target.warp_size)
-    return found | {"shared": shared, "dots": half_dots(kernel.asm), "occupancy": round(occupied, 3)}
+    found |= {"shared": shared, "dots": half_dots(kernel.asm), "occupancy": round(occupied, 3)}
+    rings, races = read_rings(kernel.asm["ttgir"], kernel.asm.get("ptx", ""), launch.values, launch.grid[0])
+    return found | {"rings": "; ".join(map(str, rings)), "races": "; ".join(races)}
 
 
 def problems(row: CompileRow, needs_wgmma: bool = True) -> list[str]:
@@ -251,6 +254,8 @@ def problems(row: CompileRow, needs_wgmma: bool = True) -> list[str]:
         found.append(f"spills: {row.stack} bytes of stack, {row.spill_loads} loads, {row.spill_stores} stores")
     if row.shared > (there := SHARED_BYTES[row.arch]):
         found.append(f"{row.shared} bytes of shared memory, {there} exist")
+    if row.races:
+        found.append(row.races)
     return found
 
 

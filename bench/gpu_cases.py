@@ -2,8 +2,7 @@
 
 from collections.abc import Iterator
 
-from bench import cases as known
-from bench.cases import PIXEL_OPS, Case
+from bench.cases import PIXELS, correctness, speed
 from bench.compile_cases import CompileCase, of
 from bench.compile_cases import cases as compile_cases
 from bench.rows import Row
@@ -11,8 +10,7 @@ from bench.rows import Row
 
 def cases() -> Iterator[CompileCase]:
     """Correctness first, as the first stage that follows; then the presets' shapes in bf16, and decoding."""
-    speed = known.speed(("s", "m", "l"), (1024, 2304, 4096), ("bf16",), ("fwd+bwd",), 65536)
-    pixels = [Case(op, 4096, 1024, 1, 64, "fp32") for op in PIXEL_OPS]
-    for case in [*known.correctness(quick=False, gpu=True), *speed, *pixels]:
+    presets = speed(("s", "m", "l"), (1024, 2304, 4096), ("bf16",), ("fwd+bwd",), 65536)
+    for case in [*correctness(quick=False, gpu=True), *presets, *PIXELS]:
         yield of(case, Row("compile", impl="", **case.labels).case)
     yield from (case for case in compile_cases() if case.name.startswith("decode"))

@@ -1,4 +1,4 @@
-"""Speed rows of operations: a case's variants built, warmed up, timed in turns; rows with ratios and floors."""
+"""From variants to rows: built, warmed up, timed in turns; ratios, rates and floors are made here alone."""
 
 import dataclasses
 import functools
@@ -10,10 +10,11 @@ import torch
 
 from bench import peers
 from bench.cases import Case
-from bench.machine import FAULTS, ceilings, stamp
+from bench.cost import Cost
+from bench.machine import FAULTS, ceilings, raised, stamp
 from bench.peers import Absent
 from bench.rows import Row
-from bench.timing import CpuTimer, CudaTimer, Stats, interleaved
+from bench.timing import CpuTimer, CudaTimer, interleaved
 
 
 @dataclass
@@ -36,6 +37,12 @@ class Run:
     def late(self) -> bool:
         return self.clock() > self.deadline
 
+    def refusal(self, *subjects: tuple[str, str]) -> str:
+        """Why nothing of these operations and dtypes is to be timed, "" if they are."""
+        if red := sorted(self.red.intersection(subjects)):
+            return f"not timed: the correctness of {', '.join(map(' '.join, red))} is red"
+        return "not timed: no time was left" if self.late else ""
+
 
 def subject(x: Row | Case) -> tuple[str, str]:
     """What a correctness row speaks for: an operation and a dtype."""
@@ -45,6 +52,11 @@ def subject(x: Row | Case) -> tuple[str, str]:
 def timers(device: str) -> tuple[Callable, Callable]:
     """For operations and for whole steps."""
     return (CudaTimer(), CudaTimer(lead=False)) if device == "cuda" else (CpuTimer(), CpuTimer())
+
+
+def blank(suite: str, impl: str, case, device: str, **more) -> Row:
+    """The row of one implementation on one case with nothing measured yet."""
+    return Row(suite, impl=impl, **case.labels, **stamp(device), **more)
 
 
 def call(fn: Callable, inputs: dict, diff: tuple[str, ...], direction: str) -> Callable[[], object]:
@@ -79,61 +91,81 @@ def warmed(build: Callable[[], object]) -> Callable | Absent:
                     variant()
         return variant
     except FAULTS as fault:
-        return Absent(f"raised {type(fault).__name__}: {str(fault).splitlines()[0][:200] if str(fault) else ''}")
+        return Absent(raised(fault))
 
 
-def filled(row: Row, stats: Stats, case, device: str) -> Row:
-    """Times, rates and the floor of one variant."""
-    cost, roof = case.cost(), ceilings(device)
-    floor, seconds = roof.floor_ms(cost, case.dtype), stats.median / 1e3
-    return dataclasses.replace(
-        row, median_ms=stats.median, p20_ms=stats.p20, p80_ms=stats.p80, runs=stats.runs, flops=cost.flops,
-        bytes=cost.bytes, tflops=cost.flops / seconds / 1e12, tb_s=cost.bytes / seconds / 1e12, floor_ms=floor,
-        pct_floor=100 * floor / stats.median,
-    )  # fmt: skip
+@dataclass(frozen=True, eq=False)
+class Variant:
+    """One implementation to be timed: its row so far, and a call that costs `cost`.
+
+    scale: of the row's milliseconds to the call's (a token's share of many, or a part's time for the whole). rate: what
+    is done in the row's milliseconds; ratios compare rates. unit: what per_s counts, "" for nothing."""
+
+    row: Row
+    run: Callable | Absent
+    cost: Cost
+    scale: float = 1.0
+    rate: float = 1.0
+    unit: str = ""
 
 
-def rows_of(case: Case, variants: dict, run: Run, extra: Callable) -> Iterator[Row]:
-    """Time the variants of one case together. An absent one leaves a row without a speed that says why; ours gets its
-    ratio to each of the others; extra(row, name) adds what the caller knows."""
-    blank = {name: Row("kernels", impl=name, **case.labels, **stamp(run.device)) for name in variants}
-    present = {name: fn for name, fn in variants.items() if not isinstance(fn, Absent)}
-    timed = interleaved(present, run.timer, run.case_s, run.least, warm=0) if present else {}
-    for name, fn in variants.items():
-        if isinstance(fn, Absent):
-            yield dataclasses.replace(blank[name], note=f"absent: {fn.why}", ok=name != "ours")
+OURS = ("ours", "ours, building", "hugging face patched")  # no rivals to each other
+
+
+def rows_of(variants: Iterable[Variant], run: Run, timer: Callable, warm: int = 0) -> Iterator[Row]:
+    """Time the variants together. An absent one leaves a row without a speed that says why; ours get their ratio to
+    each other variant of their dtype, and to Hugging Face in fp32, its default."""
+    variants = list(variants)
+    present = {v: v.run for v in variants if not isinstance(v.run, Absent)}
+    timed = interleaved(present, timer, run.case_s, run.least, warm=warm) if present else {}
+    pace = {v: t.median * v.scale / v.rate for v, t in timed.items()}
+    for v in variants:
+        row, ratios = v.row, {}
+        if v not in timed:
+            yield dataclasses.replace(row, note=f"absent: {v.run.why}", ok=row.impl != "ours")
             continue
-        row = filled(blank[name], timed[name], case, run.device)
-        if name == "ours":
-            others = {n: s.median / timed["ours"].median for n, s in timed.items() if n not in ("ours", "ours again")}
-            row = dataclasses.replace(row, ratios=others)
-        yield extra(row, name)
+        if row.impl in OURS:
+            for other in pace:
+                name = other.row.impl
+                if other.row.dtype != row.dtype:
+                    name = "hugging face fp32" if (name, other.row.dtype) == ("hugging face", "fp32") else ""
+                if name not in ("", "ours again", *OURS):
+                    ratios[name] = pace[other] / pace[v]
+        t, floor = timed[v], ceilings(run.device).floor_ms(v.cost, PRODUCT_DTYPE.get(row.dtype, row.dtype))
+        ms = t.median * v.scale
+        yield dataclasses.replace(
+            row, median_ms=ms, p20_ms=t.p20 * v.scale, p80_ms=t.p80 * v.scale, runs=t.runs, flops=v.cost.flops,
+            bytes=v.cost.bytes, tflops=v.cost.flops / ms / 1e9, tb_s=v.cost.bytes / ms / 1e9, floor_ms=floor,
+            pct_floor=100 * floor / ms, per_s=1e3 * v.rate / ms if v.unit else None, unit=v.unit, ratios=ratios,
+        )  # fmt: skip
+
+
+PRODUCT_DTYPE = {"int8": "bf16"}  # what weights of a narrower dtype are multiplied in
 
 
 def operations(cases: Iterable[Case], run: Run) -> Iterator[Row]:
     """Rows of single operations. One whose correctness is red has no speed."""
     for case in cases:
-        if subject(case) in run.red or run.late:
-            why = "its correctness is red" if subject(case) in run.red else "no time was left"
-            yield Row("kernels", impl="ours", **case.labels, **stamp(run.device), note=f"not timed: {why}")
+        row = functools.partial(blank, "kernels", case=case, device=run.device)
+        if why := run.refusal(subject(case)):
+            yield row("ours", note=why)
             continue
         inputs = case.inputs(run.device)
         builders = {"ours": lambda case, device: case.ours()} | peers.chosen(peers.of(case), run.peers)
         if run.device == "cuda":
             builders |= {"ours again": builders["ours"]}
-        variants = {}
+        ours, eager = run.errors.get(subject(case), (None, None))
+        more = {
+            "ours": {"err_vs_fp64": ours, "eager_err_vs_fp64": eager},
+            "ours again": {"note": "one version twice: the noise"},
+            "torch.compile": {"note": peers.COMPILED_NOTE},
+        }
+        variants = []
         for name, build in builders.items():
             made = build(case, run.device)
             if not isinstance(made, Absent):
                 given, diff = peers.operands(name, case, inputs)
                 made = warmed(functools.partial(call, made, given, diff, case.direction))
-            variants[name] = made
-
-        def with_error(row, name, case=case):
-            ours, eager = run.errors.get((case.op, case.dtype), (None, None))
-            if name == "ours":
-                return dataclasses.replace(row, err_vs_fp64=ours, eager_err_vs_fp64=eager)
-            return dataclasses.replace(row, note="one version twice: the noise") if name == "ours again" else row
-
-        yield from rows_of(case, variants, run, with_error)
+            variants.append(Variant(row(name, **more.get(name, {})), made, case.cost()))
+        yield from rows_of(variants, run, run.timer)
         torch.compiler.reset()

@@ -5,6 +5,7 @@ A peer is built for a case and answers with a callable that takes the case's inp
 
 import functools
 import importlib.util
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ from bench.cases import Case
 from igpt.kernels import reference
 
 SCORES_LIMIT = 24e9  # bytes of N x N scores past which an eager peer is not run
+# torch.compile tries Triton's products for minutes a shape unless told: the vendor's alone, unless there is time.
+GEMMS = os.environ.setdefault("TORCHINDUCTOR_MAX_AUTOTUNE_GEMM_BACKENDS", "ATEN")
+COMPILED_NOTE = f"on a GPU max-autotune, products by {'cuBLAS alone' if GEMMS == 'ATEN' else GEMMS}"
 
 
 @dataclass(frozen=True)
@@ -30,16 +34,18 @@ def importable(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
 
 
-def no_compiler(device: str) -> Absent | None:
-    if device == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
-        return Absent("torch.compile needs a C++ compiler")
-    return None
+def missing(device: str, package: str = "torch") -> Absent | None:
+    """Why a GPU's peer out of this package cannot run here."""
+    if device != "cuda":
+        return Absent("needs a GPU")
+    return None if importable(package) else Absent(f"{package} is not installed")
 
 
 def compiled(fn: Callable, device: str) -> Callable | Absent:
-    """torch.compile of a function; max-autotune on a GPU, without CUDA graphs as nothing else here has them."""
-    mode = "max-autotune-no-cudagraphs" if device == "cuda" else None
-    return no_compiler(device) or torch.compile(fn, dynamic=False, mode=mode)
+    """torch.compile of a function; max-autotune on a GPU, launched one by one."""
+    if device == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
+        return Absent("torch.compile needs a C++ compiler")
+    return torch.compile(fn, dynamic=False, mode="max-autotune-no-cudagraphs" if device == "cuda" else None)
 
 
 def eager(case: Case, device: str):
@@ -67,8 +73,8 @@ def sdpa(case: Case, device: str, backend: SDPBackend | None = None):
     """torch's fused attention: its own choice, or one backend forced."""
     if backend is None:
         return functools.partial(_sdpa, case)
-    if device != "cuda":
-        return Absent("this SDPA backend is a GPU's")
+    if absent := missing(device):
+        return absent
 
     def forced(q, k, v):
         with sdpa_kernel(backend):
@@ -85,8 +91,8 @@ def _flex(device: str):
 
 
 def flex(case: Case, device: str):
-    if device != "cuda":
-        return Absent("FlexAttention trains only on a GPU")
+    if absent := missing(device):
+        return absent
     from torch.nn.attention.flex_attention import create_block_mask
 
     mask = None
@@ -101,10 +107,8 @@ def flex(case: Case, device: str):
 
 
 def flash4(case: Case, device: str):
-    if device != "cuda" or not importable("flash_attn"):
-        return Absent("FlashAttention-4 (flash_attn.cute) is not installed" if device == "cuda" else "needs a GPU")
-    if not importable("flash_attn.cute"):
-        return Absent("flash_attn has no cute build")
+    if absent := missing(device, "flash_attn") or missing(device, "flash_attn.cute"):
+        return absent
     from flash_attn.cute import flash_attn_func
 
     def run(q, k, v):
@@ -123,8 +127,8 @@ def compiled_reference(case: Case, device: str):
 
 def liger(case: Case, device: str):
     """Liger-Kernel's norm, or its fused linear cross-entropy behind its norm."""
-    if device != "cuda" or not importable("liger_kernel"):
-        return Absent("Liger-Kernel is not installed" if device == "cuda" else "needs a GPU")
+    if absent := missing(device, "liger_kernel"):
+        return absent
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as HeadLoss
     from liger_kernel.ops.rms_norm import LigerRMSNormFunction as Norm
 
@@ -169,7 +173,7 @@ UNPACKED = ATTENTION.keys() - {"eager"}
 OTHERS = {"eager": eager, "torch.compile": compiled_reference, "torch path": torch_path, "liger": liger}
 
 
-WHOLE = ("hugging face", "hugging face patched")  # bench/models.py
+WHOLE = ("hugging face", "hugging face patched", "torch.compile graphed")  # bench/models.py
 NAMES = (*dict.fromkeys([*ATTENTION, *OTHERS]), *WHOLE)
 
 

@@ -2,7 +2,6 @@
 against Hugging Face's processor and scikit-learn's k-means."""
 
 import dataclasses
-import functools
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -14,11 +13,9 @@ from PIL import Image
 
 from bench.cases import Case, palette_cube
 from bench.cost import Cost
-from bench.machine import ceilings, stamp
-from bench.measure import Run
-from bench.peers import importable
+from bench.measure import Run, Variant, blank, rows_of
+from bench.peers import Absent, importable
 from bench.rows import Row
-from bench.timing import Stats, interleaved
 from igpt import Palette, data
 from igpt.data.encode import encode_folder
 from igpt.programs.palette import mse
@@ -30,7 +27,7 @@ SIDE = 32
 class Job:
     """One way to do `count` pictures' work; a slow peer may do fewer (`done`), its time scaled up: it is linear."""
 
-    run: Callable[[], object]
+    run: Callable[[], object] | Absent
     note: str
     done: int | None = None
 
@@ -121,21 +118,13 @@ def folder(run: Run, count: int = 4096, theirs: int = 256, side: int = 96) -> It
 def _rows(run: Run, op: str, count: int, jobs: dict[str, Job], peer: str, package: str, bytes_: float) -> Iterator[Row]:
     """The jobs timed in turns, each with its ratio to the peer; a row that says so if the peer's package is absent."""
     case = Case(op, count, SIDE * SIDE, 0, 0, "fp32", direction="fwd")
-    row = functools.partial(Row, "model", **case.labels, **stamp("cpu"))
-    times = interleaved({name: job.run for name, job in jobs.items()}, run.timer, run.case_s, run.least)
-    for name, job in jobs.items():
-        scale, t = count / (job.done or count), times[name]
-        times[name] = Stats(t.median * scale, t.p20 * scale, t.p80 * scale, t.runs)
-    floor = ceilings("cpu").floor_ms(Cost(0, bytes_), "fp32")
-    for name, t in times.items():
-        ratios = {peer: times[peer].median / t.median} if name != peer and peer in times else {}
-        yield row(
-            impl=name, median_ms=t.median, p20_ms=t.p20, p80_ms=t.p80, runs=t.runs, bytes=bytes_, floor_ms=floor,
-            pct_floor=100 * floor / t.median, per_s=1e3 * count / t.median, unit="pictures", ratios=ratios,
-            note=jobs[name].note,
-        )  # fmt: skip
-    if peer not in jobs:
-        yield row(impl=peer, note=f"absent: {package} is not installed")
+    jobs = jobs if peer in jobs else jobs | {peer: Job(Absent(f"{package} is not installed"), "")}
+    yield from rows_of((
+        Variant(
+            blank("model", name, case, "cpu", note=job.note), job.run, Cost(0, bytes_),
+            scale=count / (job.done or count), rate=count, unit="pictures",
+        ) for name, job in jobs.items()
+    ), run, run.timer, warm=1)  # fmt: skip
 
 
 QUICK, ALL = (lookup,), (lookup, fit, folder)

@@ -8,21 +8,7 @@ from pathlib import Path
 from bench import compile as compiling
 from bench import step, targets
 from bench.rows import CompileRow, Row, StepRow, joined
-
-
-def number(x: float | None, digits: int = 3) -> str:
-    """Three figures that count, no exponent where a reader needs none."""
-    if x is None:
-        return "-"
-    return f"{x:.{digits}g}" if abs(x) < 1000 else f"{x:.0f}"
-
-
-def columns(rows: list[list[str]], head: list[str], markdown: bool) -> str:
-    if markdown:
-        lines = [head, ["---"] * len(head), *([c.replace("|", "\\|") for c in row] for row in rows)]
-        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    widths = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in [head, *rows])
+from bench.tables import columns, number
 
 
 def correctness(rows: list[Row], markdown: bool) -> str:
@@ -85,6 +71,8 @@ def sections(rows: Iterable, markdown: bool) -> list[tuple[str, str]]:
     for suite, title in (("model", "Whole models and pictures"), ("kernels", "Operations"), ("sampling", "Sampling")):
         if some := [r for r in plain if r.suite == suite]:
             found.append((title, speed(some, markdown)))
+    if some := [r for r in plain if r.suite == "harness"]:
+        found.append(("The run itself", columns([[r.op, r.note] for r in some], ["what", "how it ended"], markdown)))
     if any(r.device == "cuda" for r in plain):
         text = columns(targets.verdicts(plain), targets.HEAD, markdown)
         found.append(("Numbers to reach on an H200 in bf16", text))

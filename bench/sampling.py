@@ -26,7 +26,7 @@ from bench.cases import DTYPES, tokens
 from bench.compile import capture
 from bench.cost import Cost
 from bench.machine import FAULTS, ceilings, stamp
-from bench.measure import Run, timers, warmed
+from bench.measure import Run, subject, timers, warmed
 from bench.models import ModelCase
 from bench.peers import Absent
 from bench.rows import Row, to_json
@@ -293,21 +293,18 @@ def groups(device: str, presets: Iterable[str]) -> Iterator[list[tuple[str, Deco
 
 
 def rows(wanted: Iterable[list[tuple[str, DecodeCase]]], run: Run, checked: Iterable[str] = "sml") -> Iterator[Row]:
-    """Correctness at the widths of the presets `checked`, and, if it holds, the rows of each group."""
-    red = False
+    """Correctness at the widths of the presets `checked`, then the rows of each group, but those of a dtype whose
+    correctness is red: int8 weights are multiplied in bf16."""
     for preset_name, dtype in itertools.product(checked, ("fp32", "bf16")):
         row = check(preset_name, run.device, dtype)
-        red |= not row.ok
+        run.red |= frozenset() if row.ok else {subject(row)}
         yield row
     asked = {"ours", *peers.chosen(BUILD, run.peers)}
     for group in wanted:
-        if red or run.late:
-            why = "its correctness is red" if red else "no time was left"
-            labels = {case.dtype: case.labels for name, case in group if name == "ours"}
-            for known in labels.values():
-                yield Row("sampling", impl="ours", **known, **stamp(run.device), note=f"not timed: {why}")
-            continue
-        yield from measured([(name, case) for name, case in group if name in asked], run)
+        why = {case: run.refusal(("decode", case.activations)) for _, case in group}
+        for case in dict.fromkeys(case for name, case in group if name == "ours" and why[case]):
+            yield Row("sampling", impl="ours", **case.labels, **stamp(run.device), note=why[case])
+        yield from measured([(name, case) for name, case in group if name in asked and not why[case]], run)
         torch.compiler.reset()
 
 

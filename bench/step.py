@@ -8,7 +8,9 @@ import argparse
 import contextlib
 import math
 import sys
+import time
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import astuple
 from pathlib import Path
 from unittest import mock
@@ -65,7 +67,7 @@ def account(preset: str, B: int, N: int, arch: str = "sm_90") -> list[StepRow]:
     with without_autocast(), Vendor() as vendor, capture(arch) as launches:
         model.loss(tokens).backward()
     total = defaultdict(lambda: [0, 0.0, 0.0])
-    ours = [(name := f"{x.file}.{x.name}", *astuple(cost.launch(name, x.values))[::-1]) for x in launches]
+    ours = [(f"{x.file}.{x.name}", *astuple(cost.launch(x.name, x.values))[::-1]) for x in launches]
     for is_vendor, entries in ((False, ours), (True, vendor.found)):
         for name, n_bytes, flops in entries:
             sums = total[name, is_vendor]
@@ -75,6 +77,32 @@ def account(preset: str, B: int, N: int, arch: str = "sm_90") -> list[StepRow]:
         for (name, vendor), (n, b, f) in total.items()
     ]
     return sorted(rows, key=lambda r: -r.floor_ms)
+
+
+def profile(call: Callable[[], object], runs: int = 3) -> str:
+    """Milliseconds of each kernel in one of these calls, as torch's profiler saw them, most first; of each operation
+    where there is no GPU."""
+    gpu = torch.cuda.is_available()
+    for _ in range(2):
+        call()
+    with torch.profiler.profile() as seen:
+        start = time.perf_counter()
+        for _ in range(runs):
+            call()
+        if gpu:
+            torch.cuda.synchronize()
+        wall = (time.perf_counter() - start) / runs
+    spent = [  # on a GPU of kernels alone: an operation's time is that of its kernels
+        ((x.self_device_time_total if gpu else x.self_cpu_time_total) / runs / 1e3, x.count / runs, x.key)
+        for x in seen.key_averages()
+        if (x.device_type == torch.autograd.DeviceType.CUDA and not x.is_user_annotation) == gpu
+    ]
+    spent.sort(reverse=True)
+    total, launches = (math.fsum(x[i] for x in spent) for i in (0, 1))
+    lines = [f"{1e3 * wall:.2f} ms with the profiler on; kernels' sum {total:.2f} ms, {launches:.0f} launches"]
+    lines += [f"{ms:9.3f} ms {100 * ms / total:5.1f}%  x {n:6.1f} {1e3 * ms / n:9.1f} us  {name[:100]}"
+              for ms, n, name in spent[:40]]  # fmt: skip
+    return "\n".join(lines)
 
 
 def title(rows: list[StepRow]) -> str:

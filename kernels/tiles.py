@@ -4,6 +4,8 @@ Each row says where it was measured ("H200 2026-12-01") or "compiled only". `ben
 nothing searches in the call path. Architectures that no row names use "portable", and say so once.
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -29,6 +31,20 @@ class Tile:
     programs: int = 1
     group_bytes: int = 16 << 20
     evidence: str = "compiled only"
+
+
+@contextlib.contextmanager
+def using(table: dict, key, tile: Tile) -> Iterator[None]:
+    """Within this context the table's row `key` is `tile`, whether it had one or not: for searches and tests."""
+    before = table.get(key)
+    table[key] = tile
+    try:
+        yield
+    finally:
+        if before is None:
+            del table[key]
+        else:
+            table[key] = before
 
 
 def require(kernel: str, tile: Tile, x: torch.Tensor, elements: int, stages: int = 1) -> None:
@@ -71,8 +87,9 @@ NORM_BACKWARD = {
 def row_tile(table: dict, arch: str, d: int) -> Tile:
     """The tile of a row kernel for d columns: of the narrowest class that holds them."""
     width = max(16, 1 << (d - 1).bit_length())
-    widest = min(w for a, w in table if a == "portable" and w >= width)
-    return replace(table.get((arch, widest), table["portable", widest]), BLOCK_N=width)
+    widest = max(512, width)
+    tile = table.get((arch, widest), table["portable", widest])
+    return tile if width == tile.BLOCK_N else replace(tile, BLOCK_N=width)
 
 
 def check_kernel_rows(name: str, x: torch.Tensor) -> None:

@@ -153,10 +153,10 @@ def interrupted(pictures, palette, out, monkeypatch, after: int = 3):
     monkeypatch.setattr(igpt.data.workers, "BATCH", 4)
     real = igpt.data.workers.read_batch
 
-    def stop(root, batch, first, *rest):
-        if first >= 4 * after:
+    def stop(root, files, *rest):
+        if files[0][0] >= 4 * after:
             raise KeyboardInterrupt
-        return real(root, batch, first, *rest)
+        return real(root, files, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(igpt.data.workers, "read_batch", stop)
@@ -238,6 +238,18 @@ def test_splits(pictures, palette, tmp_path):
     meta.write_text(meta.read_text().replace("eel", "owl"))
     with pytest.raises(ValueError, match=r"classes differ: .*eel.*owl"):
         data.load(str(tmp_path / "set"), "test")
+
+
+def test_loose_pictures_are_encoded_without_labels(pictures, palette, tmp_path):
+    root = tmp_path / "root"
+    for part in ("train", "test"):
+        (root / part).mkdir(parents=True)
+        (root / part / "cat").symlink_to(pictures / "cat")
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(root / "train" / "stray.png")
+    assert encode(root, tmp_path / "set", palette)["train"]["rows"] == 31
+    assert data.load(str(tmp_path / "set"), "test").labels.tolist() == [0] * 30
+    with pytest.raises(ValueError, match=r"labels are missing: stray\.png lies beside"):
+        data.load(str(tmp_path / "set")).labelled()
 
 
 def test_bad_arguments(pictures, palette, tmp_path):

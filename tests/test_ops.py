@@ -203,6 +203,20 @@ def test_cpu_functions_are_used_where_onednn_is():
     assert not cpu.suits(torch.zeros(2, 2, dtype=torch.float64))
 
 
+def test_palette_on_the_torch_path_holds_few_distances(monkeypatch):
+    """Whatever the number of pixels: a part of them at once, and the same answer."""
+    colours, palette = torch.randint(0, 256, (1000, 3), dtype=torch.uint8), torch.rand(7, 3) * 2 - 1
+    weight = torch.randint(1, 9, (1000,))
+    want, sums = reference.palette_encode(colours, palette), reference.palette_sums(colours, weight, palette)[1]
+    monkeypatch.setattr(ops, "DISTANCES", 7 * 64)
+    sizes, real = [], reference.palette_encode
+    monkeypatch.setattr(reference, "palette_encode", lambda x, p: sizes.append(len(x)) or real(x, p))
+    assert torch.equal(ops.palette_encode(colours.view(10, 100, 3), palette), want.view(10, 100))
+    got = ops.palette_sums(colours, weight, palette)
+    assert torch.equal(got[0], want) and torch.equal(got[1], sums) and max(sizes) == 64
+    assert ops.palette_encode(torch.zeros(0, 4, 3), palette).shape == (0, 4)
+
+
 def test_triton_never_falls_back():
     """Without a GPU or the interpreter impl="triton" raises; "auto" runs."""
     code = (

@@ -1,5 +1,6 @@
 """Decoding against the full forward, drawing against probabilities, seeds, bad input, and the two programs."""
 
+import dataclasses
 import math
 import sys
 from pathlib import Path
@@ -138,7 +139,10 @@ def test_top_k_one_and_tiny_temperature_are_greedy():
     model = small()
     greedy = model.generate(2, temperature=0.0)
     assert torch.equal(model.generate(2, top_k=1, seed=3), greedy)
-    assert torch.equal(model.generate(2, temperature=1e-6, seed=3), greedy)
+    for temperature in (1e-6, 1e-30, 1e-38, 1e-45, 5e-324):
+        assert torch.equal(model.generate(2, temperature=temperature, seed=3), greedy)
+    for top_p in (1e-6, 1e-45, 5e-324):
+        assert torch.equal(model.generate(2, top_p=top_p, seed=3), greedy)
 
 
 # --- decoding against the full forward
@@ -329,8 +333,9 @@ def test_kernels_log_likelihood(dtype, options, form, device, poison_empty):
 @pytest.mark.parametrize("options, named", [
     ({"temperature": -0.5}, "temperature"), ({"temperature": math.nan}, "temperature"),
     ({"temperature": math.inf}, "temperature"), ({"top_k": 0}, "top_k"), ({"top_k": 38}, "top_k.*37"),
-    ({"top_p": 0.0}, "top_p"), ({"top_p": 1.5}, "top_p"), ({"weights": "int4"}, "weights"),
-    ({"cache_dtype": "int8"}, "cache_dtype"), ({"batch": 0}, "batch"), ({"batch": 2.0}, "batch"),
+    ({"seed": 2**63}, "seed: got"), ({"top_p": 0.0}, "top_p"), ({"top_p": 1.5}, "top_p"),
+    ({"weights": "int4"}, "weights"), ({"cache_dtype": "int8"}, "cache_dtype"), ({"batch": 0}, "batch"),
+    ({"batch": 2.0}, "batch"),
 ])  # fmt: skip
 def test_bad_options(options, named):
     with pytest.raises(ValueError, match=named):
@@ -417,6 +422,18 @@ def test_complete_program(checkpoint):
         assert np.array_equal(row[0, :2], truth[:2]) and (row[0, 2:] == grid.HIDDEN).all()
         assert all(np.array_equal(cell[:2], truth[:2]) for cell in row[1:-1])
         assert not np.array_equal(row[1], row[2])
+
+
+def test_complete_leaves_unreadable_pictures_out_where_it_may(checkpoint):
+    files = tuple(checkpoint / f"{i}.png" for i in range(3))
+    for file in files:
+        Image.new("RGB", (4, 4)).save(file)
+    files[1].write_bytes(files[1].read_bytes()[:40])
+    options = complete.Options(str(checkpoint), pictures=files, completions=2, out=checkpoint / "c.png")
+    with pytest.raises(ValueError, match=r"1\.png: unreadable picture"):
+        complete.run(options)
+    with pytest.warns(UserWarning, match=r"pictures: left out 1 unreadable of 3 pictures \(.*1\.png\)"):
+        assert complete.run(dataclasses.replace(options, skip_bad=True))["pictures"] == 4
 
 
 def test_programs_refuse(checkpoint, monkeypatch):

@@ -28,15 +28,39 @@ def check_filter(resample: str) -> Image.Resampling:
 
 
 def open_picture(path: str | Path) -> Image.Image:
-    """RGB, upright by its EXIF orientation, transparency on white. Raises ValueError naming an unreadable file."""
+    """As to_rgb has it, upright by its EXIF orientation. Raises ValueError naming an unreadable file."""
     try:
         with Image.open(path) as file:
-            picture = ImageOps.exif_transpose(file)
-            if picture.has_transparency_data:
-                picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
-            return picture.convert("RGB")
+            return to_rgb(ImageOps.exif_transpose(file), file)
     except BROKEN as error:
         raise ValueError(f"{path}: unreadable picture: {type(error).__name__}: {error}") from error
+
+
+def to_rgb(picture: Image.Image, file: Image.Image | None = None) -> Image.Image:
+    """8-bit RGB, transparency on white. Greys of more than 8 bits are scaled: white is the largest number of the bits
+    of the `file` that the picture is from (default: itself), or 1 for floats. Raises ValueError where white isn't
+    known: 32-bit and signed integers, floats outside of [0, 1]."""
+    if picture.mode.startswith(("I", "F")):
+        return wide_grey(picture, file or picture)
+    if picture.has_transparency_data:
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
+    return picture.convert("RGB")
+
+
+def wide_grey(picture: Image.Image, file: Image.Image) -> Image.Image:
+    """Modes I;16 (and its relatives), I and F, which Pillow's own convert would clip at 255."""
+    grey, tags = np.asarray(picture), getattr(file, "tag_v2", {})  # TIFF's: 258 the bits, 262 whether 0 is white
+    if picture.mode == "F":
+        if not (grey.min() >= 0 and grey.max() <= 1):
+            raise ValueError(f"got floats from {grey.min()} to {grey.max()}, expected 0 (black) to 1 (white)")
+        top = 1
+    elif picture.mode == "I" and file.format not in ("PNG", "PPM"):  # these two are unsigned, of 16 bits
+        raise ValueError("got 32-bit or signed integers, expected unsigned ones of at most 16 bits")
+    else:
+        top = 2 ** tags.get(258, (16,))[0] - 1
+    share = 1 - grey / top if tags.get(262) == 0 else grey / top
+    share[grey == picture.info.get("transparency", -1)] = 1
+    return Image.fromarray(np.rint(255 * share).astype(np.uint8)).convert("RGB")
 
 
 def shorter_side(picture: Image.Image, to: int, resample: str) -> Image.Image:

@@ -14,7 +14,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from igpt.data.crops import CROPS, check_filter
-from igpt.data.folder import check_classes, list_pictures, split_folders
+from igpt.data.folder import check_classes, list_pictures, split_folders, warn_of_bad
 from igpt.data.token_sets import finish, write_json
 from igpt.data.workers import available_cores, read_squares
 from igpt.palette import Palette
@@ -31,10 +31,10 @@ def encode_folder(
     set `out`, which igpt.data.load reads. Returns the meta.json of each split, {"train": {...}, ...}.
 
     crop: "eval" and "train" are ImageNet's, "stretch" takes the whole picture; those that are size x size already stay.
-    workers: processes (default: all cores; 0: none), started by spawn, so a script needs its `__main__` guard. Called
-    again after any interruption it goes on where it was; with other settings it refuses. An unreadable picture raises
-    ValueError naming it; with skip_bad it is left out and counted (meta["skipped"]). Memory: the names of the files,
-    and a few tasks for each worker."""
+    workers: processes (default: all cores; 0: threads of this one), started by spawn, so a script needs its `__main__`
+    guard. Called again after any interruption it goes on where it was; with other settings it refuses. An unreadable
+    picture raises ValueError naming it; with skip_bad it is left out and counted (meta["skipped"]). Memory: the names
+    of the files, and a few tasks for each worker."""
     if crop not in CROPS:
         raise ValueError(f"crop: got {crop!r}, expected one of {sorted(CROPS)}")
     check_filter(resample)
@@ -46,18 +46,19 @@ def encode_folder(
     workers = available_cores() if workers is None else workers
     how = {"size": size, "crop": crop, "resample": resample, "seed": seed}
     roots = split_folders(source)
+    listed = {part: list_pictures(root) for part, root in roots.items()}
     metas = {}
-    for part, root in roots.items():
-        names, labels, classes = list_pictures(root)
-        if part != "train":
-            check_classes(root, classes, roots["train"])
-        job = Job(root, out if root == source else out / part, names, palette, how)
+    for part, files in listed.items():
+        check_classes(files, listed["train"])
+        job = Job(files.root, out if files.root == source else out / part, files.names, palette, how)
         state = job.run(workers, skip_bad, progress)
+        warn_of_bad(files.root, state["skipped"], len(files))
+        labels = files.labels
         if labels is not None:
             skipped = set(state["skipped"])
-            labels = labels[[name not in skipped for name in names]]
-        notes = {**job.settings, "skipped": state["skipped"]}
-        metas[part] = finish(job.out, (size, size), state["rows"], labels, classes, palette, notes)
+            labels = labels[[name not in skipped for name in files.names]]
+        notes = {**job.settings, "skipped": state["skipped"], "unlabelled": files.unlabelled}
+        metas[part] = finish(job.out, (size, size), state["rows"], labels, files.classes, palette, notes)
         job.progress.unlink(missing_ok=True)
     return metas
 
@@ -108,7 +109,7 @@ class Job:
 
     def append(self, state: dict, workers: int, skip_bad: bool, progress: bool) -> None:
         """Encodes the files that are left, in order, keeping `state` and progress.json up to date."""
-        batches = read_squares(self.root, self.names, state["done"], workers, **self.how)
+        batches = read_squares(self.root, self.names, range(state["done"], len(self.names)), workers, **self.how)
         bar = tqdm(total=len(self.names), initial=state["done"], unit="picture", unit_scale=True, desc=self.root.name,
                    disable=not progress)
         with bar, open(self.partial, "r+b" if self.partial.exists() else "w+b") as file:

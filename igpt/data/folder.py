@@ -1,15 +1,20 @@
-"""Folders of picture files; subfolders are labels. Decoding is spread over threads (into memory) or processes."""
+"""Folders of picture files; subfolders are labels. Nothing is left out without a word: what is passed over is counted,
+and a warning says so with an example."""
 
 import os
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+import warnings
+from collections import Counter
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
-from igpt.data.crops import CROPS, square
+from igpt.data.crops import CROPS
 from igpt.data.formats import Parts, choose
 from igpt.data.pictures import Pictures
+from igpt.data.workers import available_cores, read_squares
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 SPLIT_FOLDERS = {"train": ("train",), "valid": ("valid", "val"), "test": ("test",)}
@@ -19,84 +24,145 @@ def split_folders(path: Path) -> dict[str, Path]:
     """{split: folder}: of train/, valid/ (or val/) and test/ where there is a train/, else the whole as train."""
     if not (path / "train").is_dir():
         return {"train": path}
-    return {
-        part: path / name for part, names in SPLIT_FOLDERS.items() for name in names if (path / name).is_dir()
-    }
+    found = {part: [path / name for name in names if (path / name).is_dir()] for part, names in SPLIT_FOLDERS.items()}
+    if len(found["valid"]) > 1:
+        raise ValueError(f"{path}: got both valid/ and val/, expected one of them")
+    return {part: folders[0] for part, folders in found.items() if folders}
 
 
-def list_pictures(root: Path) -> tuple[list[str], np.ndarray | None, tuple[str, ...]]:
-    """Picture files below root in a fixed order, as paths relative to it; their labels (the first subfolder), or None
-    where all lie in root itself; the classes. Hidden files and other suffixes are passed over.
+@dataclass(frozen=True)
+class Files:
+    """Picture files of one folder, not read yet: those of `names`, relative to root, at the `places`.
 
-    Raises ValueError if there are none, or if some lie in subfolders and some have no label."""
-    names = []
-    for folder, _, files in os.walk(root):
-        inside = os.path.relpath(folder, root)
-        names += [
-            name if inside == "." else f"{inside}{os.sep}{name}"
-            for name in files
-            if name.lower().endswith(SUFFIXES) and not name.startswith(".")
-        ]
+    labels: int64 for each name, indices into classes; None, and `unlabelled` says why, where some have none."""
+
+    root: Path
+    names: list[str]
+    places: np.ndarray
+    labels: np.ndarray | None = None
+    classes: tuple[str, ...] = ()
+    unlabelled: str = ""
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def rows(self, index) -> "Files":
+        return replace(self, places=self.places[index])
+
+    def read(
+        self, size: int, crop: str = "eval", resample: str = "bilinear", seed: int = 0, skip_bad: bool = False,
+        workers: int | None = 0,
+    ) -> Pictures:  # fmt: skip
+        """The files as size x size, by `workers` processes (None: one a core; 0: threads of this one). Unreadable ones
+        raise ValueError naming the first, or with skip_bad are left out."""
+        workers = available_cores() if workers is None else workers
+        images, skipped = np.empty((len(self), size, size, 3), np.uint8), []
+        batches = read_squares(
+            self.root, self.names, self.places, workers, size=size, crop=crop, seed=seed, resample=resample
+        )
+        rows = 0
+        with tqdm(total=len(self), unit="picture", desc=f"reading {self.root.name}", delay=1) as bar:
+            for count, squares, bad in batches:
+                if bad and not skip_bad:
+                    raise ValueError(f"{bad[0][1]} (skip_bad leaves such pictures out)")
+                images[rows : rows + len(squares)] = squares
+                rows += len(squares)
+                skipped += [name for name, _ in bad]
+                bar.update(count)
+        if not rows and len(self):
+            raise ValueError(f"{self.root}: none of its {len(self)} pictures can be read")
+        warn_of_bad(self.root, skipped, len(self))
+        left_out = set(skipped)
+        good = [place for place in self.places if self.names[place] not in left_out] if left_out else self.places
+        return Pictures(
+            name=str(self.root), size=(size, size), images=images[:rows], classes=self.classes,
+            labels=None if self.labels is None else self.labels[good], skipped=tuple(skipped),
+            unlabelled=self.unlabelled,
+        )  # fmt: skip
+
+
+def warn_of_bad(where: Path | str, skipped: list[str], count: int) -> None:
+    if skipped:
+        warnings.warn(f"{where}: left out {len(skipped)} unreadable of {count} pictures ({skipped[0]})", stacklevel=3)
+
+
+def list_pictures(root: Path) -> Files:
+    """Picture files below root in a fixed order, labelled by the first subfolder if all lie in one. Links are followed,
+    but not around in circles. Hidden files and folders and other suffixes are passed over.
+
+    Raises ValueError if there are none, OSError for a folder that cannot be read."""
+    names, passed_over, suffixes = [], Counter(), Counter()
+    above = {str(root): (os.path.realpath(root),)}  # of a folder to visit, itself and the folders it was reached by
+    example = {}
+
+    def pass_over(what: str, where: str) -> None:
+        passed_over[what] += 1
+        example.setdefault(what, os.path.relpath(where, root))
+
+    for folder, subfolders, files in os.walk(root, followlinks=True, onerror=_raise):
+        way, inside = above.pop(folder), os.path.relpath(folder, root)
+        for name in sorted(subfolders):
+            path = os.path.join(folder, name)
+            if name.startswith("."):
+                pass_over("hidden folders", path)
+            elif (real := os.path.realpath(path)) in way:
+                pass_over("links back to a folder they lie in", path)
+            else:
+                above[path] = (*way, real)
+        subfolders[:] = [name for name in sorted(subfolders) if os.path.join(folder, name) in above]
+        for name in sorted(files):
+            if name.startswith("."):
+                pass_over("hidden files", os.path.join(folder, name))
+            elif name.lower().endswith(SUFFIXES):
+                names.append(name if inside == "." else f"{inside}{os.sep}{name}")
+            else:
+                pass_over("other files", os.path.join(folder, name))
+                suffixes[os.path.splitext(name)[1]] += 1
     if not names:
         raise ValueError(f"{root}: no pictures here, expected files {SUFFIXES}")
     names.sort()
     tops = [name.partition(os.sep)[0] if os.sep in name else None for name in names]
     classes = tuple(sorted({top for top in tops if top is not None}))
-    if not classes:
-        return names, None, ()
+    for entry in sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith(".")):
+        if entry not in classes:
+            pass_over("folders without pictures", os.path.join(root, entry))
+    if passed_over:
+        said = ", ".join(f"{count} {what} ({example[what]})" for what, count in passed_over.items())
+        kinds = ", ".join(f"{count} {suffix or 'without a suffix'}" for suffix, count in suffixes.most_common(5))
+        warnings.warn(f"{root}: passed over {said}" + f"; {kinds}" * bool(kinds), stacklevel=2)
+    files = Files(root, names, np.arange(len(names)))
     if None in tops:
-        raise ValueError(
-            f"{root}: label missing: {names[tops.index(None)]} lies beside the labelled subfolders {list(classes[:5])}"
-        )
+        beside = f"{names[tops.index(None)]} lies beside the labelled subfolders {list(classes[:5])}"
+        return replace(files, unlabelled=beside if classes else "its pictures lie in no subfolders")
     index = {name: i for i, name in enumerate(classes)}
-    return names, np.array([index[top] for top in tops], np.int64), classes
+    return replace(files, labels=np.array([index[top] for top in tops], np.int64), classes=classes)
 
 
-def check_classes(root: Path, classes: tuple[str, ...], train_root: Path) -> None:
-    """Raises ValueError unless a split has the classes that train has."""
-    expected = list_pictures(train_root)[2]
-    if classes != expected:
+def _raise(error: OSError):
+    raise error
+
+
+def check_classes(split: Files, train: Files) -> None:
+    """Raises ValueError if two labelled splits are not labelled by the same classes."""
+    ours, theirs = set(train.classes), set(split.classes)
+    if ours and theirs and ours != theirs:
         raise ValueError(
-            f"classes differ: only in {train_root} {sorted(set(expected) - set(classes))}, only in {root} "
-            f"{sorted(set(classes) - set(expected))}"
+            f"classes differ: only in {train.root} {sorted(ours - theirs)}, only in {split.root} "
+            f"{sorted(theirs - ours)}"
         )
 
 
-def read_folder(root: Path, size: int, crop: str, resample: str, seed: int, skip_bad: bool) -> Pictures:
-    """All pictures below root as size x size. Unreadable ones raise ValueError, or with skip_bad are left out."""
-    names, labels, classes = list_pictures(root)
-
-    def one(i: int) -> np.ndarray | None:
-        try:
-            return square(root / names[i], size, crop, (seed, i), resample)
-        except ValueError as error:
-            if skip_bad:
-                return None
-            raise ValueError(f"{error} (igpt encode --skip-bad leaves such pictures out)") from error
-
-    with ThreadPoolExecutor() as threads:
-        images = list(threads.map(one, range(len(names))))
-    good = [i for i, image in enumerate(images) if image is not None]
-    if not good:
-        raise ValueError(f"{root}: none of its {len(names)} pictures can be read")
-    return Pictures(
-        name=str(root), size=(size, size), images=np.stack([images[i] for i in good]),
-        labels=None if labels is None else labels[good], classes=classes,
-        skipped=tuple(name for name, image in zip(names, images) if image is None),
-    )
-
-
-def folder(path: Path, labels: str | None, size: int, crop: str, resample: str, seed: int, skip_bad: bool) -> Parts:
-    """A folder of pictures, all read into memory; for more than fit there, see encode_folder."""
+def folder(path: Path, labels: str | None, crop: str) -> Parts:
+    """A folder of pictures, to be read into memory; for more than fit there, see encode_folder."""
     choose(labels, "class")
     if crop not in CROPS:
         raise ValueError(f"crop: got {crop!r}, expected one of {sorted(CROPS)}")
-    roots = split_folders(path)
+    roots, listed = split_folders(path), cache(list_pictures)
 
-    def read(part: str) -> Pictures:
-        pictures = read_folder(roots[part], size, crop, resample, seed, skip_bad)
+    def split(part: str) -> Files:
+        files = listed(roots[part])
         if part != "train":
-            check_classes(roots[part], pictures.classes, roots["train"])
-        return pictures
+            check_classes(files, listed(roots["train"]))
+        return files
 
-    return {part: partial(read, part) for part in roots}
+    return {part: partial(split, part) for part in roots}

@@ -1,8 +1,8 @@
-"""Readers of picture sets: the built-in emoji, CIFAR and STL-10 binaries, IDX files (the MNIST family).
+"""Readers of picture sets: the built-in emoji, CIFAR, STL-10's binaries, IDX files (the MNIST family).
 
 A reader is a function (path, labels) -> {split: function that gives that split as Pictures}, of the splits that it
 finds at the path ("train", "valid", "test", "unlabeled"); empty where the path is no such set. Truncated or foreign
-files raise a ValueError that names the file, what came and what was expected. Nothing is unpickled.
+files raise a ValueError that names the file, what came and what was expected. Nothing in a pickle is run.
 """
 
 import gzip
@@ -10,11 +10,14 @@ import math
 import struct
 import zlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
+from igpt.data import inert_pickle
 from igpt.data.pictures import Pictures
 from igpt.palette import Palette
 
@@ -58,44 +61,94 @@ def emoji(path: Path, labels: str | None) -> Parts:
     return {part: partial(read, part) for part in ("train", "valid", "test")}
 
 
-def cifar(path: Path, folder: str, train: tuple[str, ...], test: str, columns: dict, labels: str | None) -> Parts:
-    """CIFAR's binary version: records of a byte for each of `columns` (kind of label -> its place, classes, file of
-    their names; the default first), then 3 planes of 32x32."""
-    root = path / folder if (path / folder).is_dir() else path
-    length = len(columns) + 3 * 32 * 32
+class Labels(NamedTuple):
+    """One kind of labels in CIFAR's files."""
 
-    def records(file: Path) -> np.ndarray:
-        if not file.is_file():
-            raise ValueError(f"{file}: missing")
-        data = np.fromfile(file, np.uint8)
-        if len(data) == 0 or len(data) % length:
-            raise ValueError(f"{file}: truncated: got {len(data)} bytes, expected a multiple of {length}")
-        return data.reshape(-1, length)
+    place: int  # in a binary record
+    count: int  # classes
+    names_file: str  # of the binary version
+    key: str  # in a pickle
+    names_key: str  # in the pickle of names
 
-    def read(names: tuple[str, ...]) -> Pictures:
-        data = np.concatenate([records(root / name) for name in names])
-        planes = data[:, len(columns) :].reshape(-1, 3, 32, 32)
-        place, count, names_file = columns[choose(labels, *columns)]
+
+@dataclass(frozen=True)
+class Cifar:
+    """One of the two sets: folders of its versions, files, and kinds of labels, the default first."""
+
+    binary: str
+    python: str
+    train: tuple[str, ...]
+    test: str
+    names: str
+    kinds: dict[str, Labels]
+
+    def parts(self, path: Path, labels: str | None) -> Parts:
+        """Of the binary version or else the Python one, whose files have no suffix."""
+        for folder, suffix, read in ((self.binary, ".bin", self.binary_file), (self.python, "", self.python_file)):
+            root = path / folder if (path / folder).is_dir() else path
+            files = {
+                part: [root / f"{name}{suffix}" for name in names]
+                for part, names in (("train", self.train), ("test", (self.test,)))
+            }
+            if found := {part: paths for part, paths in files.items() if any(file.is_file() for file in paths)}:
+                return {part: partial(self.pictures, root, paths, read, labels) for part, paths in found.items()}
+        return {}
+
+    def pictures(self, root: Path, files: list[Path], read: Callable, labels: str | None) -> Pictures:
+        kind = choose(labels, *self.kinds)
+        if missing := [file for file in files if not file.is_file()]:
+            raise ValueError(f"{missing[0]}: missing")
+        planes, y = (np.concatenate(arrays) for arrays in zip(*(read(file, kind) for file in files)))
         return Pictures(
-            name=str(root), size=(32, 32), images=np.ascontiguousarray(planes.transpose(0, 2, 3, 1)),
-            labels=data[:, place].astype(np.int64), classes=class_names(root / names_file, count),
+            name=str(root), size=(32, 32), labels=y.astype(np.int64), classes=self.classes(root, kind, read),
+            images=np.ascontiguousarray(planes.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)),
         )
 
-    files = {"train": train, "test": (test,)}
-    return {part: partial(read, names) for part, names in files.items() if any((root / n).is_file() for n in names)}
+    def binary_file(self, file: Path, kind: str) -> tuple[np.ndarray, np.ndarray]:
+        """Records of a byte for each kind of label, then 3 planes of 32x32."""
+        data, length = np.fromfile(file, np.uint8), len(self.kinds) + 3 * 32 * 32
+        if len(data) == 0 or len(data) % length:
+            raise ValueError(f"{file}: truncated: got {len(data)} bytes, expected a multiple of {length}")
+        data = data.reshape(-1, length)
+        return data[:, len(self.kinds) :], data[:, self.kinds[kind].place]
+
+    def python_file(self, file: Path, kind: str) -> tuple[np.ndarray, np.ndarray]:
+        """A pickled dictionary, of which nothing is run."""
+        values, key = inert_pickle.read(file), self.kinds[kind].key
+        try:
+            planes, y = inert_pickle.array(values["data"]), np.array(values[key])
+        except (KeyError, ValueError, TypeError) as error:
+            raise ValueError(f"{file}: not CIFAR's Python version: {error}") from error
+        if planes.ndim != 2 or planes.shape[1] != 3 * 32 * 32 or y.shape != planes.shape[:1] or y.dtype.kind != "i":
+            got = f"{planes.shape} and {y.dtype} {y.shape}"
+            raise ValueError(f"{file}: got data and {key} of {got}, expected (N, 3072) and integers (N,)")
+        return planes, y
+
+    def classes(self, root: Path, kind: str, read: Callable) -> tuple[str, ...]:
+        labels, pickled = self.kinds[kind], root / self.names
+        if read == self.binary_file or not pickled.is_file():
+            return class_names(root / labels.names_file, labels.count)
+        names = inert_pickle.read(pickled).get(labels.names_key)
+        if not isinstance(names, list) or len(names) != labels.count:
+            raise ValueError(f"{pickled}: got {names!r:.80}, expected {labels.count} {labels.names_key}")
+        return tuple(map(inert_pickle.text, names))
 
 
 def cifar10(path: Path, labels: str | None) -> Parts:
-    """CIFAR-10, binary version: data_batch_1.bin to data_batch_5.bin, test_batch.bin."""
-    columns = {"class": (0, 10, "batches.meta.txt")}
-    train = tuple(f"data_batch_{i}.bin" for i in range(1, 6))
-    return cifar(path, "cifar-10-batches-bin", train, "test_batch.bin", columns, labels)
+    """CIFAR-10, binary or Python version."""
+    kinds = {"class": Labels(0, 10, "batches.meta.txt", "labels", "label_names")}
+    train = tuple(f"data_batch_{i}" for i in range(1, 6))
+    files = Cifar("cifar-10-batches-bin", "cifar-10-batches-py", train, "test_batch", "batches.meta", kinds)
+    return files.parts(path, labels)
 
 
 def cifar100(path: Path, labels: str | None) -> Parts:
-    """CIFAR-100, binary version: train.bin, test.bin; labels "fine" (100, the default) or "coarse" (20)."""
-    columns = {"fine": (1, 100, "fine_label_names.txt"), "coarse": (0, 20, "coarse_label_names.txt")}
-    return cifar(path, "cifar-100-binary", ("train.bin",), "test.bin", columns, labels)
+    """CIFAR-100, binary or Python version; labels "fine" (100, the default) or "coarse" (20)."""
+    kinds = {
+        kind: Labels(place, count, f"{kind}_label_names.txt", f"{kind}_labels", f"{kind}_label_names")
+        for kind, place, count in (("fine", 1, 100), ("coarse", 0, 20))
+    }
+    return Cifar("cifar-100-binary", "cifar-100-python", ("train",), "test", "meta", kinds).parts(path, labels)
 
 
 def stl10(path: Path, labels: str | None) -> Parts:
@@ -138,7 +191,8 @@ def read_idx(path: Path, rank: int) -> np.ndarray:
 
 def idx(path: Path, labels: str | None) -> Parts:
     """MNIST, Fashion-MNIST, EMNIST: PREFIXtrain-images-idx3-ubyte and the like, .gz or plain. Grey becomes RGB, padded
-    with 0 to 32x32."""
+    with 0 to 32x32. Classes are the labels that occur (EMNIST's letters count from 1). EMNIST's pictures, which it
+    stores column by column, come upright."""
 
     def find(stem: str, what: str) -> Path | None:
         pattern = f"*{stem}-{what}[-.]idx?-ubyte"
@@ -151,18 +205,22 @@ def idx(path: Path, labels: str | None) -> Parts:
 
     def read(part: str) -> Pictures:
         choose(labels, "class")
-        grey = read_idx(find(stems[part], "images"), 3)
+        file = find(stems[part], "images")
+        grey = read_idx(file, 3)
+        if file.name.startswith("emnist"):
+            grey = grey.swapaxes(1, 2)
         height, width = grey.shape[1:]
         if max(height, width) > 32:
             raise ValueError(f"{path}: got pictures of {height}x{width}, expected at most 32x32")
         top, left = (32 - height) // 2, (32 - width) // 2
         padded = np.pad(grey, ((0, 0), (top, 32 - height - top), (left, 32 - width - left)))
-        y = {p: read_idx(f, 1).astype(np.int64) for p, stem in stems.items() if (f := find(stem, "labels"))}
-        if "train" in y and part in y and (extra := sorted(set(y[part].tolist()) - set(y["train"].tolist()))):
+        y = {p: read_idx(f, 1) for p, stem in stems.items() if (f := find(stem, "labels"))}
+        values = np.unique(y.get("train", y.get(part, np.empty(0))))
+        if part in y and (extra := sorted(set(y[part].tolist()) - set(values.tolist()))):
             raise ValueError(f"{path}: classes differ: {extra} are in {part} and not in train")
         return Pictures(
-            name=str(path), size=(32, 32), images=np.repeat(padded[..., None], 3, axis=-1), labels=y.get(part),
-            classes=tuple(map(str, range(1 + max((int(v.max()) for v in y.values() if len(v)), default=-1)))),
+            name=str(path), size=(32, 32), images=np.repeat(padded[..., None], 3, axis=-1),
+            labels=np.searchsorted(values, y[part]) if part in y else None, classes=tuple(map(str, values)),
         )
 
     return {part: partial(read, part) for part, stem in stems.items() if path.is_dir() and find(stem, "images")}

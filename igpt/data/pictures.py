@@ -30,7 +30,7 @@ class Pictures:
 
     name: where it is from, for messages; size: (H, W); labels: int64 (N,) or None, indices into classes;
     palette: the one that made the tokens, or the set's own, where it has one; vocab: colours that tokens count to;
-    skipped: unreadable files that were left out.
+    skipped: unreadable files that were left out; unlabelled: why there are no labels, where that can be said.
     tokens may be a memory map or Rows of one: index them, `tokens[batch]`, to get an array."""
 
     name: str
@@ -42,6 +42,7 @@ class Pictures:
     palette: Palette | None = None
     vocab: int | None = None
     skipped: tuple[str, ...] = ()
+    unlabelled: str = ""
 
     def __post_init__(self):
         for field in ("images", "tokens", "labels"):
@@ -91,7 +92,7 @@ class Pictures:
     def labelled(self) -> "Pictures":
         """Itself, or ValueError if it has no labels."""
         if self.labels is None:
-            raise ValueError(f"{self.name}: labels are missing")
+            raise ValueError(f"{self.name}: labels are missing" + f": {self.unlabelled}" * bool(self.unlabelled))
         return self
 
 
@@ -110,12 +111,17 @@ def joined(name: str, parts: list[Pictures]) -> Pictures:
     """Parts of one set, one after the other: the held-out part folded back."""
     if len(parts) == 1:
         return replace(parts[0], name=name)
-    if any(part.labels is not None for part in parts):
+    unlabelled = next((part.unlabelled for part in parts if part.labels is None), None)
+    fields = ["images", "tokens"]
+    if unlabelled is None:
+        fields.append("labels")
         for part in parts:
             same_classes(parts[0], part)
     arrays = {
         field: np.concatenate([np.asarray(getattr(part, field)) for part in parts])
-        for field in ("images", "tokens", "labels")
+        for field in fields
         if getattr(parts[0], field) is not None
     }
-    return replace(parts[0], name=name, **arrays)
+    skipped = tuple(name for part in parts for name in part.skipped)
+    whole = {"labels": None, "unlabelled": unlabelled or "", "skipped": skipped, **arrays}
+    return replace(parts[0], name=name, **whole)

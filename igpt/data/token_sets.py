@@ -86,16 +86,17 @@ def read_meta(folder: Path) -> dict:
         raise ValueError(f"{folder}: has no meta.json: it was not finished; encode it again to go on")
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
-        return {key: meta[key] for key in META}
+        return {"unlabelled": meta.get("unlabelled", ""), **{key: meta[key] for key in META}}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a token set's: {error!r}, expected JSON with {META}") from error
 
 
 def read_tokens(folder: Path, train: Path) -> Pictures:
-    """A token set of ours, whose classes must be those of `train`. The tokens stay on disk; their range is checked
-    once, here."""
+    """A token set of ours, whose classes must be those of `train` if both are labelled. The tokens stay on disk; their
+    range is checked once, here."""
     meta, path = read_meta(folder), folder / "tokens.npy"
-    if folder != train and meta["classes"] != (there := read_meta(train)["classes"]):
+    there = meta["classes"] if folder == train else read_meta(train)["classes"]
+    if meta["classes"] and there and meta["classes"] != there:
         raise ValueError(f"classes differ: {train} has {there}, {folder} has {meta['classes']}; expected the same")
     shape, size = (meta["rows"], meta["height"] * meta["width"]), (meta["height"], meta["width"])
     ids = load_npy(path)
@@ -112,7 +113,7 @@ def read_tokens(folder: Path, train: Path) -> Pictures:
             raise ValueError(f"{folder / 'labels.npy'}: got {labels.dtype} {labels.shape}, expected integers (N,)")
         labels = np.array(labels, np.int64)
     return Pictures(name=str(folder), size=size, tokens=ids, labels=labels, classes=tuple(meta["classes"]),
-                    palette=palette, vocab=meta["vocab"])
+                    palette=palette, vocab=meta["vocab"], unlabelled=meta["unlabelled"])
 
 
 def tokens(path: Path, labels: str | None) -> Parts:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from igpt.data.crops import check_filter
+from igpt.data.crops import check_filter, to_rgb
 from igpt.palette import Palette
 
 
@@ -88,8 +88,8 @@ def processor_tokens(images, size: int | tuple[int, int], palette: Palette, resa
     """The tokens int64 (B, H*W) that transformers' ImageGPTImageProcessorPil makes of pictures: the whole picture is
     resized to `size` (side, or height and width) whatever its proportions, each pixel then becomes its nearest colour.
 
-    images: PIL pictures or uint8 arrays (H, W, 3); modes other than RGB are converted, where theirs raises. The
-    paper's crops are igpt.crops' and the default of `igpt encode`. Raises ValueError naming a bad argument."""
+    images: PIL pictures or uint8 arrays (H, W, 3); other modes become RGB as a file's would, where theirs raises. The
+    paper's crops are igpt.data.crops' and the default of `igpt encode`. Raises ValueError naming a bad argument."""
     height, width = (size, size) if isinstance(size, int) else size
     squares = []
     for image in images:
@@ -98,7 +98,7 @@ def processor_tokens(images, size: int | tuple[int, int], palette: Palette, resa
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
                 raise ValueError(f"images: got {image.dtype} {image.shape}, expected pictures or uint8 (H, W, 3)")
             image = Image.fromarray(image)
-        squares.append(np.asarray(image.convert("RGB").resize((width, height), check_filter(resample))))
+        squares.append(np.asarray(to_rgb(image).resize((width, height), check_filter(resample))))
     if not squares:
         raise ValueError("images: got none, expected at least one picture")
     return palette.encode(np.stack(squares))

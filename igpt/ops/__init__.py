@@ -4,7 +4,7 @@
   fall-back.
 - "torch": the quickest exact PyTorch path: on a CPU igpt/cpu.py and igpt/cpu_attention.py; elsewhere SDPA for
   attention and the activation's constants in the alpha of the MLP's products.
-- "auto": "triton" for fp16, bf16 and fp32 tensors on a GPU, "torch" otherwise.
+- "auto": "triton" for fp16, bf16 and fp32 tensors on a GPU, but under torch.func.vmap, "torch" otherwise.
 
 Bad arguments raise ValueError before any work (igpt/kernels/checks.py). Parameters are cast to the activations' dtype
 here, so fp32 parameters under bf16 activations get fp32 gradients. Meanings, formulas and sources:
@@ -36,19 +36,22 @@ if HAS_TRITON:
     from igpt.kernels.device import check_device
 
 IMPLS = ("auto", "triton", "torch")
+DISTANCES = 1 << 21  # of pixels from colours, held at once by the torch path: 60 MB, as each takes 28 bytes at work
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def resolve(impl: str, x: torch.Tensor) -> bool:
     """True if the Triton kernels run on x. Raises ValueError for an unknown impl, or "triton" where they cannot run."""
     if impl == "auto":
-        return HAS_TRITON and x.is_cuda and (x.dtype in FLOATS or not x.is_floating_point())
+        return HAS_TRITON and x.is_cuda and (x.dtype in FLOATS or not x.is_floating_point()) and not checks.is_vmap()
     if impl == "torch":
         return False
     if impl != "triton":
         raise ValueError(f"impl: got {impl!r}, expected one of {IMPLS}")
     if not HAS_TRITON:
         raise ValueError("impl='triton': Triton is not installed; expected impl='torch' or 'auto'")
+    if checks.is_vmap():
+        raise ValueError("impl='triton': the kernels take no batch of vmap's; expected impl='torch' or 'auto'")
     check_device("impl='triton'", x)
     if x.is_floating_point() and x.dtype not in FLOATS:
         raise ValueError(f"impl='triton': got {x.dtype}, expected one of {FLOATS}; fp64 runs with impl='torch'")
@@ -164,7 +167,9 @@ def _torch_norm_mlp(x, norm_weight, w_fc, w_proj, b_fc, b_proj, eps, centred, re
         hidden = F.silu(pre, inplace=not torch.is_grad_enabled())
         return _addmm(x if b_proj is None else x + b_proj, hidden, w_proj, alpha=1 / reference.QUICK_GELU)
 
-    return checkpoint(out, pre, use_reentrant=False) if recompute and torch.is_grad_enabled() else out(pre)
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(out, pre, use_reentrant=False, preserve_rng_state=False)
+    return out(pre)
 
 
 def embed(tokens, wte, wpe, sos=None, masked=None, *, dtype: torch.dtype | None = None, impl: str = "auto"):
@@ -200,7 +205,8 @@ def palette_encode(pixels, palette, *, impl: str = "auto"):
     if resolve(impl, pixels):
         return palette_kernel.palette_encode(pixels, palette)
     checks.palette_encode(pixels, palette)
-    return reference.palette_encode(pixels, palette)
+    parts = pixels.reshape(-1, 3).split(_pixels_at_once(palette))
+    return torch.cat([reference.palette_encode(part, palette) for part in parts]).view(pixels.shape[:-1])
 
 
 def palette_decode(tokens, palette, *, impl: str = "auto"):
@@ -218,7 +224,13 @@ def palette_sums(colours, weight, palette, *, impl: str = "auto"):
     if resolve(impl, colours):
         return palette_kernel.palette_sums(colours, weight, palette)
     checks.palette_sums(colours, weight, palette)
-    return reference.palette_sums(colours, weight, palette)
+    parts = zip(*(t.split(_pixels_at_once(palette)) for t in (colours, weight)))
+    index, sums = zip(*(reference.palette_sums(*part, palette) for part in parts))
+    return torch.cat(index), sum(sums)
+
+
+def _pixels_at_once(palette) -> int:
+    return max(1, DISTANCES // palette.shape[0])
 
 
 def _rows(function, x, *args):
@@ -229,12 +241,12 @@ def _rows(function, x, *args):
 
 def _addmm(added, a, weight, alpha: float = 1.0):
     """added + alpha a @ weight^T in one product (`added` may be None, a row, or a full residual)."""
-    rows = a.flatten(0, -2)
+    rows, shape = a.flatten(0, -2), (*a.shape[:-1], weight.shape[0])
     if added is None:
         out = rows.new_zeros(())  # beta = 0: never read
-        return torch.addmm(out, rows, weight.t(), beta=0, alpha=alpha).view(*a.shape[:-1], -1)
+        return torch.addmm(out, rows, weight.t(), beta=0, alpha=alpha).view(shape)
     added = added.flatten(0, -2) if added.dim() > 1 else added
-    return torch.addmm(added, rows, weight.t(), alpha=alpha).view(*a.shape[:-1], -1)
+    return torch.addmm(added, rows, weight.t(), alpha=alpha).view(shape)
 
 
 def _cast(dtype, *tensors):

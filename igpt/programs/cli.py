@@ -8,6 +8,9 @@ import importlib
 import json
 import os
 import sys
+import warnings
+
+import igpt
 
 COMMANDS = {  # name: what it does
     "info": "parameters, FLOPs a token and the memory plan of a preset",
@@ -25,7 +28,7 @@ COMMANDS = {  # name: what it does
 }
 USAGE = "usage: igpt COMMAND [OPTIONS]\n\nImage GPT: train, probe, complete, and measure it.\n\ncommands:\n"
 USAGE += "".join(f"  {name:<10} {does}\n" for name, does in COMMANDS.items())
-USAGE += "\nigpt COMMAND --help shows a command's options and their defaults.\n"
+USAGE += "\nigpt COMMAND --help shows a command's options and their defaults; igpt --version the version.\n"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,6 +36,9 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["--"]:  # torchrun -m igpt -- train ...: without it, torchrun takes --run for its own --run-path
         argv = argv[1:]
+    if argv[:1] == ["--version"]:
+        print(f"igpt {igpt.__version__}")
+        return 0
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE, end="", file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2
@@ -42,7 +48,9 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     program = importlib.import_module(f"igpt.programs.{name}")
     try:
-        result = program.run(parse(program.Options, rest, name))
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: print(f"igpt {name}: {message}", file=sys.stderr)
+            result = program.run(parse(program.Options, rest, name))
     except (ValueError, OSError) as error:
         print(f"igpt {name}: {error}", file=sys.stderr)
         return 2

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from igpt.data.crops import eval_crop, open_picture
+from igpt.data.folder import warn_of_bad
 from igpt.programs.sampling import Sampling
 from igpt.sample import complete, grid
 
@@ -18,6 +19,7 @@ class Options(Sampling):
     keep: float = 0.5  # the fraction of pixels that is given, from the top
     completions: int = 4  # of each picture
     resize: bool = False  # take pictures of another size by the paper's evaluation crop
+    skip_bad: bool = False  # leave unreadable files out and count them; default: stop at the first
     out: Path = Path("completions.png")
 
 
@@ -31,7 +33,7 @@ def run(options: Options) -> dict:
     grid.prepare(options.out)
     model, palette, size = options.load()
     keep = round(options.keep * model.config.n_ctx)
-    truth = palette.encode(np.stack([read(path, size[0], options.resize) for path in options.pictures]))
+    truth = palette.encode(np.stack(read(options, size[0])))
     asked = truth.repeat_interleave(options.completions, 0)
     completed, report = options.run_batches(
         model, len(asked), model.config.n_ctx - keep,
@@ -42,12 +44,25 @@ def run(options: Options) -> dict:
     return {"out": str(path), "kept_pixels": keep, **report}
 
 
-def read(path: Path, side: int, resize: bool) -> np.ndarray:
-    """A picture file as uint8 (side, side, 3). Raises ValueError for an unreadable one, or one of another size unless
-    `resize`."""
-    picture = open_picture(path)
-    if picture.size == (side, side):
-        return np.asarray(picture)
-    if not resize:
-        raise ValueError(f"{path}: got {picture.width} x {picture.height}, expected {side} x {side}, or --resize")
-    return eval_crop(picture, side)
+def read(options: Options, side: int) -> list[np.ndarray]:
+    """The files as uint8 (side, side, 3). Raises ValueError for an unreadable one unless `skip_bad`, or one of another
+    size unless `resize`."""
+    squares, bad = [], []
+    for path in options.pictures:
+        try:
+            picture = open_picture(path)
+        except ValueError:
+            if not options.skip_bad:
+                raise
+            bad.append(str(path))
+            continue
+        if picture.size == (side, side):
+            squares.append(np.asarray(picture))
+        elif options.resize:
+            squares.append(eval_crop(picture, side))
+        else:
+            raise ValueError(f"{path}: got {picture.width} x {picture.height}, expected {side} x {side}, or --resize")
+    if not squares:
+        raise ValueError(f"pictures: none of the {len(bad)} files can be read")
+    warn_of_bad("pictures", bad, len(options.pictures))
+    return squares

@@ -23,7 +23,7 @@ def run(options: Options) -> dict:
     if options.limit is not None and options.limit < 1:
         raise ValueError(f"limit: got {options.limit}, expected at least 1")
     model = options.load_model().eval()
-    tokens = options.load_split(model, options.split).rows(slice(options.limit)).tokens
+    tokens = options.load_split(model, options.split, lambda n: slice(options.limit)).tokens
     generator = torch.Generator().manual_seed(options.seed)
     losses = []
     with tqdm(total=len(tokens), desc="eval", unit="picture") as progress, options.autocast(model):

@@ -23,6 +23,7 @@ class Options:
     size: int | None = None  # pictures become size x size first; default: 32
     limit: int = 20_000  # at most so many pictures, evenly spread over the set
     seed: int = 0
+    skip_bad: bool = False  # leave unreadable picture files out and count them; default: stop at the first
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where the k-means runs: the same colours on either
 
 
@@ -32,11 +33,15 @@ def run(options: Options) -> dict:
     if not options.out.parent.is_dir():
         raise ValueError(f"out: {options.out} is in no folder that exists")
     device = device_of(options.device)
-    sets = [data.load(options.data, split, size=options.size) for split in ("train", "valid")]
+    sets = [
+        data.load(options.data, split, size=options.size, skip_bad=options.skip_bad, workers=None,
+                  pick=lambda n: spread(n, options.limit))
+        for split in ("train", "valid")
+    ]  # fmt: skip
     for pictures in sets:
         if pictures.images is None:
             raise ValueError(f"data: {pictures.name} holds tokens only, expected pictures")
-    train, valid = (p.images[spread(len(p), min(len(p), options.limit))] for p in sets)
+    train, valid = (pictures.images for pictures in sets)
     pixels = torch.from_numpy(train).to(device) if device.type == "cuda" else train
     palette = Palette.fit(pixels, options.k, options.seed)
     palette.save(options.out)

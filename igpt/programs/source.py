@@ -2,6 +2,7 @@
 
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -56,6 +57,7 @@ class Source(OfRun):
     dtype: Literal["auto", "bf16", "fp32"] = "auto"  # of the activations; auto: bf16 on a GPU, fp32 on a CPU
     batch: int | None = None  # pictures at once; default: 64 on a GPU, 4 on a CPU, whose caches hold no more
     seed: int = 0
+    skip_bad: bool = False  # leave unreadable picture files out and count them; default: stop at the first
 
     def load_model(self, **overrides):
         """The model on its device; `overrides` replace Config fields that add parameters (classes)."""
@@ -77,10 +79,14 @@ class Source(OfRun):
             rows = slice(start, min(start + size, len(tokens)))
             yield rows, torch.from_numpy(tokens[rows].astype(np.int64))
 
-    def load_split(self, model, split: str) -> data.Pictures:
-        """The Pictures of `split` with their tokens. Raises ValueError if they don't fit the model."""
+    def load_split(self, model, split: str, pick: Callable | None = None) -> data.Pictures:
+        """The Pictures of `split`, or those that `pick` picks (igpt.data.load), with their tokens. Raises ValueError if
+        they don't fit the model."""
         side = math.isqrt(model.config.n_ctx)
-        pictures = data.load(self.data, split, size=side, labels=self.labels, holdout=self.holdout)
+        pictures = data.load(
+            self.data, split, size=side, labels=self.labels, holdout=self.holdout, skip_bad=self.skip_bad,
+            workers=None, pick=pick,
+        )  # fmt: skip
         if not len(pictures):
             raise ValueError(f"data: {pictures.name} has no pictures")
         if pictures.n_ctx != model.config.n_ctx:
@@ -107,20 +113,23 @@ class Labelled(Source):
         for name in ("limit_train", "limit_test"):
             if (limit := getattr(self, name)) is not None and limit < 1:
                 raise ValueError(f"{name}: got {limit}, expected at least 1")
-        sets = {split: self.load_split(model, split).labelled() for split in splits}
-        train = sets[splits[0]]
-        for pictures in sets.values():
-            data.same_classes(train, pictures)
-        part = 1 if self.limit_train is None else min(1, self.limit_train / len(train))
-        sizes = {split: max(1, round(part * len(pictures))) for split, pictures in sets.items()}
-        if "test" in sets:
-            sizes["test"] = min(self.limit_test or len(sets["test"]), len(sets["test"]))
-        return [pictures.rows(spread(len(pictures), sizes[split])) for split, pictures in sets.items()]
+        part, sets = None, []
+        for split in splits:
+
+            def some(n, split=split):
+                nonlocal part
+                if part is None:  # the training set comes first
+                    part = 1 if self.limit_train is None else min(1, self.limit_train / n)
+                return spread(n, self.limit_test or n if split == "test" else max(1, round(part * n)))
+
+            sets.append(self.load_split(model, split, some))
+            data.same_classes(sets[0], sets[-1])
+        return sets
 
 
 def spread(n: int, k: int) -> np.ndarray:
-    """k of n rows, evenly apart: sets that are sorted by class keep every class."""
-    return np.linspace(0, n - 1, k).astype(np.int64)
+    """min(k, n) of n rows, evenly apart: sets that are sorted by class keep every class."""
+    return np.linspace(0, n - 1, min(k, n)).astype(np.int64)
 
 
 def with_config(model, **overrides):

@@ -14,6 +14,7 @@ import shutil
 import warnings
 from pathlib import Path
 
+import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -63,8 +64,13 @@ class Checkpoints:
             return 0
         model_state, optimizer_state = get_state_dict(model, optimizers)
         state = {"model": model_state, "optimizer": optimizer_state}
+        # How an optimizer runs (fused, capturable) is this machine's matter, not that of the one that wrote.
+        optimizers = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else optimizers
+        options = [{**group} for optimizer in optimizers for group in optimizer.param_groups]
         dcp.load(state, checkpoint_id=path, process_group=self.us.checkpoint_group)
         set_state_dict(model, optimizers, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        for group, own in zip((group for optimizer in optimizers for group in optimizer.param_groups), options):
+            group.update(own)
         return step_of(path)
 
     def start(self, step: int, model, optimizers, valid_loss: float | None = None) -> None:

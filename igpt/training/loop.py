@@ -1,12 +1,14 @@
 """The training loop (paper section 2 and appendix), on one process or many.
 
 A step is a function of (configuration, step, weights and optimiser state): which pictures, which BERT masks, which
-learning rate. So a run that was killed goes on from its last checkpoint as if nothing had happened.
+learning rate. So a run that was killed goes on from its last checkpoint as if nothing had happened. On one GPU a step
+is a CUDA graph (graphed.py).
 """
 
 import math
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 
@@ -17,7 +19,7 @@ from igpt import convert, data
 from igpt.machine import peak_flops
 from igpt.model import MASK_PROBABILITY, ImageGPT
 from igpt.sample import generate, grid
-from igpt.training import muon
+from igpt.training import graphed, muon
 from igpt.training.checkpoint import Checkpoints
 from igpt.training.order import Order
 from igpt.training.processes import Processes, build, whole
@@ -28,7 +30,7 @@ SAMPLES = 16  # pictures in a grid during training
 # What a resumed run may change beside its length: none of it moves the loss by more than rounding.
 FREE = {
     "run", "accumulate", "recompute", "impl", "device", "log_every", "save_every", "keep", "valid_every",
-    "valid_pictures", "sample_every", "tensorboard", "interpolate", "skip_bad",
+    "valid_pictures", "sample_every", "tensorboard", "skip_bad", "interpolate",
 }  # fmt: skip
 
 
@@ -54,15 +56,18 @@ class Training:
         self.model = build(self.config, us, impl=options.impl, bf16=self.bf16, fill=first)
         self.model.recompute, self.model.palette = options.recompute, train.palette
         self.optimizers = self.make_optimizers()
+        how = self.loss, self.optimizers, options.accumulate, options.clip
+        self.step = graphed.stepper(*how, us, self.model.set_requires_gradient_sync if us.world > 1 else None)
 
     def make_optimizers(self) -> list[torch.optim.Optimizer]:
         """Adam, for all parameters or for those that Muon leaves."""
         options = self.options
         matrices = muon.groups(self.model) if options.optimizer == "muon" else []
         taken = {p for group in matrices for p in group["params"]}
+        on_gpu = graphed.possible(self.us.device)
         adam = torch.optim.Adam(
             [p for p in self.model.parameters() if p not in taken], lr=options.lr,
-            betas=(options.beta1, options.beta2), eps=options.eps, fused=self.us.device.type == "cuda",
+            betas=(options.beta1, options.beta2), eps=options.eps, fused=on_gpu, capturable=on_gpu,
         )  # fmt: skip
         dtype = torch.bfloat16 if self.bf16 else torch.float32
         return [adam, muon.Muon(matrices, options.lr, dtype=dtype)] if matrices else [adam]
@@ -108,40 +113,29 @@ class Training:
             return {**result, "stopped": "by a signal; the same command goes on"}
         return {**result, **self.export()}
 
-    def update(self, step: int, stop: bool) -> torch.Tensor:
-        """One optimiser step. Gives [loss, gradient norm, processes asked to stop], on the device, over all."""
+    def update(self, step: int, stop: bool) -> Callable[[], list[float]]:
+        """One optimiser step. Gives [loss, gradient norm, processes asked to stop] over all, read when it is called."""
         options, us = self.options, self.us
         for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group["lr"] = self.lr(step)
         rows = self.order.rows(step - 1)
-        masked = None if self.config.causal else self.masks(len(rows), options.seed, step)
-        mine = range(us.rank * options.accumulate, (us.rank + 1) * options.accumulate)
-        total = torch.zeros((), device=us.device)
-        for i in mine:
-            if us.world > 1:
-                self.model.set_requires_gradient_sync(i == mine[-1])
-            part = slice(i * self.micro, (i + 1) * self.micro)
-            loss = self.loss(self.train.tokens[rows[part]], None if masked is None else masked[part])
-            (loss / options.accumulate).backward()
-            total += loss.detach() / options.accumulate
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), options.clip or math.inf)
-        norm = norm.full_tensor() if us.world > 1 else norm
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        return us.sum(torch.stack([total / us.world, norm / us.world, torch.tensor(float(stop), device=us.device)]))
+        mine = slice(us.rank * len(rows) // us.world, (us.rank + 1) * len(rows) // us.world)
+        masks = (m[mine] for m in self.masks(len(rows), options.seed, step))
+        figures = self.step(torch.from_numpy(self.train.tokens[rows[mine]].astype(np.int64)), *masks)
+        asked = torch.full((1,), float(stop), device=us.device)
+        return graphed.to_host(us.sum(torch.cat([figures / us.world, asked])))
 
-    def loss(self, tokens: np.ndarray, masked: torch.Tensor | None) -> torch.Tensor:
+    def loss(self, *batch: torch.Tensor) -> torch.Tensor:
         device = self.us.device
-        x = torch.from_numpy(tokens.astype(np.int64)).to(device, non_blocking=True)
-        masked = None if masked is None else masked.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
-            return self.model.loss(x, masked)
+            return self.model.loss(*(t.to(device, non_blocking=True) for t in batch))
 
-    def masks(self, pictures: int, *seed: int) -> torch.Tensor:
-        """BERT's masks of a whole batch, the same however many processes share it."""
+    def masks(self, pictures: int, *seed: int) -> list[torch.Tensor]:
+        """BERT's masks of a whole batch, the same however many processes share it; none for a causal model."""
+        if self.config.causal:
+            return []
         generator = torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
-        return torch.rand(pictures, self.config.n_ctx, generator=generator) < MASK_PROBABILITY
+        return [torch.rand(pictures, self.config.n_ctx, generator=generator) < MASK_PROBABILITY]
 
     def lr(self, step: int) -> float:
         """Of update `step` = 1, 2, ...: linear warm-up, then a cosine that would reach 0 after the last."""
@@ -150,9 +144,9 @@ class Training:
             return peak * step / self.warmup
         return peak * 0.5 * (1 + math.cos(math.pi * (done - self.warmup) / (steps - self.warmup)))
 
-    def report(self, step: int, statistics: torch.Tensor) -> bool:
+    def report(self, step: int, statistics: Callable[[], list[float]]) -> bool:
         """Log a finished step; whether to stop. Raises FloatingPointError for figures that are not finite."""
-        loss, norm, stop = statistics.tolist()
+        loss, norm, stop = statistics()
         self.metrics.count(self.options.batch)
         self.require_finite(step, {"loss": loss, "gradient norm": norm})
         if step % self.options.log_every == 0 or step in (1, self.options.steps):
@@ -186,12 +180,12 @@ class Training:
     def valid_loss(self) -> float:
         """Over the validation pictures, the same however many processes share them."""
         n, us, weighted = len(self.valid), self.us, torch.zeros((), device=self.us.device, dtype=torch.float64)
-        masked = None if self.config.causal else self.masks(n, self.options.seed)
+        masks = self.masks(n, self.options.seed)
         # Processes take micro-batches in turn; one that has none left computes along, as FSDP needs all, and adds 0.
         for first in range(0, n, self.micro * us.world):
             start = first + us.rank * self.micro
             part = slice(start, start + self.micro) if start < n else slice(0, self.micro)
-            loss = self.loss(self.valid.tokens[part], None if masked is None else masked[part])
+            loss = self.loss(torch.from_numpy(self.valid.tokens[part].astype(np.int64)), *(m[part] for m in masks))
             weighted += loss * max(0, min(self.micro, n - start))
         return float(us.sum(weighted)) / n
 

@@ -54,9 +54,11 @@ class Muon(torch.optim.Optimizer):
                 momentum = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
                 looked_ahead.append(local(p.grad.lerp(momentum, group["momentum"])).to(self.dtype))
             m, n = params[0].shape
-            size = 0.2 * max(m // group["parts"], n) ** 0.5
+            lr = group["lr"]  # a graph's lies in the GPU's memory
+            lr = lr if isinstance(lr, torch.Tensor) else torch.full((), lr, device=params[0].device)
+            rate = lr * (-0.2 * max(m // group["parts"], n) ** 0.5)
             for p, u in zip(params, self.orthogonal(torch.stack(looked_ahead), params[0], group["parts"])):
-                local(p).add_(u, alpha=-group["lr"] * size)
+                local(p).addcmul_(u, rate)
         return loss
 
     def orthogonal(self, shards, like, parts: int):

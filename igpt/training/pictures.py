@@ -13,8 +13,6 @@ import numpy as np
 from igpt import data
 from igpt.convert import Checkpoint
 from igpt.data.encode import encode_folder
-from igpt.data.folder import list_pictures, split_folders
-from igpt.data.workers import available_cores, read_squares
 from igpt.palette import Palette
 from igpt.palette.kmeans import distinct_colours
 from igpt.training.processes import Processes
@@ -68,25 +66,9 @@ def finished(run: Path) -> bool:
 def encode(path: Path, size: int, palette: Palette | None, options) -> None:
     """A folder's token set, whole or as far as an interruption left it."""
     if palette is None:
-        palette = fitted(options, sample(path, size, options))
+        how = {"size": size, "holdout": options.holdout, "skip_bad": options.skip_bad, "workers": None}
+        palette = fitted(options, data.load(f"folder:{path}", "train", **how, pick=spread).images)
     encode_folder(path, options.run / "tokens", palette, size, skip_bad=options.skip_bad)
-
-
-def sample(path: Path, size: int, options) -> np.ndarray:
-    """At most FITTED of a folder's training pictures, uint8 (n, size, size, 3), evenly chosen."""
-    roots = split_folders(path)
-    names, _, _ = list_pictures(roots["train"])
-    kept = range(len(names)) if "valid" in roots else data.hold_out(len(names), options.holdout)[0]
-    names = [names[kept[i]] for i in spread(len(kept))]
-    images = []
-    how = {"size": size, "crop": "eval", "seed": 0, "resample": "bilinear"}
-    for _, squares, bad in read_squares(roots["train"], names, 0, available_cores(), **how):
-        if bad and not options.skip_bad:
-            raise ValueError(f"{bad[0][1]} (--skip-bad leaves such pictures out)")
-        images.append(squares)
-    if not sum(map(len, images)):
-        raise ValueError(f"{path}: none of {len(names)} pictures can be read")
-    return np.concatenate(images)
 
 
 def spread(n: int) -> np.ndarray:

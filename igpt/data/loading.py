@@ -5,6 +5,7 @@
     tokens = data.encoded().tokens                  # uint16 (N, 1024); encoded(palette) for sets without their own
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from igpt.data.crops import check_filter, resize_all
-from igpt.data.folder import folder
+from igpt.data.folder import Files, folder
 from igpt.data.formats import cifar10, cifar100, emoji, idx, stl10
 from igpt.data.pictures import Pictures, joined
 from igpt.data.token_sets import openai, tokens
@@ -24,11 +25,12 @@ FORMATS = {"tokens": tokens, "openai": openai, "cifar10": cifar10, "cifar100": c
 
 def load(
     spec: str, split: str = "train", *, size: int | None = None, labels: str | None = None, holdout: float = 0.1,
-    seed: int = 0, crop: str = "eval", resample: str = "bilinear", skip_bad: bool = False,
+    seed: int = 0, crop: str = "eval", resample: str = "bilinear", skip_bad: bool = False, workers: int | None = 0,
+    pick: Callable | None = None,
 ) -> Pictures:
     """One split of a picture set.
 
-    spec: "builtin:emoji"; or a path, recognised by what it holds: CIFAR-10 / CIFAR-100 / STL-10 binaries, IDX files
+    spec: "builtin:emoji"; or a path, recognised by what it holds: CIFAR-10 / CIFAR-100 / STL-10's files, IDX files
     (MNIST family), OpenAI's PREFIX_trX.npy, our token sets, else picture files; "KIND:path" settles the kind: tokens,
     openai, cifar10, cifar100, stl10, idx, folder.
     split: "train", "valid", "train+valid" (the held-out part folded back), "test", "unlabeled" (STL-10).
@@ -36,7 +38,11 @@ def load(
     in the paper for CIFAR and STL-10; for ImageNet the paper has 0.04.
     size: pictures become size x size (default 32); crop and resample say how (crops.py). Token sets keep theirs.
     labels: which, where a set has several (emoji "group" / "subgroup", CIFAR-100 "fine" / "coarse").
-    skip_bad: leave unreadable picture files out (Pictures.skipped); by default they raise ValueError."""
+    skip_bad: leave unreadable picture files out (Pictures.skipped); by default they raise ValueError.
+    workers: processes that read picture files (None: one a core), started by spawn, so a script needs its `__main__`
+    guard; 0: threads of this one.
+    pick: of n pictures, which to give, as ascending rows or a slice (e.g. `lambda n: slice(100)`); picture files that
+    are held out or not picked are never read."""
     if split not in SPLITS:
         raise ValueError(f"split: got {split!r}, expected one of {SPLITS}")
     if not 0 <= holdout < 1:
@@ -44,17 +50,24 @@ def load(
     if size is not None and (not isinstance(size, int) or size < 1):
         raise ValueError(f"size: got {size!r}, expected a positive integer")
     check_filter(resample)
-    picture_folder = partial(folder, size=size or 32, crop=crop, resample=resample, seed=seed, skip_bad=skip_bad)
-    parts = find_parts(spec, labels, picture_folder)
+    parts = find_parts(spec, labels, partial(folder, crop=crop))
     if split in ("test", "unlabeled") or (split == "valid" and "valid" in parts):
         wanted = [split]
     else:
         wanted = ["train", "valid"] if split == "train+valid" and "valid" in parts else ["train"]
     if missing := [part for part in wanted if part not in parts]:
         raise ValueError(f"split: {spec} has no {missing[0]} pictures, only {sorted(parts)}")
-    pictures = joined(f"{spec}/{split}", [parts[part]() for part in wanted])
+    found = [parts[part]() for part in wanted]
+    ends = np.cumsum([len(part) for part in found])
+    index = np.arange(ends[-1])
     if wanted == ["train"] and split != "train+valid" and "valid" not in parts:
-        pictures = pictures.rows(hold_out(len(pictures), holdout, seed)[("train", "valid").index(split)])
+        index = hold_out(len(index), holdout, seed)[("train", "valid").index(split)]
+    index = index if pick is None else index[pick(len(index))]
+    if len(index) < ends[-1]:
+        found = [part.rows(rows - end + len(part)) for part, rows, end in zip(found, split_at(index, ends), ends)]
+    how = {"crop": crop, "resample": resample, "seed": seed, "skip_bad": skip_bad, "workers": workers}
+    found = [part.read(size or 32, **how) if isinstance(part, Files) else part for part in found]
+    pictures = joined(f"{spec}/{split}", found)
     if size is not None and pictures.images is None and pictures.size != (size, size):
         raise ValueError(f"size: got {size}, but {spec} holds tokens of pictures of {pictures.size}")
     if pictures.images is not None and pictures.size != (size or 32, size or 32):
@@ -86,6 +99,11 @@ def find_parts(spec: str, labels: str | None, picture_folder) -> dict:
     if found := {"emoji": emoji, "folder": picture_folder, **FORMATS}[kind](path, labels):
         return found
     raise ValueError(f"spec: found no {kind} files at {path}")
+
+
+def split_at(index: np.ndarray, ends: np.ndarray) -> list[np.ndarray]:
+    """Ascending rows of parts one after the other, which end at `ends`: those of each part."""
+    return np.split(index, np.searchsorted(index, ends[:-1]))
 
 
 def hold_out(n: int, part: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
