@@ -156,6 +156,8 @@ def build(name: str, case: ModelCase, device: str):
             apply_igpt_kernels(model)
     elif name == "eager":
         model, logits = ours(case, device), eager_logits
+    elif name == "torch.compile graphed" and (device, case.direction) != ("cuda", "step"):
+        return Absent("a training step's, on a GPU")
     else:
         block = compiled(eager_block, device)
         model = block if isinstance(block, Absent) else ours(case, device)
@@ -166,7 +168,8 @@ def build(name: str, case: ModelCase, device: str):
 
     if isinstance(model, Absent):
         return model
-    return runner(case, model, logits, lambda m, ids: nll(logits(m, ids), ids), device)
+    graph = name == "torch.compile graphed"
+    return runner(case, model, logits, lambda m, ids: nll(logits(m, ids), ids), device, graph)
 
 
 NOTES = {
@@ -175,6 +178,7 @@ NOTES = {
     "hugging face patched": "igpt.hf.apply_igpt_kernels on the same",
     "eager": "kernels/reference.py on our weights",
     "torch.compile": f"SDPA (cuDNN first on a GPU) and the reference, compiled block by block; {peers.COMPILED_NOTE}",
+    "torch.compile graphed": "the same by igpt.graphed, which is what ours runs on a GPU: one CUDA graph a step",
 }
 
 

@@ -114,6 +114,7 @@ def test_a_model_that_does_not_fit_halves_its_batch(monkeypatch):
 def test_every_whole_model_runs(direction):
     found = {r.impl: r for r in models.rows([ModelCase("tiny", 1, 32, "fp32", direction)], lying_run())}
     assert set(found) == set(NOTES)
+    assert found.pop("torch.compile graphed").note.startswith("absent: ")
     assert all(r.median_ms and r.mfu for r in found.values()), {n: r.note for n, r in found.items()}
     assert found["ours"].ratios["hugging face"] == 1.0
 
@@ -261,6 +262,7 @@ def test_both_halves_are_rehearsed(half, tmp_path, capfd):
         assert {("correctness", "step", "triton, compiled"), ("kernels", "attention", "sdpa")} <= seen
         assert {row.op for row in found if row.suite == "correctness"} >= {"norm", "model", "decode", "palette_encode"}
         assert "launches" in (tmp_path / "profile.txt").read_text()
+        assert "ATTENTION_DQ  ('portable', 96): Tile(" in (tmp_path / "tiles.txt").read_text()
         with tarfile.open(tmp_path / "triton_cache.tar.gz") as tar:
             assert any(name.endswith(".cubin") for name in tar.getnames())
     else:
