@@ -9,8 +9,9 @@ Kernels run on a GPU; without one, the torch path. Correctness is bench/run.py's
 import pytest
 import torch
 
-from bench import cases, models
-from bench.measure import call
+from bench import cases
+from bench.speed import models
+from bench.speed.measure import call
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE, TOKENS = ("bf16", 65536) if DEVICE == "cuda" else ("fp32", 1024)
