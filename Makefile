@@ -31,7 +31,7 @@ compile-baseline: $(VENV)/.ready
 	$(BIN)/python -m bench.compiled.gate
 
 demo: $(VENV)/.ready
-	$(BIN)/python -m igpt.programs.demo
+	$(BIN)/python -m igpt demo
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info bench/out

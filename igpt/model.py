@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from igpt import convert, ops, sample
 from igpt.config import Config, preset
+from igpt.kernels import checks
 
 MASK_PROBABILITY = 0.15
 RECOMPUTE = ("none", "mlp", "block")
@@ -180,6 +181,8 @@ class ImageGPT(nn.Module):
         `each(h)` is called with every block's input: the hook of `features`."""
         if self.recompute not in RECOMPUTE:
             raise ValueError(f"recompute: got {self.recompute!r}, expected one of {RECOMPUTE}")
+        if self.recompute != "none" and checks.is_transformed():
+            raise ValueError(f"recompute: got {self.recompute!r} under torch.func, which cannot: expected 'none'")
         device = tokens_BN.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.wte.dtype
         # Every op casts its parameters to the stream's dtype; autocast's own casts would only do it twice.
@@ -215,6 +218,8 @@ class ImageGPT(nn.Module):
 
         AR: mean cross-entropy of all B N pixels. BERT: each picture's mean over its masked pixels (0 if it has none),
         then the mean over pictures; masked_BN defaults to independent draws with probability 0.15."""
+        if tokens_BN.shape[:1] == (0,):
+            raise ValueError("tokens_BN: got no pictures, expected at least one: the loss is a mean")
         if self.config.causal and masked_BN is not None:
             raise ValueError("masked_BN: got a mask, expected None for objective 'ar'")
         if not self.config.causal and masked_BN is None:
@@ -258,7 +263,8 @@ class ImageGPT(nn.Module):
         """Class logits (B, classes) from the trunk's output: wclf on the mean-pooled final features."""
         if self.classifier is None:
             raise ValueError("classes: got 0 in this model's config, expected a model with a classifier (classes > 0)")
-        return F.linear(self.pool(h_BNd, self.norm_f), self.classifier.float())
+        pooled = self.pool(h_BNd, self.norm_f)
+        return F.linear(pooled, self.classifier.to(pooled.dtype))
 
     def generate(self, batch: int = 1, *, temperature: float = 1.0, top_k: int | None = None, seed: int = 0, **options):
         """Sample whole pictures: tokens (batch, n_ctx). Options as in igpt.sample.generate."""

@@ -38,7 +38,7 @@ from .heads import (
     zero_tile,
 )
 from .interpreter import INTERPRETED
-from .launching import launch
+from .launching import blocks, launch
 from .primitives import LOG2E
 from .registration import differentiable, operation
 
@@ -99,7 +99,7 @@ def attention_forward(q, k, v, causal: bool, scale: float, out, lse) -> None:
     tile = tiles.attention_tile(tiles.ATTENTION_FORWARD, q, all(map(is_aligned, (q, k, v))))
     tiles.require("attention_forward_kernel", tile, q, 2 * tile.BLOCK_N * D)
     launch(
-        attention_forward_kernel, (triton.cdiv(N, tile.BLOCK_M) * B * H,),
+        attention_forward_kernel, (blocks(N, tile.BLOCK_M) * B * H,),
         **view_args("q", q, tile.BLOCK_M, tile.tma),
         **view_args("k", k, tile.BLOCK_N, tile.tma),
         **view_args("v", v, tile.BLOCK_N, tile.tma),

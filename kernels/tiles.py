@@ -87,8 +87,9 @@ NORM_BACKWARD = {
 def row_tile(table: dict, arch: str, d: int) -> Tile:
     """The tile of a row kernel for d columns: of the narrowest class that holds them."""
     width = max(16, 1 << (d - 1).bit_length())
-    widest = min(w for a, w in table if a == "portable" and w >= width)
-    return replace(table.get((arch, widest), table["portable", widest]), BLOCK_N=width)
+    widest = max(512, width)
+    tile = table.get((arch, widest), table["portable", widest])
+    return tile if width == tile.BLOCK_N else replace(tile, BLOCK_N=width)
 
 
 def check_kernel_rows(name: str, x: torch.Tensor) -> None:

@@ -235,6 +235,13 @@ def test_ties_take_the_lowest_when_greedy_and_live_together_when_truncated(devic
     assert set(drawn.flatten().tolist()) == {1, 2, 4}
 
 
+@pytest.mark.parametrize("options", [{"temperature": t} for t in (1e-30, 1e-38, 5e-324)] + [{"top_p": 5e-324}], ids=str)
+def test_the_smallest_temperatures_and_masses_are_greedy(options, device):
+    logits = torch.randn(6, 37, generator=generator(1)).to(device)
+    drawn = draw(logits, 4, Sampler(**options), device)
+    assert torch.equal(drawn, logits.argmax(-1, keepdim=True).expand(6, 4))
+
+
 def step(model, x, caches, position):
     """One block after another by our kernels; fp32 residual stream."""
     c = model.config

@@ -263,6 +263,15 @@ def test_cached_chunks_equal_one_pass(patched):
             assert torch.allclose(out.logits, logits, atol=1e-5)
 
 
+@pytest.mark.parametrize("cls", [ImageGPTModel, ImageGPTForCausalImageModeling, ImageGPTForImageClassification])
+def test_an_empty_batch(cls, patched):
+    """Theirs dies in a reshape."""
+    model, x = patched(build(cls, num_labels=3)), tokens()[:0]
+    for options in ({}, {"attention_mask": torch.ones_like(x)}, {"output_attentions": True}, {"use_cache": False}):
+        out = model(x, **options)[0]
+        assert out.shape == {3: (0, 3), 64: (0, N, 64), START: (0, N, START)}[out.shape[-1]]
+
+
 def test_dropout_stays(patched):
     x = tokens()
     for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):

@@ -40,7 +40,7 @@ def checkout(tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("checkout") / "igpt-main"
     for name in ("igpt", "kernels"):
         shutil.copytree(ROOT / name, place / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, place / name)
     assert not any(path.is_symlink() for path in place.rglob("*"))
     return place
@@ -58,18 +58,23 @@ def sdist(checkout, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(sdist, tmp_path_factory) -> Path:
-    """A fresh environment with the wheel that the sdist makes; torch and the rest come from this one."""
+    """The python of a fresh environment with the wheel that the sdist makes."""
     place = tmp_path_factory.mktemp("env")
     wheel = build(sdist, place / "dist", "wheel")
     names = zipfile.ZipFile(wheel).namelist()
     assert "igpt/kernels/attention.py" in names and {"igpt/assets/emoji.npz", "igpt/py.typed"} <= set(names)
     assert not any(name.startswith(("kernels/", "tests/", "bench/")) for name in names)
+    return environment(place, wheel)
+
+
+def environment(place: Path, *package) -> Path:
+    """The python of a fresh environment with a package; torch and the rest come from this one."""
     run(sys.executable, "-m", "venv", "--without-pip", place / "venv", cwd=place)
     python = place / "venv" / "bin" / "python"
     packages = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=place).strip())
     (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", python)
-    run(*pip, "install", "--quiet", "--no-deps", "--no-index", wheel, cwd=place)
+    run(*pip, "install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation", *package, cwd=place)
     return python
 
 
@@ -80,6 +85,15 @@ def test_the_wheel_runs_in_a_fresh_environment(installed, tmp_path):
         said = run(*command, "info", "--preset", "tiny", "--gpus", "1", cwd=tmp_path)
         assert json.loads(said.splitlines()[-1])["preset"] == "tiny"
         assert run(*command, "--version", cwd=tmp_path) == f"igpt {igpt.__version__}\n"
+
+
+def test_a_script_beside_a_clone_imports_what_is_installed_from_it(checkout, tmp_path):
+    """The clone's folder, called igpt, is on the script's path, as a namespace."""
+    shutil.copytree(checkout, tmp_path / "igpt")
+    python = environment(tmp_path, "--editable", tmp_path / "igpt")
+    (tmp_path / "mine.py").write_text(KERNEL)
+    for path in run(python, "mine.py", cwd=tmp_path).splitlines():
+        assert Path(path).is_relative_to(tmp_path / "igpt")
 
 
 @pytest.mark.parametrize("source", ["checkout", "sdist"])

@@ -139,7 +139,10 @@ def test_top_k_one_and_tiny_temperature_are_greedy():
     model = small()
     greedy = model.generate(2, temperature=0.0)
     assert torch.equal(model.generate(2, top_k=1, seed=3), greedy)
-    assert torch.equal(model.generate(2, temperature=1e-6, seed=3), greedy)
+    for temperature in (1e-6, 1e-30, 1e-38, 1e-45, 5e-324):
+        assert torch.equal(model.generate(2, temperature=temperature, seed=3), greedy)
+    for top_p in (1e-6, 1e-45, 5e-324):
+        assert torch.equal(model.generate(2, top_p=top_p, seed=3), greedy)
 
 
 # --- decoding against the full forward
@@ -330,8 +333,9 @@ def test_kernels_log_likelihood(dtype, options, form, device, poison_empty):
 @pytest.mark.parametrize("options, named", [
     ({"temperature": -0.5}, "temperature"), ({"temperature": math.nan}, "temperature"),
     ({"temperature": math.inf}, "temperature"), ({"top_k": 0}, "top_k"), ({"top_k": 38}, "top_k.*37"),
-    ({"top_p": 0.0}, "top_p"), ({"top_p": 1.5}, "top_p"), ({"weights": "int4"}, "weights"),
-    ({"cache_dtype": "int8"}, "cache_dtype"), ({"batch": 0}, "batch"), ({"batch": 2.0}, "batch"),
+    ({"seed": 2**63}, "seed: got"), ({"top_p": 0.0}, "top_p"), ({"top_p": 1.5}, "top_p"),
+    ({"weights": "int4"}, "weights"), ({"cache_dtype": "int8"}, "cache_dtype"), ({"batch": 0}, "batch"),
+    ({"batch": 2.0}, "batch"),
 ])  # fmt: skip
 def test_bad_options(options, named):
     with pytest.raises(ValueError, match=named):
@@ -347,6 +351,19 @@ def test_bad_completions(change, keep, named):
     model = small()
     with pytest.raises(ValueError, match=named):
         model.complete(change(random_tokens(model, 2)), keep)
+
+
+@pytest.mark.parametrize("change, named", [
+    (lambda t: t + 37, r"values in \[37, "), (lambda t: t - 37, "values in"), (lambda t: t.float(), "torch.float32"),
+    (lambda t: t + 2**32, "values in"), (lambda t: torch.cat([t, t], 1), r"shape \(2, 42\)"), (lambda t: t[0], "shape"),
+    (lambda t: t[:0], "shape"), (lambda t: t[:, :0], "shape"),
+])  # fmt: skip
+def test_bad_tokens_to_judge(change, named):
+    model = small()
+    with pytest.raises(ValueError, match=f"tokens: got {named}"):
+        sample.log_likelihood(model, change(random_tokens(model, 2)))
+    tokens = random_tokens(model, 2)
+    assert torch.equal(sample.log_likelihood(model, tokens.to(torch.uint8)), sample.log_likelihood(model, tokens))
 
 
 def test_bert_cannot_generate():

@@ -4,7 +4,7 @@
   fall-back.
 - "torch": the quickest exact PyTorch path: on a CPU igpt/cpu.py and igpt/cpu_attention.py; elsewhere SDPA for
   attention and the activation's constants in the alpha of the MLP's products.
-- "auto": "triton" for fp16, bf16 and fp32 tensors on a GPU, "torch" otherwise.
+- "auto": "triton" for fp16, bf16 and fp32 tensors on a GPU, but under torch.func.vmap, "torch" otherwise.
 
 Bad arguments raise ValueError before any work (igpt/kernels/checks.py). Parameters are cast to the activations' dtype
 here, so fp32 parameters under bf16 activations get fp32 gradients. Meanings, formulas and sources:
@@ -43,13 +43,15 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 def resolve(impl: str, x: torch.Tensor) -> bool:
     """True if the Triton kernels run on x. Raises ValueError for an unknown impl, or "triton" where they cannot run."""
     if impl == "auto":
-        return HAS_TRITON and x.is_cuda and (x.dtype in FLOATS or not x.is_floating_point())
+        return HAS_TRITON and x.is_cuda and (x.dtype in FLOATS or not x.is_floating_point()) and not checks.is_vmap()
     if impl == "torch":
         return False
     if impl != "triton":
         raise ValueError(f"impl: got {impl!r}, expected one of {IMPLS}")
     if not HAS_TRITON:
         raise ValueError("impl='triton': Triton is not installed; expected impl='torch' or 'auto'")
+    if checks.is_vmap():
+        raise ValueError("impl='triton': the kernels take no batch of vmap's; expected impl='torch' or 'auto'")
     check_device("impl='triton'", x)
     if x.is_floating_point() and x.dtype not in FLOATS:
         raise ValueError(f"impl='triton': got {x.dtype}, expected one of {FLOATS}; fp64 runs with impl='torch'")
@@ -239,12 +241,12 @@ def _rows(function, x, *args):
 
 def _addmm(added, a, weight, alpha: float = 1.0):
     """added + alpha a @ weight^T in one product (`added` may be None, a row, or a full residual)."""
-    rows = a.flatten(0, -2)
+    rows, shape = a.flatten(0, -2), (*a.shape[:-1], weight.shape[0])
     if added is None:
         out = rows.new_zeros(())  # beta = 0: never read
-        return torch.addmm(out, rows, weight.t(), beta=0, alpha=alpha).view(*a.shape[:-1], -1)
+        return torch.addmm(out, rows, weight.t(), beta=0, alpha=alpha).view(shape)
     added = added.flatten(0, -2) if added.dim() > 1 else added
-    return torch.addmm(added, rows, weight.t(), alpha=alpha).view(*a.shape[:-1], -1)
+    return torch.addmm(added, rows, weight.t(), alpha=alpha).view(shape)
 
 
 def _cast(dtype, *tensors):

@@ -14,19 +14,22 @@ import torch
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from igpt.kernels import checks
 from igpt.kernels.reference import QUICK_GELU, wide
 
 _linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
 
 def suits(x: torch.Tensor) -> bool:
-    """Whether this file computes for x: a CPU tensor, fp32 or bf16, with oneDNN, outside of torch.compile."""
+    """Whether this file computes for x: a CPU tensor, fp32 or bf16, with oneDNN, outside of torch.compile and of
+    torch.func, whose transforms plain PyTorch knows."""
     return (
         _linear is not None
         and x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.bfloat16)
         and x.numel() > 0
         and not torch.compiler.is_compiling()
+        and not checks.is_transformed()
     )
 
 

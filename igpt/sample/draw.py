@@ -10,9 +10,11 @@ where the inverse of the cumulative sum would change V / 2 times as often.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+
+from igpt.kernels import checks
 
 MASK = 0xFFFFFFFF
 CHUNK = 1 << 16  # elements of noise drawn at once: on a CPU their 64-bit temporaries stay in its cache
@@ -56,7 +58,9 @@ def truncate(logits: torch.Tensor, top_k: int | None, top_p: float | None) -> to
         ordered = ordered.masked_fill(ordered < ordered[..., top_k - 1 : top_k], -math.inf)
     if top_p is not None:
         p = ordered.softmax(-1)
-        ordered = ordered.masked_fill(p.cumsum(-1) - p >= top_p, -math.inf)
+        dead = p.cumsum(-1) - p >= top_p
+        dead[..., 0] = False  # 0 is not below a top_p that fp32 doesn't hold
+        ordered = ordered.masked_fill(dead, -math.inf)
     floor = ordered.masked_fill(ordered == -math.inf, math.inf).amin(-1, keepdim=True)
     return logits.masked_fill(logits < floor, -math.inf)
 
@@ -73,14 +77,15 @@ class Sampler:
     first: int = 0
 
     def check(self, vocab: int) -> "Sampler":
-        """Itself, or ValueError for a value that draws nothing from `vocab` tokens."""
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature: got {self.temperature}, expected a finite number >= 0 (0: greedy)")
+        """Itself with a temperature that can be divided by, or ValueError for a value that draws nothing from `vocab`
+        tokens."""
         if self.top_k is not None and not 1 <= self.top_k <= vocab:
             raise ValueError(f"top_k: got {self.top_k}, expected None or 1 to the palette's {vocab}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p: got {self.top_p}, expected None or a number in (0, 1]")
-        return self
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed: got {self.seed}, expected 64 bits")
+        return replace(self, temperature=checks.temperature("sample", self.temperature))
 
     def noise(self, batch: int, vocab: int, start: int, stop: int, device):
         """The noise (B, V) of each position, drawn a chunk of positions at a time; None for each when greedy."""
