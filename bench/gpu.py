@@ -46,7 +46,7 @@ class Job:
     seconds: float
     device: str = "cuda"
     presets: tuple[str, ...] = PRESETS
-    checks: str = "gpu"  # bench.correctness.kernels's list
+    checks: str = "gpu"  # bench.correctness's list
     binaries: tuple[str, ...] = ("--cases", "bench.compiled.gpu_cases")
     sanitizer: str | None = shutil.which("compute-sanitizer")
 
@@ -126,10 +126,10 @@ def compiled(job: Job) -> None:
 
 
 def correct(job: Job) -> None:
-    """Every check of bench.correctness.kernels, in processes side by side."""
+    """Every check of bench.correctness, in processes side by side."""
     flags = ["--device", job.device, "--list", job.checks, "--workers", str(job.workers)]
     limit = ["--limit", str(job.seconds - 15)]
-    job.log.finish("correctness.kernels", job.log.begin("correctness.kernels", *flags, *limit, interpret=job.device == "cpu"))
+    job.log.finish("correctness", job.log.begin("correctness", *flags, *limit, interpret=job.device == "cpu"))
 
 
 def attention(job: Job) -> None:

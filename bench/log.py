@@ -84,7 +84,7 @@ class Log:
         """A Run of so many seconds that knows which operations are red, and how far each is from fp64."""
         red, errors = set(), {}
         for row in self.rows():
-            if isinstance(row, Row) and not row.ok and (row.suite, row.op) == ("harness", "bench.correctness.kernels"):
+            if isinstance(row, Row) and not row.ok and (row.suite, row.op) == ("harness", "bench.correctness"):
                 red |= set(itertools.product((*cases.OPS, "model", "decode"), cases.DTYPES))
             elif isinstance(row, Row) and row.suite == "correctness":
                 if not row.ok:

@@ -32,7 +32,7 @@ def evidence(log: Log, device: str, suite: str) -> None:
     running, cores, quick = [], os.cpu_count() or 1, suite == "quick"
     if suite in TIMED:
         flags = ["--device", device, *(["--list", "quick"] if quick else [])]
-        running.append(("correctness.kernels", log.begin("correctness.kernels", *flags, interpret=device == "cpu")))
+        running.append(("correctness", log.begin("correctness", *flags, interpret=device == "cpu")))
     if suite in ("quick", "compile", "full"):
         flags = ["--workers", str(max(1, min(8, cores - len(running))))]
         flags += ["--arch", "sm_90", "--quick"] if quick else []

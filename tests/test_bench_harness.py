@@ -230,7 +230,7 @@ def test_a_child_that_dies_is_a_failure_that_later_stages_know_of(tmp_path):
         def wait(self):
             return -11
 
-    Log(tmp_path).finish("correctness.kernels", Died())
+    Log(tmp_path).finish("correctness", Died())
     log = Log(tmp_path, fresh=False)
     assert "exit code -11" in log.failures()[0]
     run = log.prepared("cpu", 1.0)

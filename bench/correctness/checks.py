@@ -153,7 +153,7 @@ def sanitizer(device: str, seconds: float, tool: str | None) -> Iterator[Row]:
         if not tool:
             yield dataclasses.replace(row, note="absent: compute-sanitizer is not installed")
             continue
-        check = [sys.executable, "-m", "bench.correctness.kernels", "--device", device, "--list", "sanitizer"]
+        check = [sys.executable, "-m", "bench.correctness", "--device", device, "--list", "sanitizer"]
         # torch's caching allocator would hide an access past the end of a tensor.
         env = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         # A session of its own: the checked program must not outlive the tool, on a GPU that others are to be timed on.

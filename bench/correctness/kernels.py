@@ -1,4 +1,4 @@
-"""Every kernel against fp64: `python -m bench.correctness.kernels`, in Triton's interpreter where there is no GPU.
+"""Every kernel against fp64: `python -m bench.correctness`, in Triton's interpreter where there is no GPU.
 
 The Triton path is compared with the reference in fp64, and with what the reference is off by in the case's own dtype:
 the budget of budget.py, for the output and every gradient. Palettes must agree to the bit. On a GPU also: the
@@ -121,7 +121,7 @@ def listed(name: str, device: str) -> list[tuple[object, Callable[[], Row]]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.correctness.kernels", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.correctness", description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--list", choices=LISTS, help="what is checked; default: gpu on a GPU, else full")
     parser.add_argument("--op", default="", help="only operations whose name contains this")
@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="append rows as JSON lines to this file as they come")
     args = parser.parse_args(argv)
     if args.workers > 1 and args.part is None:
-        command = [sys.executable, "-m", "bench.correctness.kernels", *(sys.argv[1:] if argv is None else argv), "--part"]
+        command = [sys.executable, "-m", "bench.correctness", *(sys.argv[1:] if argv is None else argv), "--part"]
         env = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.workers))} | os.environ
         parts = [subprocess.Popen([*command, str(part)], cwd=ROOT, env=env) for part in range(args.workers)]
         codes = [part.wait() for part in parts]

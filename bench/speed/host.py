@@ -1,4 +1,4 @@
-"""What the host does for one block of iGPT-S while a GPU would work: `python -m bench.speed.host`, microseconds on one core.
+"""What the host does for one block of iGPT-S while a GPU would work, in microseconds: `python -m bench.speed.host`.
 
 Nothing is launched: our kernels are handed to a recorder that drops them, the vendor's products only allocate. What
 is left is what Python, the dispatcher and autograd cost: checks, tiles, descriptors, arguments, outputs, the engine.
