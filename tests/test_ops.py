@@ -8,7 +8,7 @@ import types
 import pytest
 import torch
 
-from bench.budget import against_fp64, compare
+from bench.correctness.budget import against_fp64, compare
 from igpt import ops
 from igpt.kernels import choose, reference
 from igpt.kernels.device import check_device

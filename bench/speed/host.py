@@ -1,4 +1,4 @@
-"""What the host does for one block of iGPT-S while a GPU would work: `python -m bench.host`, microseconds on one core.
+"""What the host does for one block of iGPT-S while a GPU would work, in microseconds: `python -m bench.speed.host`.
 
 Nothing is launched: our kernels are handed to a recorder that drops them, the vendor's products only allocate. What
 is left is what Python, the dispatcher and autograd cost: checks, tiles, descriptors, arguments, outputs, the engine.
@@ -54,7 +54,7 @@ def block(direction: str) -> Callable[[], object]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.host", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.speed.host", description=__doc__.splitlines()[0])
     parser.add_argument("--arch", nargs="+", default=["sm_90", "portable"])
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
