@@ -353,6 +353,19 @@ def test_bad_completions(change, keep, named):
         model.complete(change(random_tokens(model, 2)), keep)
 
 
+@pytest.mark.parametrize("change, named", [
+    (lambda t: t + 37, r"values in \[37, "), (lambda t: t - 37, "values in"), (lambda t: t.float(), "torch.float32"),
+    (lambda t: t + 2**32, "values in"), (lambda t: torch.cat([t, t], 1), r"shape \(2, 42\)"), (lambda t: t[0], "shape"),
+    (lambda t: t[:0], "shape"), (lambda t: t[:, :0], "shape"),
+])  # fmt: skip
+def test_bad_tokens_to_judge(change, named):
+    model = small()
+    with pytest.raises(ValueError, match=f"tokens: got {named}"):
+        sample.log_likelihood(model, change(random_tokens(model, 2)))
+    tokens = random_tokens(model, 2)
+    assert torch.equal(sample.log_likelihood(model, tokens.to(torch.uint8)), sample.log_likelihood(model, tokens))
+
+
 def test_bert_cannot_generate():
     with pytest.raises(ValueError, match="objective"):
         small(objective="bert").generate(1)

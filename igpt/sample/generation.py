@@ -28,26 +28,38 @@ def complete(model, tokens_BN, keep: int, **options) -> torch.Tensor:
 
     Raises ValueError for a bad option, a keep of 0 or all, tokens of another size or range, a BERT model, and a batch
     whose cache doesn't fit, before any work."""
-    c = model.config
-    if tokens_BN.dim() != 2 or tokens_BN.shape[1] != c.n_ctx or tokens_BN.shape[0] < 1:
-        raise ValueError(f"tokens: got shape {tuple(tokens_BN.shape)}, expected (B, {c.n_ctx})")
-    if tokens_BN.is_floating_point() or tokens_BN.dtype == torch.bool:
-        raise ValueError(f"tokens: got {tokens_BN.dtype}, expected integers in [0, {c.vocab})")
-    if not isinstance(keep, int) or not 0 < keep < c.n_ctx:
-        raise ValueError(f"keep: got {keep!r}, expected 1 to {c.n_ctx - 1} of the {c.n_ctx} pixels")
+    n_ctx = model.config.n_ctx
+    if tokens_BN.dim() != 2 or tokens_BN.shape[1] != n_ctx:
+        raise ValueError(f"tokens: got shape {tuple(tokens_BN.shape)}, expected (B, {n_ctx})")
+    if not isinstance(keep, int) or not 0 < keep < n_ctx:
+        raise ValueError(f"keep: got {keep!r}, expected 1 to {n_ctx - 1} of the {n_ctx} pixels")
     kept = tokens_BN[:, :keep]
-    low, high = (int(t) for t in torch.aminmax(kept.long()))
+    _check_tokens(model, kept)
+    return _continue(model, kept, **options)
+
+
+def _check_tokens(model, tokens_BN) -> None:
+    """Raises ValueError unless these can be the first pixels of some pictures."""
+    c = model.config
+    if tokens_BN.dim() != 2 or not tokens_BN.shape[0] or not 1 <= tokens_BN.shape[1] <= c.n_ctx:
+        raise ValueError(f"tokens: got shape {tuple(tokens_BN.shape)}, expected (B >= 1, 1 to {c.n_ctx})")
+    if tokens_BN.is_floating_point() or tokens_BN.is_complex() or tokens_BN.dtype == torch.bool:
+        raise ValueError(f"tokens: got {tokens_BN.dtype}, expected integers in [0, {c.vocab})")
+    low, high = (int(t) for t in torch.aminmax(tokens_BN.long()))
     if low < 0 or high >= c.vocab:
         raise ValueError(f"tokens: got values in [{low}, {high}], expected integers in [0, {c.vocab})")
-    return _continue(model, kept, **options)
 
 
 def log_likelihood(model, tokens_BN, *, weights: str | None = None, cache_dtype: str | None = None) -> torch.Tensor:
     """Log-probability in nats of each pixel, fp32 or wider (B, N), computed one pixel at a time as sampling does: what
-    int8 weights or an fp8 cache cost is its difference from the full forward's."""
+    int8 weights or an fp8 cache cost is its difference from the full forward's.
+
+    Raises ValueError for tokens of another shape, dtype or range, and for what decoder_of refuses."""
+    _check_tokens(model, tokens_BN)
+    tokens_BN = tokens_BN.long().to(model.wte.device)
     decoder = decoder_of(model, tokens_BN.shape[0], weights=weights, cache_dtype=cache_dtype)
     steps = [
-        decoder.step(i, tokens_BN[:, i - 1]).log_softmax(-1).gather(-1, tokens_BN[:, i : i + 1].long())
+        decoder.step(i, tokens_BN[:, i - 1]).log_softmax(-1).gather(-1, tokens_BN[:, i : i + 1])
         for i in range(tokens_BN.shape[1])
     ]
     return torch.cat(steps, 1)
