@@ -21,12 +21,15 @@ from pathlib import Path
 
 import torch
 
-from bench import cases, checks, measure, models, sampling, step, tune
+from bench import cases
 from bench.cases import Case, sized
+from bench.compiled import step
+from bench.correctness import checks
 from bench.log import Log
 from bench.machine import ROOT
-from bench.models import ModelCase
 from bench.rows import Row
+from bench.speed import measure, models, sampling, tune
+from bench.speed.models import ModelCase
 from igpt.kernels.interpreter import INTERPRETED
 
 PRESETS, LENGTHS = ("s", "m", "l"), (1024, 2304, 4096)
@@ -44,7 +47,7 @@ class Job:
     device: str = "cuda"
     presets: tuple[str, ...] = PRESETS
     checks: str = "gpu"  # bench.correctness's list
-    binaries: tuple[str, ...] = ("--cases", "bench.gpu_cases")
+    binaries: tuple[str, ...] = ("--cases", "bench.compiled.gpu_cases")
     sanitizer: str | None = shutil.which("compute-sanitizer")
 
     @property
@@ -119,7 +122,7 @@ def compiled(job: Job) -> None:
     """Fill Triton's cache with what the stages below launch on this GPU; the binaries' evidence comes with it."""
     arch = tune.this_arch() if job.device == "cuda" else "sm_90"
     flags = ["--arch", arch, "--workers", str(os.cpu_count() or 1), *job.binaries]
-    job.log.finish("compile", job.log.begin("compile", *flags))
+    job.log.finish("compiled", job.log.begin("compiled", *flags))
 
 
 def correct(job: Job) -> None:

@@ -12,8 +12,9 @@ import time
 import pytest
 import torch
 
-from bench import cases, host, models
-from bench.measure import call
+from bench import cases
+from bench.speed import host, models
+from bench.speed.measure import call
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE, TOKENS = ("bf16", 65536) if DEVICE == "cuda" else ("fp32", 1024)

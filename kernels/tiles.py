@@ -1,7 +1,7 @@
 """Launch parameters as data: for each kernel a table from (architecture, shape class) to a tile.
 
-Each row says where it was measured ("H200 2026-12-01") or "compiled only". `bench/tune.py` searches and prints rows;
-nothing searches in the call path. Architectures that no row names use "portable", and say so once.
+Each row says where it was measured ("H200 2026-12-01") or "compiled only". `bench/speed/tune.py` searches and
+prints rows; nothing searches in the call path. Architectures that no row names use "portable", and say so once.
 """
 
 import contextlib

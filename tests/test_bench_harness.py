@@ -6,13 +6,17 @@ import tarfile
 import pytest
 import torch
 
-from bench import checks, correctness, gpu, measure, models, pictures, report, rows, run, sampling, timing, tune
+from bench import gpu, rows, run
 from bench.cases import OPS, Case
+from bench.correctness import checks
+from bench.correctness import kernels as correctness
 from bench.cost import Ceilings
 from bench.log import Log
-from bench.models import NOTES, ModelCase, build
-from bench.peers import Absent, chosen
-from bench.timing import CpuTimer, CudaTimer, interleaved
+from bench.report import report
+from bench.speed import measure, models, pictures, sampling, timing, tune
+from bench.speed.models import NOTES, ModelCase, build
+from bench.speed.peers import Absent, chosen
+from bench.speed.timing import CpuTimer, CudaTimer, interleaved
 from igpt.kernels import tiles
 
 SMALL = Case("norm", 1, 16, 1, 32, "fp32")
@@ -24,8 +28,8 @@ def given_ceilings(monkeypatch):
     roof = Ceilings("a machine", dict.fromkeys(("fp32", "bf16", "fp16"), 1e12), 1e11)
     for module in (measure, models, sampling):
         monkeypatch.setattr(module, "ceilings", lambda device: roof)
-    monkeypatch.setattr("bench.peers.compiled", lambda fn, device: fn)
-    monkeypatch.setattr("bench.models.compiled", lambda fn, device: fn)
+    monkeypatch.setattr("bench.speed.peers.compiled", lambda fn, device: fn)
+    monkeypatch.setattr("bench.speed.models.compiled", lambda fn, device: fn)
 
 
 def lying_run(**options) -> measure.Run:

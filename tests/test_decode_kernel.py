@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench.budget import against_fp64
+from bench.correctness.budget import against_fp64
 from igpt.config import Config
 from igpt.kernels import decode_attention as attention_file
 from igpt.kernels import reference

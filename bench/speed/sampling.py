@@ -1,4 +1,4 @@
-"""What a token costs when pictures are sampled: `python -m bench.sampling --device cpu`.
+"""What a token costs when pictures are sampled: `python -m bench.speed.sampling --device cpu`.
 
 Ours against Hugging Face's generate (dynamic cache) and a compiled static-cache loop, on the same weights' shapes, over
 the same window of positions; each variant draws every token. N is where the window ends: 64 is the start of a picture,
@@ -20,17 +20,17 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from bench import models, peers
-from bench.budget import compare
 from bench.cases import DTYPES, tokens
-from bench.compile import capture
+from bench.compiled.compile import capture
+from bench.correctness.budget import compare
 from bench.cost import Cost
 from bench.machine import FAULTS, ceilings, stamp
-from bench.measure import Run, subject, timers, warmed
-from bench.models import ModelCase
-from bench.peers import Absent
 from bench.rows import Row, to_json
-from bench.timing import interleaved
+from bench.speed import models, peers
+from bench.speed.measure import Run, subject, timers, warmed
+from bench.speed.models import ModelCase
+from bench.speed.peers import Absent
+from bench.speed.timing import interleaved
 from igpt import ImageGPT, data, sample
 from igpt.config import PRESETS, preset
 from igpt.kernels import reference
@@ -309,7 +309,7 @@ def rows(wanted: Iterable[list[tuple[str, DecodeCase]]], run: Run, checked: Iter
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.sampling", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.speed.sampling", description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--preset", nargs="+", help="default: s on a CPU, s m l on a GPU")
     parser.add_argument("--peers", default="all")

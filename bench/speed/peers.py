@@ -173,7 +173,7 @@ UNPACKED = ATTENTION.keys() - {"eager"}
 OTHERS = {"eager": eager, "torch.compile": compiled_reference, "torch path": torch_path, "liger": liger}
 
 
-WHOLE = ("hugging face", "hugging face patched", "torch.compile graphed")  # bench/models.py
+WHOLE = ("hugging face", "hugging face patched", "torch.compile graphed")  # bench/speed/models.py
 NAMES = (*dict.fromkeys([*ATTENTION, *OTHERS]), *WHOLE)
 
 

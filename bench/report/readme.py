@@ -1,4 +1,4 @@
-"""The README's tables, made from committed rows: `python -m bench.readme` writes them, `--check` fails if they differ.
+"""The README's tables, of committed rows: `python -m bench.report.readme` writes them, `--check` fails if they differ.
 
 A table stands between `<!-- rows: PATH NAME -->` and `<!-- end rows -->`, PATH being a rows.jsonl from the repository
 root and NAME one of TABLES.
@@ -128,7 +128,7 @@ def filled(text: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.readme", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.report.readme", description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="exit 1 if a table is not what its rows say")
     args = parser.parse_args(argv)
     path = ROOT / "README.md"

@@ -1,4 +1,4 @@
-"""What the host does for one block of iGPT-S while a GPU would work: `python -m bench.host`, microseconds on one core.
+"""What the host does for one block of iGPT-S while a GPU would work, in microseconds: `python -m bench.speed.host`.
 
 Nothing is launched: our kernels are handed to a recorder that drops them, the vendor's products only allocate. What
 is left is what Python, the dispatcher and autograd cost: checks, tiles, descriptors, arguments, outputs, the engine.
@@ -16,9 +16,8 @@ from unittest import mock
 import torch
 
 from igpt import ImageGPT
-from igpt.kernels import device
+from igpt.kernels import choose, device
 from igpt.kernels.launching import recording
-from igpt.ops import cpu
 
 DIRECTIONS = ("fwd", "fwd+bwd")
 
@@ -34,7 +33,7 @@ def unlaunched(arch: str) -> Iterator[None]:
         stack.enter_context(warnings.catch_warnings(action="ignore"))  # that a kernel of PyTorch's is replaced
         stack.enter_context(torch.library._scoped_library("aten", "IMPL")).impl("mm", mm, "CPU")
         stack.enter_context(mock.patch.object(device, "INTERPRETED", True))  # check_device lets the CPU pass
-        stack.enter_context(mock.patch.object(cpu, "suits", return_value=False))
+        stack.enter_context(mock.patch.object(choose, "HAS_ONEDNN", False))
         stack.enter_context(device.target(arch))
         stack.enter_context(recording(lambda *_: None))
         yield
@@ -55,7 +54,7 @@ def block(direction: str) -> Callable[[], object]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.host", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.speed.host", description=__doc__.splitlines()[0])
     parser.add_argument("--arch", nargs="+", default=["sm_90", "portable"])
     args = parser.parse_args(argv)
     torch.set_num_threads(1)

@@ -15,12 +15,13 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import igpt
-from bench import cost, peers
+from bench import cost
 from bench.cases import DTYPES, tokens
 from bench.machine import ceilings
-from bench.measure import Run, Variant, blank, rows_of, warmed
-from bench.peers import Absent, compiled, importable
 from bench.rows import Row
+from bench.speed import peers
+from bench.speed.measure import Run, Variant, blank, rows_of, warmed
+from bench.speed.peers import Absent, compiled, importable
 from igpt import ImageGPT
 from igpt.config import PRESETS
 from igpt.hf.patch import apply_igpt_kernels

@@ -12,12 +12,12 @@ from collections.abc import Iterator
 import torch
 
 import igpt
-from bench import models
 from bench.cases import Case
 from bench.machine import ROOT, attempted, stamp
-from bench.measure import blank
-from bench.models import ModelCase
 from bench.rows import Row
+from bench.speed import models
+from bench.speed.measure import blank
+from bench.speed.models import ModelCase
 
 SANITIZERS = ("memcheck", "racecheck")
 FIRST_STEP_S = 30.0  # from import to the first fused step, every kernel compiled on the way

@@ -24,7 +24,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from bench.ttgir import Op, parse, walk
+from bench.compiled.ttgir import Op, parse, walk
 
 ROUNDS = 8  # more than a ring's places and the products in flight together
 INTEGERS = {
