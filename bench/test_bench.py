@@ -3,7 +3,7 @@
     pytest bench --benchmark-only --benchmark-autosave
     pytest bench --benchmark-only --benchmark-compare
 
-Kernels run on a GPU; without one, the torch path; the host's time for a block is always a CPU's (bench/host.py).
+Kernels run on a GPU; without one, the torch path; the host's time for a block is always a CPU's (speed/host.py).
 Correctness is bench/run.py's business and the tests'.
 """
 
