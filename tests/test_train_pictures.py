@@ -50,7 +50,8 @@ def test_a_folder_is_trained_on_in_one_line(folder, tmp_path):
     assert model.palette == palette and model.config.vocab == COLOURS and model.config.n_ctx == 64
     tokens = igpt.data.load(f"tokens:{run / 'tokens'}", "train+valid")
     pictures = igpt.data.load(str(folder), "train+valid", size=8)
-    assert np.array_equal(palette.decode(tokens.tokens[:].astype(np.int64), (8, 8)), pictures.images)  # every colour has its own
+    decoded = palette.decode(tokens.tokens[:].astype(np.int64), (8, 8))
+    assert np.array_equal(decoded, pictures.images)  # every colour has its own
 
 
 def test_the_tokens_are_made_once(folder, tmp_path):

@@ -16,9 +16,8 @@ from unittest import mock
 import torch
 
 from igpt import ImageGPT
-from igpt.kernels import device
+from igpt.kernels import choose, device
 from igpt.kernels.launching import recording
-from igpt.ops import cpu
 
 DIRECTIONS = ("fwd", "fwd+bwd")
 
@@ -34,7 +33,7 @@ def unlaunched(arch: str) -> Iterator[None]:
         stack.enter_context(warnings.catch_warnings(action="ignore"))  # that a kernel of PyTorch's is replaced
         stack.enter_context(torch.library._scoped_library("aten", "IMPL")).impl("mm", mm, "CPU")
         stack.enter_context(mock.patch.object(device, "INTERPRETED", True))  # check_device lets the CPU pass
-        stack.enter_context(mock.patch.object(cpu, "suits", return_value=False))
+        stack.enter_context(mock.patch.object(choose, "HAS_ONEDNN", False))
         stack.enter_context(device.target(arch))
         stack.enter_context(recording(lambda *_: None))
         yield

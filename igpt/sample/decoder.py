@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from igpt import ops
+from igpt.kernels import choose
 from igpt.kernels.reference import QUICK_GELU
 from igpt.machine import available_bytes
 from igpt.ops import cpu
@@ -40,7 +41,7 @@ class Product:
             self.scale = scale.to(self.dtype)
         else:
             self.weight = weight.to(self.dtype).contiguous()
-        self.packed = kind != "int8" and cpu.suits(self.weight)
+        self.packed = kind != "int8" and choose.onednn(self.weight)
         # torch's int8 product is a CPU's, and reads past the end of rows that are no multiple of its 16 columns.
         self.pack_mm = kind == "int8" and weight.device.type == "cpu" and weight.shape[1] % 32 == 0
         if self.packed:
