@@ -26,7 +26,7 @@ SMALL = Case("norm", 1, 16, 1, 32, "fp32")
 def given_ceilings(monkeypatch):
     """No ceiling is measured here, and torch.compile hands back what it got: no C++ compiler."""
     roof = Ceilings("a machine", dict.fromkeys(("fp32", "bf16", "fp16"), 1e12), 1e11)
-    for module in (measure, models, sampling):
+    for module in (measure, models):
         monkeypatch.setattr(module, "ceilings", lambda device: roof)
     monkeypatch.setattr("bench.speed.peers.compiled", lambda fn, device: fn)
     monkeypatch.setattr("bench.speed.models.compiled", lambda fn, device: fn)
