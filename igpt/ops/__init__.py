@@ -156,11 +156,13 @@ def embed(tokens, wte, wpe, sos=None, masked=None, *, dtype: torch.dtype | None 
     sos (d): AR, shifted right behind the start vector. masked (B, N) bool: BERT, masked token embeddings times 0.
     dtype: of the result (default wte's). Token ids outside of [0, V) raise on a CPU; on a GPU their rows are NaN."""
     checks.integers("embed", "tokens", tokens, wte.shape[0])
-    wte, wpe, sos = _cast(dtype or wte.dtype, wte, wpe, sos)
-    if choose.kernels(impl, wte):
-        return embedding_kernel.embed(tokens, wte, wpe, sos, masked)
+    tables = _cast(dtype or wte.dtype, wte, wpe, sos)
+    if choose.kernels(impl, tables[0]):
+        return embedding_kernel.embed(tokens, *tables, masked)
     checks.embed(tokens, wte, wpe, sos, masked)
-    return reference.embed(tokens, wte, wpe, sos, masked)
+    # Wide tables: a colour's gradient is a sum of thousands, which would stand still in half precision.
+    wide = _cast(torch.promote_types(wte.dtype, torch.float32), wte, wpe, sos)
+    return reference.embed(tokens, *wide, masked).to(tables[0].dtype)
 
 
 def head_loss(x, norm_weight, head_weight, targets, *, eps: float = 1e-5, centred: bool = False, impl: str = "auto"):
