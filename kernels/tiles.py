@@ -202,6 +202,9 @@ def embedding_backward_tile(arch: str, element_bytes: int, d: int) -> Tile:
     return EMBEDDING_BACKWARD.get((arch, element_bytes), EMBEDDING_BACKWARD["portable", element_bytes])
 
 
+# Up to how many pictures a decoding step's products are matrix-vector kernels; beyond, the vendor's.
+FEW_PICTURES = 8
+
 # One decoding step's products for few pictures (kernels/decode_linear.py): (what goes in or comes out, columns up to) ->
 # BLOCK_N output features a program. Nothing in them is one architecture's: what an H200 likes best is taken everywhere.
 # Wider rows than it measured keep to the 128 weights a thread that fit its registers even in fp32.
@@ -232,11 +235,11 @@ MAX_COLUMNS = 32768
 
 def decode_linear_tile(form: str, K: int) -> Tile:
     """The tile of the narrowest class that holds K columns. BLOCK_K is K's power of two, or a quarter of it where three
-    of those hold K (1536 = 3 x 512); what joins attention's parts, SPLITS of each column, takes 512 at most."""
+    of those hold K (1536 = 3 x 512); at most 4096, and 512 where each column of x is joined from DECODE_SPLITS."""
     whole = max(64, 1 << (K - 1).bit_length())
     chunk = whole // 4 if 4 * K <= 3 * whole else whole
     tile = DECODE_LINEAR[form, min(width for name, width in DECODE_LINEAR if name == form and width >= K)]
-    return replace(tile, BLOCK_K=min(chunk, 512) if form == "join" else chunk)
+    return replace(tile, BLOCK_K=min(chunk, 512 if form == "join" else 4096))
 
 
 # One decoding step's attention (kernels/decode_attention.py): (in parts or whole, head dim up to) -> BLOCK_N keys, half
