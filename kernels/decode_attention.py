@@ -132,8 +132,8 @@ def attend(qkv, k_cache, v_cache, position, scale: float, out, maxima=None, sums
     tile = tiles.decode_attention_tile("whole" if maxima is None else "parts", D, k_cache.element_size())
     launch_chained(
         qkv.device, attention_kernel, (B * H, splits),
-        qkv=qkv.contiguous(), k_cache=k_cache, v_cache=v_cache, position=position, out=out, maxima=maxima, sums=sums,
-        H=H, n_ctx=k_cache.shape[2], stride_b=k_cache.stride(0), stride_h=k_cache.stride(1), scale=scale,
+        qkv=qkv.contiguous(), k_cache=k_cache, v_cache=v_cache, position=position.contiguous(), out=out,
+        maxima=maxima, sums=sums, H=H, n_ctx=k_cache.shape[2], stride_b=k_cache.stride(0), stride_h=k_cache.stride(1), scale=scale,
         D=D, SPLITS=splits, LIMIT=torch.finfo(k_cache.dtype).max if k_cache.element_size() == 1 else 0,
         BLOCK_N=tile.BLOCK_N, IS_EARLY=tile.early, num_warps=tile.num_warps,
     )  # fmt: skip
@@ -178,7 +178,7 @@ def check(qkv, k_cache, v_cache, position) -> None:
             checks.refuse("decode_attention", name, f"strides {cache.stride()}", "dense rows, strides as k_cache's")
     if k_cache.element_size() == 1 and arch(qkv.device) == "sm_80":
         checks.refuse("decode_attention", "k_cache", f"{k_cache.dtype} on sm_80", "bf16: fp8 came with sm_89")
-    if position.numel() != B or position.is_floating_point():
+    if position.shape != (B,) or position.is_floating_point():
         checks.refuse("decode_attention", "position", checks.said(position), f"integers ({B},)")
     check_device("decode_attention", qkv, k_cache, v_cache, position)
 

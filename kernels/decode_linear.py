@@ -43,12 +43,6 @@ def load_weights(weight, o_o, O: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.cons
 
 
 @triton.jit
-def load_columns(x, o_k, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    b_x = tl.load(x + o_k) if K % BLOCK_K == 0 else tl.load(x + o_k, mask=o_k < K, other=0.0)
-    return b_x.to(tl.float32)
-
-
-@triton.jit
 def load_joined(partial, maxima, sums, o_k, K: tl.constexpr, HEADS: tl.constexpr, SPLITS: tl.constexpr):
     """Columns of attention's output from the parts [SPLITS, K] of a picture's splits of keys."""
     o_s, m = tl.arange(0, SPLITS)[:, None], (o_k < K)[None, :]
@@ -79,24 +73,23 @@ def linear_kernel(
         if residual is not None:
             b_residual = tl.load(residual + i_b * O + o_o, mask=m_o, other=0.0).to(tl.float32)
         if IS_CENTRED:
-            b_mean = tl.zeros([BLOCK_K], tl.float32)
+            b_total = tl.zeros([BLOCK_K], tl.float32)
             for i_k in tl.static_range(0, K, BLOCK_K):
-                b_mean += load_columns(x + i_b * K, i_k + tl.arange(0, BLOCK_K), K, BLOCK_K)
-            mean = tl.sum(b_mean, 0) / K
-        b_y = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-        b_squares = tl.zeros([BLOCK_K], tl.float32)
+                o_k = i_k + tl.arange(0, BLOCK_K)
+                b_total += tl.load(x + i_b * K + o_k, mask=o_k < K, other=0.0).to(tl.float32)
+            mean = tl.sum(b_total, 0) / K
         for i_k in tl.static_range(0, K, BLOCK_K):
             o_k = i_k + tl.arange(0, BLOCK_K)
             if SPLITS > 0:
                 i_part = i_b * SPLITS
                 b_x = load_joined(x + i_part * K, maxima + i_part * HEADS, sums + i_part * HEADS, o_k, K, HEADS, SPLITS)
             else:
-                b_x = load_columns(x + i_b * K, o_k, K, BLOCK_K)
+                b_x = tl.load(x + i_b * K + o_k, mask=o_k < K, other=0.0).to(tl.float32)
             if IS_CENTRED:
                 b_x = tl.where(o_k < K, b_x - mean, 0.0)
-            if HAS_NORM:
-                b_squares += b_x * b_x
-            b_y += b_w[i_k // BLOCK_K].to(tl.float32) * b_x[None, :]
+            b_wx = b_w[i_k // BLOCK_K].to(tl.float32) * b_x[None, :]
+            b_y = b_wx if i_k == 0 else b_y + b_wx
+            b_squares = b_x * b_x if i_k == 0 else b_squares + b_x * b_x
         b_sum = tl.sum(b_y, 1)
         if HAS_NORM:
             b_sum *= tl.rsqrt(tl.sum(b_squares, 0) / K + eps)
@@ -138,7 +131,7 @@ def check(name: str, K: int, weight, scale, bias) -> None:
     if K > tiles.MAX_COLUMNS:
         checks.refuse(name, "weight", f"{K} columns", f"at most {tiles.MAX_COLUMNS}: a program holds them in registers")
     if (scale is None) == (weight.dtype == torch.int8):
-        checks.refuse(name, "scale", "None" if scale is None else "one", f"none but for int8, for {weight.dtype} weights")
+        checks.refuse(name, "scale", scale if scale is None else checks.said(scale), "one for int8 weights, else None")
     checks.operand(name, "scale", scale, (len(weight),), torch.float32)
     checks.operand(name, "bias", bias, (len(weight),))
 

@@ -209,21 +209,25 @@ FEW_PICTURES = 8
 # BLOCK_N output features a program. Nothing in them is one architecture's: what an H200 likes best is taken everywhere.
 # Wider rows than it measured keep to the 128 weights a thread that fit its registers even in fp32.
 DECODE_LINEAR = {
+    ("norm", 256): Tile(1, 32, num_warps=4),
     ("norm", 512): Tile(1, 16, num_warps=8, early=False, evidence="H200 2026-11-27"),
     ("norm", 1024): Tile(1, 8, num_warps=2, evidence="H200 2026-11-27"),
     ("norm", 1536): Tile(1, 8, num_warps=4, evidence="H200 2026-11-27"),
     ("norm", 4096): Tile(1, 4, num_warps=4),
     ("norm", 32768): Tile(1, 1, num_warps=8),
+    ("gelu", 256): Tile(1, 32, num_warps=4),
     ("gelu", 512): Tile(1, 4, num_warps=4, early=False, evidence="H200 2026-11-27"),
     ("gelu", 1024): Tile(1, 4, num_warps=4, evidence="H200 2026-11-27"),
     ("gelu", 1536): Tile(1, 2, num_warps=1, evidence="H200 2026-11-27"),
     ("gelu", 4096): Tile(1, 4, num_warps=4),
     ("gelu", 32768): Tile(1, 1, num_warps=8),
+    ("join", 256): Tile(1, 32, num_warps=4, num_stages=1),
     ("join", 512): Tile(1, 16, num_warps=4, num_stages=1, early=False, evidence="H200 2026-11-27"),
     ("join", 1024): Tile(1, 4, num_warps=4, num_stages=1, evidence="H200 2026-11-27"),
     ("join", 1536): Tile(1, 16, num_warps=8, num_stages=1, evidence="H200 2026-11-27"),
-    ("join", 4096): Tile(1, 8, num_warps=8, num_stages=1),
+    ("join", 4096): Tile(1, 4, num_warps=8, num_stages=1),
     ("join", 32768): Tile(1, 1, num_warps=8, num_stages=1),
+    ("add", 1024): Tile(1, 16, num_warps=4),
     ("add", 2048): Tile(1, 8, num_warps=4, early=False, evidence="H200 2026-11-27"),
     ("add", 4096): Tile(1, 4, num_warps=4, evidence="H200 2026-11-27"),
     ("add", 6144): Tile(1, 2, num_warps=4, evidence="H200 2026-11-27"),
@@ -235,11 +239,11 @@ MAX_COLUMNS = 32768
 
 def decode_linear_tile(form: str, K: int) -> Tile:
     """The tile of the narrowest class that holds K columns. BLOCK_K is K's power of two, or a quarter of it where three
-    of those hold K (1536 = 3 x 512); at most 4096, and 512 where each column of x is joined from DECODE_SPLITS."""
+    of those hold K (1536 = 3 x 512); at most 4096, and 1024 where each column of x is joined from DECODE_SPLITS."""
     whole = max(64, 1 << (K - 1).bit_length())
     chunk = whole // 4 if 4 * K <= 3 * whole else whole
     tile = DECODE_LINEAR[form, min(width for name, width in DECODE_LINEAR if name == form and width >= K)]
-    return replace(tile, BLOCK_K=min(chunk, 512 if form == "join" else 4096))
+    return replace(tile, BLOCK_K=min(chunk, 1024 if form == "join" else 4096))
 
 
 # One decoding step's attention (kernels/decode_attention.py): (in parts or whole, head dim up to) -> BLOCK_N keys, half
