@@ -30,6 +30,7 @@ from bench.measure import Run, timers, warmed
 from bench.models import ModelCase
 from bench.peers import Absent
 from bench.rows import Row, to_json
+from bench.step import Vendor
 from bench.timing import interleaved
 from igpt import ImageGPT, data, sample
 from igpt.config import PRESETS, preset
@@ -177,13 +178,13 @@ NOTES = {
 
 
 def launches(preset_name: str, B: int, arch: str = "sm_90") -> int:
-    """Kernel launches a token of the kernels' decoder, recorded on meta tensors; one of them moves the position on."""
+    """Kernel launches a token of the kernels' decoder, recorded on meta tensors: ours and the vendor's products."""
     with torch.no_grad():
         model = ImageGPT(preset(preset_name), impl="triton", device="meta", dtype=torch.bfloat16)
         decoder = decoder_of(model, B)
-        with capture(arch) as found:
+        with Vendor() as vendor, capture(arch) as found:
             decoder.draw(Sampler())
-    return len(found) + 1
+    return len(found) + sum(name in ("mm", "addmm") for name, *_ in vendor.found)
 
 
 def check(name: str, device: str, dtype: str) -> Row:

@@ -11,9 +11,10 @@ what comes out are parts, which the projection joins (kernels/decode_linear.py):
 
 Bytes rule: 4 D a key and head in 16 bits, each read once, so scores are sums of fp32 products and no matrix
 instruction is in sight. The BLOCK_N rows of a tile are as many softmaxes of their own, with their own running maximum
-and accumulator in registers; they meet once, after the loop, and no thread waits for another before. Each tile is on
-its way while the one before is worked on, the first before this kernel waits for q. Rows of D = 96 are 64 + 32 columns,
-not 128. This step's key comes from qkv, not from memory just written.
+and accumulator in registers; they meet once, after the loop, and no thread waits for another before. In parts the first
+tile, at window 512 the only one, is fetched before the kernel waits for q; whole, two tiles are on their way to shared
+memory while one is worked on. Rows of D = 96 are 64 + 32 columns, not 128. This step's key comes from qkv, not from
+memory just written.
 
 Deterministic, and the same for a picture whatever B. The cache may be fp8: values are clipped to its range, as it has
 no infinity.
@@ -43,11 +44,12 @@ def add_weighted(tile, weights, b):
 
 
 @triton.jit
-def sum_rows(tile):
-    total = (tl.sum(tile[0], 0)[None, :],)
+def joined(tile, weights, p_new, b_new, total):
+    """(sum over rows of weights tile + p_new b_new) / total: a tile of one row."""
+    joint = ((tl.sum(tile[0] * weights, 0)[None, :] + p_new * b_new[0].to(tl.float32)) / total,)
     if len(tile) == 2:
-        total = (total[0], tl.sum(tile[1], 0)[None, :])
-    return total
+        joint = (joint[0], (tl.sum(tile[1] * weights, 0)[None, :] + p_new * b_new[1].to(tl.float32)) / total)
+    return joint
 
 
 @triton.jit
@@ -73,7 +75,7 @@ def append(new, cache, p, is_owner, D: tl.constexpr, LIMIT: tl.constexpr):
 @triton.jit
 def attention_kernel(
     qkv, k_cache, v_cache, position, out, maxima, sums, H, n_ctx, stride_b, stride_h, scale,
-    D: tl.constexpr, SPLITS: tl.constexpr, LIMIT: tl.constexpr, BLOCK_N: tl.constexpr,
+    D: tl.constexpr, SPLITS: tl.constexpr, LIMIT: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     IS_EARLY: tl.constexpr, IS_CHAINED: tl.constexpr,
 ):  # fmt: skip
     release(IS_EARLY, IS_CHAINED)
@@ -89,8 +91,9 @@ def attention_kernel(
     share = tl.cdiv(tl.cdiv(p, SPLITS), BLOCK_N) * BLOCK_N
     start = i_split * share
     end = tl.minimum(p, start + share)
-    b_k = load_tile((k_cache, D), start, end, BLOCK_N, D)  # [BLOCK_N, D]
-    b_v = load_tile((v_cache, D), start, end, BLOCK_N, D)
+    if maxima is not None:
+        b_k = load_tile((k_cache, D), start, end, BLOCK_N, D)  # [BLOCK_N, D]
+        b_v = load_tile((v_cache, D), start, end, BLOCK_N, D)
     wait(IS_EARLY, IS_CHAINED)
 
     # Scores in powers of two; NaN, and with it all that comes of it, for a position outside.
@@ -98,15 +101,19 @@ def attention_kernel(
     b_max = tl.full([BLOCK_N], LOWEST, tl.float32)
     b_sum = tl.zeros([BLOCK_N], tl.float32)
     b_acc = zero_tile(BLOCK_N, D)
-    for i_n in range(start, end, BLOCK_N):
-        b_next_k = load_tile((k_cache, D), i_n + BLOCK_N, end, BLOCK_N, D)
-        b_next_v = load_tile((v_cache, D), i_n + BLOCK_N, end, BLOCK_N, D)
+    for i_n in tl.range(start, end, BLOCK_N, num_stages=STAGES):
+        if maxima is None:
+            b_k = load_tile((k_cache, D), i_n, end, BLOCK_N, D)
+            b_v = load_tile((v_cache, D), i_n, end, BLOCK_N, D)
+        elif i_n > start:
+            b_k = load_tile((k_cache, D), i_n, end, BLOCK_N, D)
+            b_v = load_tile((v_cache, D), i_n, end, BLOCK_N, D)
         b_s = tl.where(i_n + o_n < end, row_dots(b_k, b_q), float("-inf"))
         b_new_max = tl.maximum(b_max, b_s)
         b_fade, b_p = tl.exp2(b_max - b_new_max), tl.exp2(b_s - b_new_max)
         b_sum = b_sum * b_fade + b_p
         b_acc = add_weighted(scale_tile(b_acc, b_fade[:, None]), b_p[:, None], b_v)
-        b_max, b_k, b_v = b_new_max, b_next_k, b_next_v
+        b_max = b_new_max
 
     is_owner = i_split == 0  # of this step's key, whose softmax is one more
     b_k = append(qkv + H * D, k_cache, p, is_owner & is_inside, D, LIMIT)
@@ -115,15 +122,13 @@ def attention_kernel(
     top = tl.maximum(tl.max(b_max, 0), s_new)
     b_fade, p_new = tl.exp2(b_max - top), tl.exp2(s_new - top)
     total = tl.sum(b_sum * b_fade, 0) + p_new
-    b_out = add_weighted(sum_rows(scale_tile(b_acc, b_fade[:, None])), p_new, b_v)
-    i_part = i_bh
     if maxima is None:
-        b_out = scale_tile(b_out, 1.0 / total)
+        store_tile((out + i_bh * D, D), 0, joined(b_acc, b_fade[:, None], p_new, b_v, total), 1, 1, D)
     else:
         i_part = (i_b * SPLITS + i_split) * H + i_h
         tl.store(maxima + i_part, top)
         tl.store(sums + i_part, total)
-    store_tile((out + i_part * D, D), 0, b_out, 1, 1, D)
+        store_tile((out + i_part * D, D), 0, joined(b_acc, b_fade[:, None], p_new, b_v, 1.0), 1, 1, D)
 
 
 def attend(qkv, k_cache, v_cache, position, scale: float, out, maxima=None, sums=None) -> None:
@@ -132,10 +137,11 @@ def attend(qkv, k_cache, v_cache, position, scale: float, out, maxima=None, sums
     tile = tiles.decode_attention_tile("whole" if maxima is None else "parts", D, k_cache.element_size())
     launch_chained(
         qkv.device, attention_kernel, (B * H, splits),
-        qkv=qkv.contiguous(), k_cache=k_cache, v_cache=v_cache, position=position.contiguous(), out=out,
-        maxima=maxima, sums=sums, H=H, n_ctx=k_cache.shape[2], stride_b=k_cache.stride(0), stride_h=k_cache.stride(1), scale=scale,
+        qkv=qkv.contiguous(), k_cache=k_cache, v_cache=v_cache, position=position.contiguous(),
+        out=out, maxima=maxima, sums=sums, H=H, n_ctx=k_cache.shape[2],
+        stride_b=k_cache.stride(0), stride_h=k_cache.stride(1), scale=scale,
         D=D, SPLITS=splits, LIMIT=torch.finfo(k_cache.dtype).max if k_cache.element_size() == 1 else 0,
-        BLOCK_N=tile.BLOCK_N, IS_EARLY=tile.early, num_warps=tile.num_warps,
+        BLOCK_N=tile.BLOCK_N, STAGES=tile.num_stages, IS_EARLY=tile.early, num_warps=tile.num_warps,
     )  # fmt: skip
 
 
@@ -173,6 +179,8 @@ def decode_attention_parts_op(qkv, k_cache, v_cache, position, scale: float, par
 def check(qkv, k_cache, v_cache, position) -> None:
     checks.decode_attention(qkv, k_cache, v_cache)
     B, _, H, D = qkv.shape
+    if D > 128:
+        checks.refuse("decode_attention", "qkv", f"head dim {D}", "at most 128")
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         if cache.stride()[2:] != (D, 1) or cache.stride() != k_cache.stride():
             checks.refuse("decode_attention", name, f"strides {cache.stride()}", "dense rows, strides as k_cache's")

@@ -247,17 +247,18 @@ def decode_linear_tile(form: str, K: int) -> Tile:
 
 
 # One decoding step's attention (kernels/decode_attention.py): (in parts or whole, head dim up to) -> BLOCK_N keys, half
-# of them in fp32. Parts: all of a split's keys at window 512 at once. Whole: what lets three or four programs share a
-# multiprocessor with the next keys in flight.
+# of them in fp32. Parts: all of a split's keys at window 512 in registers at once. Whole: two tiles on their way to
+# shared memory, and as many programs a multiprocessor as 128 pictures of 8 heads need to run all at once (at 128 eight
+# warps also keep q's row from being a tile of its own, whose layout Triton would then give to the keys).
 DECODE_ATTENTION = {
-    ("parts", 64): Tile(1, 64, num_warps=4, early=False, evidence="H200 2026-11-27"),
-    ("parts", 128): Tile(1, 64, num_warps=4, evidence="H200 2026-11-27"),
-    ("whole", 64): Tile(1, 64, num_warps=4),
-    ("whole", 128): Tile(1, 32, num_warps=4),
+    ("parts", 64): Tile(1, 64, num_warps=4, num_stages=1, early=False, evidence="H200 2026-11-27"),
+    ("parts", 128): Tile(1, 64, num_warps=4, num_stages=1, evidence="H200 2026-11-27"),
+    ("whole", 96): Tile(1, 32, num_warps=4, num_stages=3),
+    ("whole", 128): Tile(1, 32, num_warps=8, num_stages=3),
 }
 DECODE_SPLITS = 8  # of the keys, in parts
 
 
 def decode_attention_tile(form: str, D: int, element_bytes: int) -> Tile:
-    tile = DECODE_ATTENTION[form, 64 if D <= 64 else 128]
+    tile = DECODE_ATTENTION[form, min(width for name, width in DECODE_ATTENTION if name == form and width >= D)]
     return replace(tile, BLOCK_N=tile.BLOCK_N // 2) if element_bytes == 4 else tile
