@@ -240,14 +240,14 @@ def compile_launch(launch: Launch) -> dict:
     return found | {"rings": "; ".join(map(str, rings)), "races": "; ".join(races)}
 
 
-def problems(row: CompileRow, needs_wgmma: bool = True) -> list[str]:
+def problems(row: CompileRow) -> list[str]:
     """What is wrong with a binary: each entry is a sentence; an empty list is a good one."""
     found = []
     if row.dots and row.regs <= 32:
         found.append(f"{row.regs} registers: the compiler emptied the kernel")
     if row.dots and not row.mma:
         found.append("a product without matrix instructions")
-    if row.dots and row.arch == "sm_90" and needs_wgmma and not row.wgmma:
+    if row.dots and row.arch == "sm_90" and not row.wgmma:
         found.append("a product without wgmma")
     if row.stack or row.spill_loads or row.spill_stores:
         found.append(f"spills: {row.stack} bytes of stack, {row.spill_loads} loads, {row.spill_stores} stores")
@@ -265,12 +265,11 @@ class Job:
     launch: Launch
     row: CompileRow
     cases: set[str]  # all that launch it; the row is named by the first
-    needs_wgmma: bool = True
 
 
 def judged(job: Job, evidence: dict) -> CompileRow:
     row = dataclasses.replace(job.row, **evidence)
-    wrong = problems(row, job.needs_wgmma)
+    wrong = problems(row)
     return dataclasses.replace(row, ok=not wrong, note="; ".join(wrong) or row.note)
 
 
@@ -347,7 +346,7 @@ def plan(cases: Iterable, archs: Iterable[str]) -> tuple[list[Job], list[Compile
                 names[named.key] += 1
                 if names[named.key] > 1:
                     named = dataclasses.replace(named, variant=f"{named.variant} #{names[named.key]}")
-                seen[launch.key] = Job(launch, named, {case.name}, launch.name not in case.small_products)
+                seen[launch.key] = Job(launch, named, {case.name})
                 jobs.append(seen[launch.key])
     return jobs, broken
 

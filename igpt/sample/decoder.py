@@ -79,14 +79,17 @@ class Decoder:
     """Decodes `batch` pictures of `model` in lock-step with plain PyTorch operations.
 
     weights: None (the parameters' dtype), "bf16" or "int8"; cache_dtype: None (fp32 or wider on a CPU, the products'
-    dtype on a GPU), "fp32", "bf16" or "fp8". Raises ValueError for a BERT model, an unknown option, or a cache that
-    doesn't fit, before allocating it."""
+    dtype on a GPU), "fp32", "bf16" or "fp8". total: how many pictures are drawn in all, `batch` at a time (default:
+    batch); kernels choose their form by it, so that pictures don't depend on the split. Raises ValueError for a BERT
+    model, an unknown option, or a cache that doesn't fit, before allocating it."""
 
     @torch.no_grad()
-    def __init__(self, model, batch: int, *, weights: str | None = None, cache_dtype: str | None = None):
+    def __init__(
+        self, model, batch: int, *, weights: str | None = None, cache_dtype: str | None = None, total: int | None = None
+    ):
         c = model.config
         check_options(model, batch, weights, cache_dtype)
-        self.model, self.batch, self.config = model, batch, c
+        self.model, self.batch, self.config, self.total = model, batch, c, max(batch, total or 0)
         self.device = model.wte.device
         self.dtype = torch.bfloat16 if weights else model.wte.dtype
         self.wide = torch.promote_types(self.dtype, torch.float32)
