@@ -22,6 +22,7 @@ from igpt.kernels.decode_rows import ROWS, decode_norm, decode_norm_op, decode_p
 from igpt.kernels.decode_sample import decode_embed, decode_embed_op, decode_sample, decode_sample_op
 from igpt.kernels.launching import recording
 from igpt.model import ImageGPT
+from tests.test_compile import child
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -382,6 +383,49 @@ def test_chained_kernels_follow_a_plain_one(monkeypatch):
         chained = arch in ("sm_90", "sm_100")
         assert name == "embed_kernel" and "launch_pdl" not in first and len(rest) == 22
         assert all(options.get("launch_pdl", False) == options["IS_CHAINED"] == chained for _, options in rest)
+
+
+def test_weights_are_on_their_way_before_the_wait():
+    """In sm_90's PTX and SASS: all of a program's weights, or its keys and values, in loads of 16 bytes ahead of the one
+    wait, and none of them behind it; and sums in the same order for one picture and for several."""
+    done = child("-c", r"""
+import re, subprocess, tempfile, triton
+from bench import compile as c
+from bench.compile_cases import decode_step
+
+def halves(text, wait, load):
+    before, after = text.split(wait)
+    return len(re.findall(load, before)), len(re.findall(load, after))
+
+for preset in "sl":
+    orders = {}
+    for B in (1, 4):
+        with c.capture("sm_90") as launches:
+            decode_step(preset, B)
+        assert [x.name for x in launches] == ["embed_kernel", "linear_kernel", "attention_kernel", *4 * ["linear_kernel"],
+                                              "sample_kernel"]
+        for place, launch in enumerate(launches[1:-1]):
+            source = c.ASTSource(launch.function, launch.signature, launch.constexprs, launch.attrs)
+            kernel = triton.compile(source, target=c.TARGETS["sm_90"], options=launch.options)
+            with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+                file.write(kernel.asm["cubin"])
+                file.flush()
+                run = {"capture_output": True, "text": True, "check": True}
+                sass = subprocess.run([c._tool("cuobjdump"), "-sass", file.name], **run).stdout
+            v, threads = launch.values, 32 * launch.options["num_warps"]
+            if launch.name == "linear_kernel":
+                want = v["BLOCK_N"] * v["K"] * 2 // 16 // threads
+                found = halves(kernel.asm["ptx"], "griddepcontrol.wait", r"ld\.global\S*evict_first\S*\.v4\.b32")
+                machine = halves(sass, "ACQBULK", r"LDG\.E\.EF\.128")
+                order = [len(re.findall(op, sass)) for op in (r"\bFFMA", r"\bFADD", r"\bFMUL")]
+                assert orders.setdefault(place, order) == order, (launch.name, preset, B, orders[place], order)
+            else:
+                want = 2 * v["BLOCK_N"] * v["D"] * 2 // 16 // threads
+                found = (halves(kernel.asm["ptx"], "griddepcontrol.wait", r"ld\.global\S*\.v4\.b32")[0], 0)
+                machine = (halves(sass, "ACQBULK", r"LDG\.E\.128")[0], 0)
+            assert found == machine == (want, 0), (launch.name, launch.tile, preset, B, want, found, machine)
+""")
+    assert done.returncode == 0, done.stderr
 
 
 def test_opcheck(device):
