@@ -14,8 +14,8 @@ from bench.cases import PIXEL_OPS, ROW_OPS, Case, shapes
 from igpt import ImageGPT
 from igpt.decode_kernels import KernelDecoder
 from igpt.draw import Sampler
-from igpt.kernels.palette import palette_sums
 from igpt.kernels.device import ARCHS
+from igpt.kernels.palette import palette_sums
 
 
 @dataclass(frozen=True)

@@ -102,10 +102,7 @@ def attention_kernel(
     b_sum = tl.zeros([BLOCK_N], tl.float32)
     b_acc = zero_tile(BLOCK_N, D)
     for i_n in tl.range(start, end, BLOCK_N, num_stages=STAGES):
-        if maxima is None:
-            b_k = load_tile((k_cache, D), i_n, end, BLOCK_N, D)
-            b_v = load_tile((v_cache, D), i_n, end, BLOCK_N, D)
-        elif i_n > start:
+        if maxima is None or i_n > start:
             b_k = load_tile((k_cache, D), i_n, end, BLOCK_N, D)
             b_v = load_tile((v_cache, D), i_n, end, BLOCK_N, D)
         b_s = tl.where(i_n + o_n < end, row_dots(b_k, b_q), float("-inf"))
@@ -178,7 +175,7 @@ def decode_attention_parts_op(qkv, k_cache, v_cache, position, scale: float, par
 
 def check(qkv, k_cache, v_cache, position) -> None:
     checks.decode_attention(qkv, k_cache, v_cache)
-    B, _, H, D = qkv.shape
+    B, D = qkv.shape[0], qkv.shape[3]
     if D > 128:
         checks.refuse("decode_attention", "qkv", f"head dim {D}", "at most 128")
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
@@ -195,9 +192,9 @@ def decode_attention(qkv, k_cache, v_cache, position, scale: float | None = None
     """Attention of the new position: qkv (B, 3, H, D), caches (B, H, n_ctx, D) -> (B, H, D), or (rows, H, D) of which
     only the first B are written.
 
-    `position` (B,), integers on the device in [0, n_ctx), says how many keys the caches hold; k and v are written there.
-    scale defaults to 1/sqrt(D). A position outside gives NaN, and nothing is written. Raises ValueError for operands
-    that don't fit."""
+    `position` (B,), integers on the device in [0, n_ctx), says how many keys the caches hold; k and v are written
+    there. scale defaults to 1/sqrt(D). A position outside gives NaN, and nothing is written. Raises ValueError for
+    operands that don't fit."""
     check(qkv, k_cache, v_cache, position)
     scale = qkv.shape[3] ** -0.5 if scale is None else scale
     return decode_attention_op(qkv, k_cache, v_cache, position, scale, len(qkv) if rows is None else rows)
