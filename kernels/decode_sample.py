@@ -76,8 +76,8 @@ def sample_kernel(
 ):  # fmt: skip
     i_b = tl.program_id(0).to(tl.int64)
     o_v = tl.arange(0, BLOCK_V)
-    p = tl.load(position + i_b).to(tl.int64)
     wait(False, IS_CHAINED)
+    p = tl.load(position + i_b).to(tl.int64)
     logits += i_b * V
     b_scores = load_scores(logits, o_v, V, 1.0 if IS_GREEDY else temperature)
     if not IS_GREEDY:
