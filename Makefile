@@ -26,12 +26,12 @@ gpu:
 fuzz: $(VENV)/.ready
 	IGPT_FUZZ=5000 $(BIN)/python -m pytest -q tests/test_fuzz_readers.py
 
-# Renews bench/compile_baseline.jsonl: on purpose, and looking at its diff.
+# Renews bench/compiled/baseline.jsonl: on purpose, and looking at its diff.
 compile-baseline: $(VENV)/.ready
-	$(BIN)/python -m bench.gate
+	$(BIN)/python -m bench.compiled.gate
 
 demo: $(VENV)/.ready
-	$(BIN)/python -m igpt.programs.demo
+	$(BIN)/python -m igpt demo
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info bench/out

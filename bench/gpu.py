@@ -21,12 +21,15 @@ from pathlib import Path
 
 import torch
 
-from bench import cases, checks, measure, models, sampling, step, tune
+from bench import cases
 from bench.cases import Case, sized
+from bench.compiled import step
+from bench.correctness import checks
 from bench.log import Log
 from bench.machine import ROOT
-from bench.models import ModelCase
 from bench.rows import Row
+from bench.speed import measure, models, sampling, tune
+from bench.speed.models import ModelCase
 from igpt.kernels.interpreter import INTERPRETED
 
 PRESETS, LENGTHS = ("s", "m", "l"), (1024, 2304, 4096)
@@ -44,7 +47,7 @@ class Job:
     device: str = "cuda"
     presets: tuple[str, ...] = PRESETS
     checks: str = "gpu"  # bench.correctness's list
-    binaries: tuple[str, ...] = ("--cases", "bench.gpu_cases")
+    binaries: tuple[str, ...] = ("--cases", "bench.compiled.gpu_cases")
     sanitizer: str | None = shutil.which("compute-sanitizer")
 
     @property
@@ -61,8 +64,9 @@ class Job:
     def operations(self, chosen: Iterable[Case], peers: str) -> None:
         self.log.take(measure.operations(self.small(chosen), self.run(peers)))
 
-    def search(self, out: Path) -> None:
-        tune.main(["--seconds", str(self.seconds), "--out", str(out)])
+    def search(self, only: str) -> None:
+        """Tiles, with the time that is left: the rows to paste are in tiles.txt."""
+        tune.main(["--seconds", str(self.seconds), "--only", only, "--out", str(self.log.path.with_name("tiles.txt"))])
 
     def models(self, chosen: Iterable[ModelCase], peers: str) -> None:
         self.log.take(models.rows(self.small(chosen), self.run(peers, case_s=2.0, least=3)))
@@ -104,10 +108,11 @@ class Rehearsal(Job):
         run = super().run(peers, case_s=0.0, least=2)
         return dataclasses.replace(run, timer=LyingTimer(), step_timer=LyingTimer())
 
-    def search(self, out: Path) -> None:
-        *_, norm = tune.searches("portable")
-        norm = dataclasses.replace(norm, case=self.small([norm.case])[0], values={"BLOCK_M": (1, 2)})
-        tune.run([norm], "portable", self.device, lambda name: True, LyingTimer(), self.seconds, out)
+    def search(self, only: str) -> None:
+        *_, last = (search for search in tune.searches("portable") if only in search.name)
+        last = dataclasses.replace(last, case=self.small([last.case])[0], values={"num_warps": (4, 8)})
+        out = self.log.path.with_name("tiles.txt")
+        tune.run([last], "portable", self.device, lambda name: True, LyingTimer(), self.seconds, out)
 
     def small(self, chosen: Iterable) -> list:
         return list(dict.fromkeys(dataclasses.replace(case, **SMALL[type(case)]) for case in chosen))
@@ -117,7 +122,7 @@ def compiled(job: Job) -> None:
     """Fill Triton's cache with what the stages below launch on this GPU; the binaries' evidence comes with it."""
     arch = tune.this_arch() if job.device == "cuda" else "sm_90"
     flags = ["--arch", arch, "--workers", str(os.cpu_count() or 1), *job.binaries]
-    job.log.finish("compile", job.log.begin("compile", *flags))
+    job.log.finish("compiled", job.log.begin("compiled", *flags))
 
 
 def correct(job: Job) -> None:
@@ -145,9 +150,9 @@ def profiled(job: Job) -> None:
 def steps(job: Job) -> None:
     """Whole training steps against Hugging Face and, at 1024, torch.compile; the presets at 1024 first."""
     chosen = [ModelCase(preset, max(1, STEP_TOKENS // N), N, "bf16", "step") for N in LENGTHS for preset in PRESETS]
-    short, long = chosen[: len(PRESETS)], chosen[len(PRESETS) :]
-    for cases_of, peer in ((short, "hugging face"), (short, "torch.compile"), (long, "hugging face")):
-        job.models(cases_of, peer)
+    job.models(chosen[: len(PRESETS)], "hugging face")
+    job.models(chosen[: len(PRESETS)], "torch.compile,torch.compile graphed")
+    job.models(chosen[len(PRESETS) :], "hugging face")
 
 
 def sampled(job: Job) -> None:
@@ -180,15 +185,19 @@ def autotuned(job: Job) -> None:
     job.operations(sized("attention", PRESETS, ("fwd", "bwd"), TOKENS), "flex")
 
 
-def searched(job: Job) -> None:
-    """Tiles, with the time that is left: the rows to paste are in tiles.txt."""
-    job.search(job.log.path.with_name("tiles.txt"))
+def attention_tiles(job: Job) -> None:
+    job.search("ATTENTION")
 
 
-# Seconds a stage may take; what one leaves, the later ones have.
+def other_tiles(job: Job) -> None:
+    job.search("")
+
+
+# Seconds a stage may take; what one leaves, the later ones have, and REST all that is left.
+REST = 1000
 HALVES = {
-    "first": {compiled: 50, correct: 70, attention: 75, profiled: 40},
-    "second": {steps: 75, sampled: 45, others: 35, cold: 30, sanitized: 20, autotuned: 30, searched: 1000},
+    "first": {compiled: 50, correct: 70, attention: 75, profiled: 30, attention_tiles: REST},
+    "second": {steps: 75, sampled: 45, others: 35, cold: 30, sanitized: 20, autotuned: 30, other_tiles: REST},
 }
 STAGES = {stage.__name__: (stage, seconds) for half in HALVES.values() for stage, seconds in half.items()}
 HALF_S = 225.0
@@ -253,7 +262,7 @@ def main(argv: list[str] | None = None) -> int:
             if args.rehearse:
                 STAGES[name][0](Rehearsal(log, 1000.0))  # nothing is late by a clock that lies
             elif seconds < 5:
-                log.event(f"stage {name}", "no time was left")
+                log.event(f"stage {name}", "no time was left", ok=STAGES[name][1] == REST)
             else:
                 stage(name, log, seconds)
         pack(archive)

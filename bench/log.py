@@ -9,9 +9,12 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from bench import cases, gate, measure, report, rows
+from bench import cases, rows
+from bench.compiled import gate
 from bench.machine import ROOT
+from bench.report import report
 from bench.rows import CompileRow, Row
+from bench.speed import measure
 
 FATAL_ARCHS = ("sm_90",)
 

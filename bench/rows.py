@@ -92,7 +92,7 @@ class CompileRow:
     occupancy is resident warps over the machine's limit, waits are the wgmma wait depths in program order: a 0 waits
     for every product in flight, so nothing overlaps there. exp2_under: how many of the exp2 exponentials are issued
     with a product in flight. variant: the constants that tell one binary of a function from another. rings: what
-    asynchronous products read in shared memory, races: what is wrong with it (bench/rings.py)."""
+    asynchronous products read in shared memory, races: what is wrong with it (bench/compiled/rings.py)."""
 
     suite: str
     kernel: str

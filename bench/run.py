@@ -18,9 +18,10 @@ if not __package__:
 
 import torch  # noqa: E402
 
-from bench import cases, measure, models, peers, pictures, rows  # noqa: E402
+from bench import cases, rows  # noqa: E402
 from bench.log import Log  # noqa: E402
-from bench.models import ModelCase  # noqa: E402
+from bench.speed import measure, models, peers, pictures  # noqa: E402
+from bench.speed.models import ModelCase  # noqa: E402
 
 SUITES = ("quick", "kernels", "model", "sampling", "compile", "full")
 TIMED = ("quick", "kernels", "model", "full")  # operations or models, whose correctness is checked first
@@ -35,7 +36,7 @@ def evidence(log: Log, device: str, suite: str) -> None:
     if suite in ("quick", "compile", "full"):
         flags = ["--workers", str(max(1, min(8, cores - len(running))))]
         flags += ["--arch", "sm_90", "--quick"] if quick else []
-        running.append(("compile", log.begin("compile", *flags)))
+        running.append(("compiled", log.begin("compiled", *flags)))
     for module, process in running:
         log.finish(module, process)
 
@@ -119,9 +120,9 @@ def main(argv: list[str] | None = None) -> int:
     if suite in ("sampling", "full"):
         left = max(0.0, args.budget - (time.monotonic() - log.start))
         flags = ["--device", device, "--peers", args.peers, "--budget", str(left), "--preset", *args.preset]
-        log.finish("sampling", log.begin("sampling", *flags))
+        log.finish("speed.sampling", log.begin("speed.sampling", *flags))
     if suite in ("quick", "full"):
-        log.finish("step", log.begin("step", *(["--preset", "s"] if suite == "quick" else [])))
+        log.finish("compiled.step", log.begin("compiled.step", *(["--preset", "s"] if suite == "quick" else [])))
     if args.baseline:
         ratios, slower = rows.regressions(log.rows(), rows.read(args.baseline))
         lines = [f"{' '.join(key)}: {ratio:.2f}x the earlier time" for key, ratio in ratios.items()]

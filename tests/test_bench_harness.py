@@ -6,13 +6,17 @@ import tarfile
 import pytest
 import torch
 
-from bench import checks, correctness, gpu, measure, models, pictures, report, rows, run, sampling, timing, tune
+from bench import gpu, rows, run
 from bench.cases import OPS, Case
+from bench.correctness import checks
+from bench.correctness import kernels as correctness
 from bench.cost import Ceilings
 from bench.log import Log
-from bench.models import NOTES, ModelCase, build
-from bench.peers import Absent, chosen
-from bench.timing import CpuTimer, CudaTimer, interleaved
+from bench.report import report
+from bench.speed import measure, models, pictures, sampling, timing, tune
+from bench.speed.models import NOTES, ModelCase, build
+from bench.speed.peers import Absent, chosen
+from bench.speed.timing import CpuTimer, CudaTimer, interleaved
 from igpt.kernels import tiles
 
 SMALL = Case("norm", 1, 16, 1, 32, "fp32")
@@ -22,10 +26,10 @@ SMALL = Case("norm", 1, 16, 1, 32, "fp32")
 def given_ceilings(monkeypatch):
     """No ceiling is measured here, and torch.compile hands back what it got: no C++ compiler."""
     roof = Ceilings("a machine", dict.fromkeys(("fp32", "bf16", "fp16"), 1e12), 1e11)
-    for module in (measure, models, sampling):
+    for module in (measure, models):
         monkeypatch.setattr(module, "ceilings", lambda device: roof)
-    monkeypatch.setattr("bench.peers.compiled", lambda fn, device: fn)
-    monkeypatch.setattr("bench.models.compiled", lambda fn, device: fn)
+    monkeypatch.setattr("bench.speed.peers.compiled", lambda fn, device: fn)
+    monkeypatch.setattr("bench.speed.models.compiled", lambda fn, device: fn)
 
 
 def lying_run(**options) -> measure.Run:
@@ -114,6 +118,7 @@ def test_a_model_that_does_not_fit_halves_its_batch(monkeypatch):
 def test_every_whole_model_runs(direction):
     found = {r.impl: r for r in models.rows([ModelCase("tiny", 1, 32, "fp32", direction)], lying_run())}
     assert set(found) == set(NOTES)
+    assert found.pop("torch.compile graphed").note.startswith("absent: ")
     assert all(r.median_ms and r.mfu for r in found.values()), {n: r.note for n, r in found.items()}
     assert found["ours"].ratios["hugging face"] == 1.0
 
@@ -261,6 +266,7 @@ def test_both_halves_are_rehearsed(half, tmp_path, capfd):
         assert {("correctness", "step", "triton, compiled"), ("kernels", "attention", "sdpa")} <= seen
         assert {row.op for row in found if row.suite == "correctness"} >= {"norm", "model", "decode", "palette_encode"}
         assert "launches" in (tmp_path / "profile.txt").read_text()
+        assert "ATTENTION_DQ  ('portable', 96): Tile(" in (tmp_path / "tiles.txt").read_text()
         with tarfile.open(tmp_path / "triton_cache.tar.gz") as tar:
             assert any(name.endswith(".cubin") for name in tar.getnames())
     else:

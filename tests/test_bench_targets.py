@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from bench import readme, report, targets
+from bench.report import readme, report, targets
 from bench.rows import Row
 
 GPU = {"impl": "ours", "dtype": "bf16", "device": "cuda"}

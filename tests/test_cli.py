@@ -10,6 +10,7 @@ import sys
 import typing
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -134,6 +135,17 @@ def test_palette_then_encode_then_train(capsys, tmp_path):
     assert judged["nats_per_pixel"] == pytest.approx(trained["valid_loss"], abs=1e-5)
     converted = command("convert", "--source", trained["export"], "--out", tmp_path / "hf", "--format", "hf")
     assert converted["format"] == "hf" and (tmp_path / "hf" / "preprocessor_config.json").is_file()
+
+
+def test_the_demo_needs_no_extra_and_writes_where_it_is_run(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert cli.main(["demo", "--minutes", "0.001", "--size", "8"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["step"] == 20 and [path.name for path in tmp_path.iterdir()] == ["runs"]
+    assert Image.open(result["completions"]).width == 12 * (2 + 8) * 12 + 24
+    red, _, blue = np.asarray(Image.open(result["curve"])).reshape(-1, 3).astype(int).T
+    assert (red - blue > 60).sum() > 100 and (blue - red > 60).sum() > 100  # both lines
 
 
 if __name__ == "__main__":

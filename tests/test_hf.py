@@ -22,7 +22,7 @@ from transformers import (  # noqa: E402
 from transformers.models.imagegpt import modeling_imagegpt as theirs  # noqa: E402
 
 import igpt  # noqa: E402
-from bench.budget import compare  # noqa: E402
+from bench.correctness.budget import compare  # noqa: E402
 
 N, START = 16, 16
 SMALL = {"n_layer": 24, "n_embd": 512, "n_head": 8, "n_positions": 1024, "vocab_size": 513, "initializer_range": 0.05}

@@ -5,7 +5,7 @@ import torch
 from einops import rearrange
 
 import igpt
-from bench.budget import compare
+from bench.correctness.budget import compare
 from igpt.kernels import reference
 
 SMALL = {"n_layer": 2, "width": 64, "heads": 1, "n_ctx": 48, "vocab": 32}

@@ -9,11 +9,11 @@ from functools import partial
 import pytest
 import torch
 
-from bench.budget import against_fp64, compare
+from bench.correctness.budget import against_fp64, compare
 from igpt import ops
-from igpt.kernels import reference
+from igpt.kernels import choose, reference
 from igpt.kernels.device import check_device
-from igpt.ops import cpu, cpu_attention
+from igpt.ops import cpu_attention
 
 
 def rand(*shape, dtype=torch.float32, scale=1.0, seed=0):
@@ -161,10 +161,12 @@ def test_attention_by_blocks_is_causal_to_the_bit_and_takes_hard_scores():
         assert errors.ok, errors
 
 
-def test_attention_by_blocks_is_what_long_rows_on_few_threads_get():
+@pytest.mark.parametrize("processor, wins", [("AuthenticAMD", True), ("GenuineIntel", False), ("another", False)])
+def test_attention_by_blocks_is_what_long_rows_on_few_threads_get(processor, wins, monkeypatch):
+    monkeypatch.setattr(choose, "processor", lambda: processor)
     long, short = torch.zeros(1, 1024, 3, 1, 16), torch.zeros(1, 256, 3, 1, 16)
-    assert cpu_attention.suits(long) == (cpu.suits(long) and torch.get_num_threads() <= cpu_attention.MAX_THREADS)
-    assert not cpu_attention.suits(short) and not cpu_attention.suits(long.double())
+    assert choose.blocks(long) == (wins and choose.onednn(long) and torch.get_num_threads() <= choose.MAX_THREADS)
+    assert not choose.blocks(short) and not choose.blocks(long.double())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -200,8 +202,8 @@ def test_full_graph_compile_leaves_the_cpu_functions_out():
 
 
 def test_cpu_functions_are_used_where_onednn_is():
-    assert cpu.suits(torch.zeros(2, 2)) == torch.backends.mkldnn.is_available()
-    assert not cpu.suits(torch.zeros(2, 2, dtype=torch.float64))
+    assert choose.onednn(torch.zeros(2, 2)) == torch.backends.mkldnn.is_available()
+    assert not choose.onednn(torch.zeros(2, 2, dtype=torch.float64))
 
 
 def test_palette_on_the_torch_path_holds_few_distances(monkeypatch):

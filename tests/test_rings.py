@@ -1,4 +1,4 @@
-"""bench/rings.py: the loop that raced on an H200, compiled as the suite compiles, and small ttgir of every kind."""
+"""compiled/rings.py: the loop that raced on an H200, compiled as the suite compiles, and small ttgir of every kind."""
 
 import pytest
 import torch
@@ -6,8 +6,9 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from bench import rings, rows
-from bench.compile_cases import CompileCase, meta
+from bench import rows
+from bench.compiled import rings
+from bench.compiled.cases import CompileCase, meta
 from igpt.kernels.launching import launch
 from tests.test_compile import child
 
@@ -44,7 +45,7 @@ def cases():
 
 def test_the_old_heads_loop_is_red_and_without_its_squares_green(tmp_path):
     out = tmp_path / "rows.jsonl"
-    done = child("-m", "bench.compile", "--cases", "tests.test_rings", "--out", str(out))
+    done = child("-m", "bench.compiled", "--cases", "tests.test_rings", "--out", str(out))
     assert done.returncode == 1, done.stderr[-2000:]
     found = {r.case: r for r in rows.read(out)}
     old, new = found["with squares"], found["without"]

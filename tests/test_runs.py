@@ -160,6 +160,12 @@ def test_killed_in_mid_run_every_program_takes_the_run(tmp_path, capsys):
     assert same(weights(tmp_path / "hf"), weights(run))
 
 
+def test_stopped_before_any_validation_the_last_checkpoint_stands(tmp_path):
+    child = children.start(children.train_until, options(tmp_path / "run", valid_every=100), 1)
+    child.join(120)
+    assert child.exitcode == 0 and igpt.ImageGPT.from_pretrained(tmp_path / "run").trained == (2, None)
+
+
 def test_weights_come_whole_out_of_the_checkpoint_of_two_processes(tmp_path):
     asked = options(tmp_path / "run", steps=2, valid_every=2)
     children.train_together(2, asked)

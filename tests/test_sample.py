@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from PIL import Image
 
-from bench import sampling
-from bench.budget import compare
+from bench.correctness.budget import compare
 from bench.cost import H200
+from bench.speed import sampling
 from igpt import ImageGPT, Palette, machine, sample
 from igpt.programs import complete
 from igpt.programs import sample as program

@@ -93,11 +93,15 @@ def test_two_processes_start_from_the_same_weights(small, tmp_path):
         ({"size": 4}, r"size: got pictures of \(4, 4\), n_ctx 16, but .* has n_ctx 64, expected the same, or --interp"),
         ({"palette": 16}, "palette: got 16 colours, but .* has 512"),
         ({"palette": 512}, r"palette: got Palette\(512 colours, .*\), but .* has Palette\(512 colours"),
+        ({"bare": True}, "palette: .*small came without one, expected --palette"),
         ({"init": None, "interpolate": True}, "interpolate: got it without --init"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(small, tmp_path, changes, said):
     small.save_pretrained(tmp_path / "small")
+    if "bare" in changes:
+        (tmp_path / "small" / "palette.npy").unlink()
+        changes = {}
     if "palette" in changes:
         igpt.Palette(scattered(7).centres[: changes["palette"]]).save(tmp_path / "palette.npy")
         changes = {"palette": tmp_path / "palette.npy"}
@@ -129,7 +133,7 @@ def test_positions_are_interpolated_when_asked(small, tmp_path):
 def test_interpolation_is_in_the_plane(old, new):
     """A ramp over rows and columns stays that ramp, away from the borders; rows don't become columns."""
     at = (np.arange(old) + 0.5) / old
-    wpe = torch.tensor([[row, column, 2 * row - column, 1.0] for row, column in product(at, at)])
+    wpe = torch.tensor([[row, column, 2 * row - column, 1.0] for row, column in product(at, at)]).float()
     got = start.interpolated(wpe, (new, new)).view(new, new, 4)
     there = torch.tensor((np.arange(new) + 0.5) / new, dtype=torch.float32)
     inner = (there > 2.5 / min(old, new)) & (there < 1 - 2.5 / min(old, new))

@@ -98,7 +98,7 @@ def best(paths: list[Path]) -> Path | None:
 
 
 def is_run(path: Path) -> bool:
-    return (path / FOLDER).is_dir()
+    return (path / FOLDER).is_dir() and "train" in read_json(path / "config.json")
 
 
 def resolve(run: Path, step: int | str | None = None) -> Path:

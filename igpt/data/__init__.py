@@ -5,7 +5,7 @@ import importlib
 _HOMES = {
     "crops": ("CROPS", "cifar_augment", "resize_all"),
     "encode": ("encode_folder",),
-    "loading": ("SPLITS", "hold_out", "load"),
+    "loading": ("SPLITS", "hold_out", "kind_of", "load"),
     "pictures": ("Pictures", "Rows", "same_classes"),
     "token_sets": ("save_tokens",),
 }

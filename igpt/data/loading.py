@@ -76,25 +76,29 @@ def load(
     return pictures
 
 
+def kind_of(spec: str) -> tuple[str, Path]:
+    """Which reader takes a spec, "emoji", one of FORMATS or "folder", and the path it reads. Raises ValueError."""
+    if spec == "builtin:emoji":
+        return "emoji", Path()
+    kind, colon, rest = spec.partition(":")
+    if colon and kind in (*FORMATS, "folder"):
+        return kind, Path(rest)
+    path = Path(spec)
+    for kind, reader in FORMATS.items():  # openai: folder/prefix too, as run.py's --data_path
+        if (path.is_dir() or kind == "openai") and reader(path, None):
+            return kind, path
+    if path.is_dir():
+        return "folder", path
+    known = sorted((*FORMATS, "folder"))
+    raise ValueError(f"spec: got {spec!r}, expected 'builtin:emoji', a folder, or one of {known}:path")
+
+
 def find_parts(spec: str, labels: str | None, picture_folder) -> dict:
     """The splits of a spec, each as a function that reads it."""
-    if spec == "builtin:emoji":
-        return emoji(Path(), labels)
-    kind, colon, rest = spec.partition(":")
-    known = {**FORMATS, "folder": picture_folder}
-    if colon and kind in known:
-        if not (found := known[kind](Path(rest), labels)):
-            raise ValueError(f"spec: found no {kind} files at {rest}")
+    kind, path = kind_of(spec)
+    if found := {"emoji": emoji, "folder": picture_folder, **FORMATS}[kind](path, labels):
         return found
-    path = Path(spec)
-    if not path.is_dir():
-        if found := openai(path, labels):  # folder/prefix, as run.py's --data_path
-            return found
-        raise ValueError(f"spec: got {spec!r}, expected 'builtin:emoji', a folder, or one of {sorted(known)}:path")
-    for reader in FORMATS.values():
-        if found := reader(path, labels):
-            return found
-    return picture_folder(path, labels)
+    raise ValueError(f"spec: found no {kind} files at {path}")
 
 
 def split_at(index: np.ndarray, ends: np.ndarray) -> list[np.ndarray]:

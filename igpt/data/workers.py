@@ -24,11 +24,11 @@ def read_squares(
     root: Path, names: list[str], places: Sequence[int], workers: int, *, size: int, crop: str, seed: int, resample: str
 ) -> Iterator[Batch]:
     """The pictures names[places] as squares, task after task in order: (files, uint8 (n, size, size, 3), [(name, why)
-    of the unreadable]), by so many processes, or with 0 by threads of this one. A few tasks for each worker are under
-    way at once."""
+    of the unreadable]), by so many processes, or with 0, or for a single task, by threads of this one. A few tasks for
+    each worker are under way at once."""
     batches = (places[i : i + BATCH] for i in range(0, len(places), BATCH))
     tasks = ((root, [(int(i), names[i]) for i in batch], size, crop, seed, resample) for batch in batches)
-    if workers == 0:
+    if workers == 0 or len(places) <= BATCH:  # for one task processes would only have to start
         workers = available_cores()
         pool = ThreadPoolExecutor(workers)
     else:

@@ -18,7 +18,6 @@ from igpt import ops
 from igpt.hf import arguments
 from igpt.kernels.reference import wide
 
-MAX_HEAD_DIM = 128  # of the attention kernel, in steps of 16; SDPA takes the rest
 IGNORED = -100  # a label that doesn't count
 
 
@@ -205,8 +204,7 @@ def attend(attn, qkv, cache, mask, want_weights):
     dropout = attn.attn_dropout.p if attn.training else 0.0
     is_plain, weights = mask is None and M == N, None
     if is_plain and not dropout and not want_weights:
-        impl = "auto" if D % 16 == 0 and D <= MAX_HEAD_DIM else "torch"
-        return ops.attention(qkv, causal=True, scale=scale, impl=impl).reshape(B, N, H * D), None
+        return ops.attention(qkv, causal=True, scale=scale).reshape(B, N, H * D), None
     if want_weights:
         scores, bias = wide(q @ k.transpose(-1, -2)) * scale, seen(mask, end, N, M, q)
         scores = scores if bias is None else scores + bias

@@ -1,12 +1,12 @@
-"""The operations of the model, each of which chooses here how it runs: `impl` is "auto", "triton" or "torch".
+"""The operations of the model. `impl` is "auto", "triton" or "torch"; kernels/choose.py says what then runs.
 
 - "triton": the kernels, on a GPU or (TRITON_INTERPRET=1) in the interpreter; anywhere else a ValueError, never a
   fall-back.
-- "torch": the quickest exact PyTorch path: on a CPU igpt/cpu.py and igpt/cpu_attention.py; elsewhere SDPA for
+- "torch": the quickest exact PyTorch path: on a CPU cpu.py and cpu_attention.py; elsewhere SDPA for
   attention and the activation's constants in the alpha of the MLP's products.
 - "auto": "triton" for fp16, bf16 and fp32 tensors on a GPU, but under torch.func.vmap, "torch" otherwise.
 
-Bad arguments raise ValueError before any work (igpt/kernels/checks.py). Parameters are cast to the activations' dtype
+Bad arguments raise ValueError before any work (kernels/checks.py). Parameters are cast to the activations' dtype
 here, so fp32 parameters under bf16 activations get fp32 gradients. Meanings, formulas and sources:
 `igpt/kernels/reference.py`, function by function.
 
@@ -14,16 +14,14 @@ The residual stream is a sum that its next norm finishes. `add`: what is added t
 (y, s), s = x + add, for the next operation; a gradient that comes back to s is added in the pass that makes x's own.
 """
 
-import importlib.util
-
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from igpt.kernels import checks, reference
+from igpt.kernels import checks, choose, reference
+from igpt.kernels.choose import HAS_TRITON, IMPLS
 from igpt.ops import cpu, cpu_attention
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None  # Linux only; elsewhere the torch path is all there is
 if HAS_TRITON:
     from igpt.kernels import attention as attention_kernel
     from igpt.kernels import decode_attention as decode_attention_kernel
@@ -33,29 +31,9 @@ if HAS_TRITON:
     from igpt.kernels import norm_linear as norm_linear_kernel
     from igpt.kernels import norm_mlp as norm_mlp_kernel
     from igpt.kernels import palette as palette_kernel
-    from igpt.kernels.device import check_device
 
-IMPLS = ("auto", "triton", "torch")
 DISTANCES = 1 << 21  # of pixels from colours, held at once by the torch path: 60 MB, as each takes 28 bytes at work
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def resolve(impl: str, x: torch.Tensor) -> bool:
-    """True if the Triton kernels run on x. Raises ValueError for an unknown impl, or "triton" where they cannot run."""
-    if impl == "auto":
-        return HAS_TRITON and x.is_cuda and (x.dtype in FLOATS or not x.is_floating_point()) and not checks.is_vmap()
-    if impl == "torch":
-        return False
-    if impl != "triton":
-        raise ValueError(f"impl: got {impl!r}, expected one of {IMPLS}")
-    if not HAS_TRITON:
-        raise ValueError("impl='triton': Triton is not installed; expected impl='torch' or 'auto'")
-    if checks.is_vmap():
-        raise ValueError("impl='triton': the kernels take no batch of vmap's; expected impl='torch' or 'auto'")
-    check_device("impl='triton'", x)
-    if x.is_floating_point() and x.dtype not in FLOATS:
-        raise ValueError(f"impl='triton': got {x.dtype}, expected one of {FLOATS}; fp64 runs with impl='torch'")
-    return True
+__all__ = ["IMPLS"]
 
 
 def attention(q, k=None, v=None, *, causal: bool, scale: float | None = None, impl: str = "auto"):
@@ -66,12 +44,12 @@ def attention(q, k=None, v=None, *, causal: bool, scale: float | None = None, im
     packed = k is None and v is None
     if (k is None) != (v is None):
         raise ValueError("k, v: got one of them, expected both, or neither with q a packed (B, N, 3, H, D)")
-    if resolve(impl, q):
+    if choose.attention(impl, q):
         if packed:
             return attention_kernel.attention_packed(q, causal, scale)
         return attention_kernel.attention(q, k, v, causal, scale)
     checks.attention_packed(q) if packed else checks.attention(q, k, v)
-    if cpu_attention.suits(q):
+    if choose.blocks(q):
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         return cpu_attention.Attention.apply(causal, scale, *((q,) if packed else (q, k, v)))
     q, k, v = q.unbind(2) if packed else (q, k, v)
@@ -85,8 +63,10 @@ def decode_attention(qkv, k_cache, v_cache, position, scale: float | None = None
 
     position: one integer in [0, n_ctx) on qkv's device, which the kernels never bring to the host: outside of it they
     give NaN and write nothing. scale defaults to 1/sqrt(D)."""
-    if resolve(impl, qkv):
-        return decode_attention_kernel.decode_attention(qkv, k_cache, v_cache, position, scale)
+    if position.numel() != 1 or position.is_floating_point():
+        checks.refuse("decode_attention", "position", checks.said(position), "one integer")
+    if choose.kernels(impl, qkv):
+        return decode_attention_kernel.decode_attention(qkv, k_cache, v_cache, position.expand(len(qkv)), scale)
     checks.decode_attention(qkv, k_cache, v_cache)
     n = int(position)
     if not 0 <= n < k_cache.shape[2]:
@@ -102,10 +82,10 @@ def decode_attention(qkv, k_cache, v_cache, position, scale: float | None = None
 def norm(x, weight, *, eps: float = 1e-5, centred: bool = False, impl: str = "auto"):
     """x * rsqrt(mean(x^2) + eps) * weight over the last dimension (centred=True: of x - mean(x)), (..., d)."""
     weight = weight.to(x.dtype)
-    if resolve(impl, x):
+    if choose.kernels(impl, x):
         return norm_kernel.norm(x, weight, eps, centred)
     checks.norm("norm", x, None, weight)
-    return _rows(cpu.Norm, x, weight, eps, centred) if cpu.suits(x) else reference.norm(x, weight, eps, centred)
+    return _rows(cpu.Norm, x, weight, eps, centred) if choose.onednn(x) else reference.norm(x, weight, eps, centred)
 
 
 def norm_linear(
@@ -114,11 +94,11 @@ def norm_linear(
 ):  # fmt: skip
     """norm(x + add) @ weight^T + bias: (..., d), weight (out, d) -> (..., out), or with `through` (y, x + add)."""
     norm_weight, weight, bias = _cast(x.dtype, norm_weight, weight, bias)
-    if resolve(impl, x):
+    if choose.kernels(impl, x):
         return norm_linear_kernel.norm_linear(x, norm_weight, weight, bias, eps, centred, add, through)
     checks.norm_linear(x, add, norm_weight, weight, bias)
     x = x if add is None else x + add
-    if cpu.suits(x):
+    if choose.onednn(x):
         y = _rows(cpu.NormLinear, x, norm_weight, weight, bias, eps, centred)
     else:
         y = F.linear(norm(x, norm_weight, eps=eps, centred=centred, impl="torch"), weight, bias)
@@ -128,7 +108,7 @@ def norm_linear(
 def linear(x, weight, bias=None):
     """x @ weight^T + bias by the vendor's product: (..., d), weight (out, d) -> (..., out)."""
     weight, bias = _cast(x.dtype, weight, bias)
-    return _rows(cpu.Linear, x, weight, bias) if cpu.suits(x) else F.linear(x, weight, bias)
+    return _rows(cpu.Linear, x, weight, bias) if choose.onednn(x) else F.linear(x, weight, bias)
 
 
 def norm_mlp(
@@ -142,13 +122,13 @@ def norm_mlp(
 
     recompute: backward makes quick_gelu's result again from its argument, so that only one (..., inner) is kept."""
     norm_weight, w_fc, w_proj, b_fc, b_proj = _cast(x.dtype, norm_weight, w_fc, w_proj, b_fc, b_proj)
-    if resolve(impl, x):
+    if choose.kernels(impl, x):
         return norm_mlp_kernel.norm_mlp(
             x, norm_weight, w_fc, w_proj, b_fc, b_proj, eps, centred, recompute, add, through
         )
     checks.norm_mlp(x, add, norm_weight, w_fc, w_proj, b_fc, b_proj)
     x = x if add is None else x + add
-    if cpu.suits(x):
+    if choose.onednn(x):
         training = torch.is_grad_enabled()
         y = _rows(cpu.NormMLP, x, norm_weight, w_fc, w_proj, b_fc, b_proj, eps, centred, training, recompute)
     else:
@@ -179,7 +159,7 @@ def embed(tokens, wte, wpe, sos=None, masked=None, *, dtype: torch.dtype | None 
     dtype: of the result (default wte's). Token ids outside of [0, V) raise on a CPU; on a GPU their rows are NaN."""
     checks.integers("embed", "tokens", tokens, wte.shape[0])
     tables = _cast(dtype or wte.dtype, wte, wpe, sos)
-    if resolve(impl, tables[0]):
+    if choose.kernels(impl, tables[0]):
         return embedding_kernel.embed(tokens, *tables, masked)
     checks.embed(tokens, wte, wpe, sos, masked)
     # Wide tables: a colour's gradient is a sum of thousands, which would stand still in half precision.
@@ -192,7 +172,7 @@ def head_loss(x, norm_weight, head_weight, targets, *, eps: float = 1e-5, centre
     fp32. Target ids outside of [0, V) raise on a CPU; on a GPU their loss is NaN."""
     checks.integers("head_loss", "targets", targets, head_weight.shape[0])
     norm_weight, head_weight = _cast(x.dtype, norm_weight, head_weight)
-    if resolve(impl, x):
+    if choose.kernels(impl, x):
         return head_loss_kernel.head_loss(x, norm_weight, head_weight, targets, eps, centred)
     checks.head_loss(x, norm_weight, head_weight, targets)
     n = norm(x, norm_weight, eps=eps, centred=centred, impl="torch")
@@ -204,7 +184,7 @@ def palette_encode(pixels, palette, *, impl: str = "auto"):
     """Index of the nearest colour, the lowest on ties: uint8 or float (..., 3), palette fp32 (k, 3) -> int64 (...).
 
     For pictures on a CPU use `igpt.Palette.encode`, whose exact table is far quicker than this brute force."""
-    if resolve(impl, pixels):
+    if choose.kernels(impl, pixels):
         return palette_kernel.palette_encode(pixels, palette)
     checks.palette_encode(pixels, palette)
     parts = pixels.reshape(-1, 3).split(_pixels_at_once(palette))
@@ -214,7 +194,7 @@ def palette_encode(pixels, palette, *, impl: str = "auto"):
 def palette_decode(tokens, palette, *, impl: str = "auto"):
     """Colours of tokens: int (...), palette fp32 (k, 3) -> uint8 (..., 3)."""
     checks.integers("palette_decode", "tokens", tokens, palette.shape[0])
-    if resolve(impl, tokens):
+    if choose.kernels(impl, tokens):
         return palette_kernel.palette_decode(tokens, palette)
     checks.palette_decode(tokens, palette)
     return reference.palette_decode(tokens, palette)
@@ -223,7 +203,7 @@ def palette_decode(tokens, palette, *, impl: str = "auto"):
 def palette_sums(colours, weight, palette, *, impl: str = "auto"):
     """A step of k-means: nearest colours, int64 (n,), and each palette colour's sums of weight * (1, r, g, b), int64
     (4, k), of distinct colours uint8 (n, 3) with their counts int64 (n,)."""
-    if resolve(impl, colours):
+    if choose.kernels(impl, colours):
         return palette_kernel.palette_sums(colours, weight, palette)
     checks.palette_sums(colours, weight, palette)
     parts = zip(*(t.split(_pixels_at_once(palette)) for t in (colours, weight)))

@@ -5,32 +5,19 @@ Why not F.linear: its fp32 products go to MKL, which on AMD processors stops at 
 that torch.compile emits). Why not autograd: on a CPU each fresh 8 MB tensor costs its page faults, so the backward
 here reuses its buffers, and the activation and the residual ride in the products' epilogues where oneDNN has one.
 
-For fp32 and bf16 in eager mode; igpt/ops.py sends everything else to plain PyTorch. Saved for backward: x, the rows'
-reciprocal deviation, the MLP's pre-activation and, unless `recompute`, activation. Statistics and the norm's gradients
-are fp32.
+For fp32 and bf16 in eager mode; kernels/choose.py sends everything else to plain PyTorch. Saved for backward: x, the
+rows' reciprocal deviation, the MLP's pre-activation and, unless `recompute`, activation. Statistics and the norm's
+gradients are fp32.
 """
 
 import torch
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from igpt.kernels import checks
+from igpt.kernels.choose import HAS_ONEDNN
 from igpt.kernels.reference import QUICK_GELU, wide
 
-_linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
-
-
-def suits(x: torch.Tensor) -> bool:
-    """Whether this file computes for x: a CPU tensor, fp32 or bf16, with oneDNN, outside of torch.compile and of
-    torch.func, whose transforms plain PyTorch knows."""
-    return (
-        _linear is not None
-        and x.device.type == "cpu"
-        and x.dtype in (torch.float32, torch.bfloat16)
-        and x.numel() > 0
-        and not torch.compiler.is_compiling()
-        and not checks.is_transformed()
-    )
+_linear = torch.ops.mkldnn._linear_pointwise if HAS_ONEDNN else None
 
 
 def product(a, weight, bias=None, activation: str = "none"):

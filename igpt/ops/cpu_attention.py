@@ -14,17 +14,9 @@ import torch
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from igpt.ops import cpu
 from igpt.ops.cpu import product, transposed_product
 
 BLOCK = 256  # queries: 128 and 512 were slower, forward and backward, in fp32 and bf16
-MIN_POSITIONS = 512  # below, a head's dozens of calls cost more than its arithmetic (256: 0.7x of SDPA)
-MAX_THREADS = 4  # a block's product is too small to feed more; SDPA shares out heads instead
-
-
-def suits(q: torch.Tensor) -> bool:
-    """Whether this file computes for q (B, N, ...): see igpt/cpu.py, and enough positions for few enough threads."""
-    return cpu.suits(q) and q.shape[1] >= MIN_POSITIONS and torch.get_num_threads() <= MAX_THREADS
 
 
 class Attention(Function):

@@ -24,6 +24,7 @@ COMMANDS = {  # name: what it does
     "sample": "sample pictures",
     "complete": "complete pictures whose top is given",
     "convert": "a checkpoint of ours, Hugging Face's or OpenAI's to ours or Hugging Face's",
+    "demo": "train on the built-in emoji for 3 minutes, then complete some that were held out",
 }
 USAGE = "usage: igpt COMMAND [OPTIONS]\n\nImage GPT: train, probe, complete, and measure it.\n\ncommands:\n"
 USAGE += "".join(f"  {name:<10} {does}\n" for name, does in COMMANDS.items())

@@ -55,7 +55,8 @@ class Sampling(OfRun):
             for start in range(0, n, self.batch):
                 stop = min(start + self.batch, n)
                 if decoder is None or decoder.batch != stop - start:
-                    decoder = decoder_of(model, stop - start, weights=weights, cache_dtype=self.cache_dtype)
+                    how = {"weights": weights, "cache_dtype": self.cache_dtype, "total": n}
+                    decoder = decoder_of(model, stop - start, **how)
                 done.append(sample(start, stop, first=start, progress=bar.update, decoder=decoder, **drawn).cpu())
         seconds = time.perf_counter() - began
         return torch.cat(done), {"pictures": n, "seconds": round(seconds, 3), "pictures_per_s": round(n / seconds, 4)}

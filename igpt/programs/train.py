@@ -13,10 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from igpt import data
 from igpt.config import Config
-from igpt.palette import Palette
 from igpt.training.loop import Training
+from igpt.training.pictures import tokens_of
 from igpt.training.processes import processes
 from igpt.training.rundir import summary_writer
 from igpt.training.start import checkpoint_of, preset_of
@@ -34,12 +33,13 @@ STEPS = {"tiny": 1000, "xl": 2_000_000}  # the others 1,000,000
 class Options:
     """Pretrain a model. A run directory that has a checkpoint is resumed, also with more or fewer steps, whose schedule
     the learning rate then follows; one of another configuration is refused. Every program takes the run directory as a
-    model at any moment; export/ is the best checkpoint by validation loss.
+    model at any moment; export/ is the best checkpoint by validation loss. A folder of pictures is encoded once, into
+    the run's tokens/.
 
     `torchrun --nproc-per-node 8 -m igpt -- train ...` shares the batch between 8 processes; their number may change
     between a run and its resumption. SIGTERM and Ctrl-C save a checkpoint and end the run."""
 
-    run: Path  # the run directory: config.json, metrics.jsonl, checkpoints/, samples/, and export/ at the end
+    run: Path  # the run directory: config.json, palette.npy, metrics.jsonl, checkpoints/, samples/, export/ at the end
     data: str = "builtin:emoji"  # builtin:emoji, a folder of pictures, a token set, CIFAR, STL-10, IDX, OpenAI's npy
     init: str | None = None  # a model to start from: a run, our directory, Hugging Face's, a hub id, OpenAI's prefix
     interpolate: bool = False  # its positions, to pictures of another size (bicubic)
@@ -51,8 +51,8 @@ class Options:
     norm: Literal["rms", "layer"] = "rms"  # as OpenAI's code has it (not centred), or as the paper writes it
     size: int | None = None  # pictures become size x size; default: 32, or the token set's own
     holdout: float = 0.1  # part of train that is valid, where the set has no valid of its own (paper's ImageNet: 0.04)
-    palette: Path | None = None  # palette.npy or kmeans_centers.npy; default: the set's own
-    skip_bad: bool = False  # leave unreadable picture files out and count them; default: stop at the first
+    skip_bad: bool = False  # leave a folder's unreadable pictures out; default: stop at the first
+    palette: Path | None = None  # palette.npy or kmeans_centers.npy; default: --init's, the set's own, or one is fitted
     steps: int | None = None  # updates; default: the paper's 1,000,000 (xl 2,000,000; tiny 1000)
     batch: int | None = None  # pictures an update, over all processes; default: the paper's 128 (xl 64; tiny 16)
     lr: float | None = None  # at its peak; default: the paper's for this preset and objective
@@ -113,24 +113,18 @@ def run(options: Options) -> dict:
     options = options.resolved(init and init.config)
     if options.tensorboard:
         summary_writer()  # or say now that it is not there
-    with processes(options.device) as us, stop_signal() as stopped:
+    with processes(options.device) as us:
         micro, rest = divmod(options.batch, us.world * options.accumulate)
         if rest:
             raise ValueError(
                 f"batch: got {options.batch}, expected a multiple of {us.world} processes * {options.accumulate} "
                 "micro-batches"
             )
-        palette = init and init.palette if options.palette is None else Palette.load(options.palette)
-        how = {"size": options.size, "holdout": options.holdout, "skip_bad": options.skip_bad, "workers": None}
-        train = data.load(options.data, "train", **how).encoded(palette)
-        first = slice(options.valid_pictures)
-        valid = data.load(options.data, "valid", **how, pick=lambda n: first).encoded(palette)
-        for pictures in (train, valid):
-            if not len(pictures):
-                raise ValueError(f"data: {pictures.name} has no pictures")
+        train, valid = tokens_of(options, us, init)
         if options.sample_every and options.objective == "ar" and train.palette is None and us.first:
             print(f"no sample grids: {options.data} came without a palette", file=sys.stderr)
-        return Training(options, us, micro, train, valid, init).run(stopped)
+        with stop_signal() as stopped:
+            return Training(options, us, micro, train, valid.rows(slice(options.valid_pictures)), init).run(stopped)
 
 
 @contextmanager

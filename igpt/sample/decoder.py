@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from igpt import ops
+from igpt.kernels import choose
 from igpt.kernels.reference import QUICK_GELU
 from igpt.machine import available_bytes
 from igpt.ops import cpu
@@ -40,7 +41,7 @@ class Product:
             self.scale = scale.to(self.dtype)
         else:
             self.weight = weight.to(self.dtype).contiguous()
-        self.packed = kind != "int8" and cpu.suits(self.weight)
+        self.packed = kind != "int8" and choose.onednn(self.weight)
         # torch's int8 product is a CPU's, and reads past the end of rows that are no multiple of its 16 columns.
         self.pack_mm = kind == "int8" and weight.device.type == "cpu" and weight.shape[1] % 32 == 0
         if self.packed:
@@ -78,14 +79,17 @@ class Decoder:
     """Decodes `batch` pictures of `model` in lock-step with plain PyTorch operations.
 
     weights: None (the parameters' dtype), "bf16" or "int8"; cache_dtype: None (fp32 or wider on a CPU, the products'
-    dtype on a GPU), "fp32", "bf16" or "fp8". Raises ValueError for a BERT model, an unknown option, or a cache that
-    doesn't fit, before allocating it."""
+    dtype on a GPU), "fp32", "bf16" or "fp8". total: how many pictures are drawn in all, `batch` at a time (default:
+    batch); kernels choose their form by it, so that pictures don't depend on the split. Raises ValueError for a BERT
+    model, an unknown option, or a cache that doesn't fit, before allocating it."""
 
     @torch.no_grad()
-    def __init__(self, model, batch: int, *, weights: str | None = None, cache_dtype: str | None = None):
+    def __init__(
+        self, model, batch: int, *, weights: str | None = None, cache_dtype: str | None = None, total: int | None = None
+    ):
         c = model.config
         check_options(model, batch, weights, cache_dtype)
-        self.model, self.batch, self.config = model, batch, c
+        self.model, self.batch, self.config, self.total = model, batch, c, max(batch, total or 0)
         self.device = model.wte.device
         self.dtype = torch.bfloat16 if weights else model.wte.dtype
         self.wide = torch.promote_types(self.dtype, torch.float32)

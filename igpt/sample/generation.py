@@ -2,7 +2,7 @@
 
 import torch
 
-from igpt import ops
+from igpt.kernels import choose
 from igpt.sample.decoder import Decoder
 from igpt.sample.draw import Sampler
 
@@ -87,7 +87,7 @@ def _continue(
 
 def decoder_of(model, batch: int, **options) -> Decoder:
     """The decoder that the model's `impl` asks for: the kernels', or the one in plain PyTorch."""
-    if ops.resolve(model.impl, model.wte):
+    if choose.kernels(model.impl, model.wte):
         from igpt.sample.kernel_decoder import KernelDecoder
 
         return KernelDecoder(model, batch, **options)

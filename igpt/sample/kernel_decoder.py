@@ -1,32 +1,56 @@
 """Decoding by the kernels: each step the same launches, which read the position from device memory, so that one CUDA
-graph holds a step and a picture is as many replays. The host waits for nothing until the last pixel is drawn."""
+graph holds a step and a picture is as many replays. The host waits for nothing until the last pixel is drawn.
+
+Up to tiles.FEW_PICTURES a step is five kernels a layer, chained, whose products are matrix-vector kernels: norm and
+qkv; attention in parts; their join, projection and residual; norm, fc and gelu; projection and residual. Beyond it is
+eight: the vendor's four products, two norms, attention and gelu. Embedding, head and draw are three more (and a norm).
+
+Prediction, us a token at window 512 in bf16 (nothing of it timed yet; int8 beside it at batch 1). A layer of few takes
+9.4 us and its bytes at 3.7 TB/s, as fitted to a prototype's 267 / 585 / 1190 us on an H200; of many the vendor's
+products as measured there, attention at 85% of its bytes' floor, and 3 us for each of the other three.
+
+              launches       bytes, batch 1 (int8)      batch 1 (int8)      batch 128: products + attention + rows
+    S         123 / 196      176 MB  (101 MB)           275 (255)           430 +  890 + 220 = 1540
+    M         183 / 292      983 MB  (530 MB)           595 (470)           900 + 2640 + 330 = 3870
+    L         243 / 388      2.9 GB  (1.5 GB)           1200 (830)         1640 + 5280 + 440 = 7360
+
+A picture's numbers are the same in any batch of one kind, to the bit; between the kinds they differ as roundings do. So
+the kind follows from how many pictures are drawn in all (`total`), and a batch of them is of the same kind.
+"""
 
 import torch
 
-from igpt.kernels.decode_attention import decode_attention
+from igpt.kernels.decode_attention import decode_attention, decode_attention_parts
 from igpt.kernels.decode_linear import decode_linear_residual, decode_norm_linear
+from igpt.kernels.decode_rows import decode_norm, decode_product
 from igpt.kernels.decode_sample import decode_embed, decode_sample
+from igpt.kernels.norm_mlp import quick_gelu_op
+from igpt.kernels.tiles import FEW_PICTURES
 from igpt.sample.decoder import Decoder, quantise
 
 
-def prepared(weight, bias, kind: str | None) -> dict:
-    """The operands of one product, as the kernels name them."""
+def prepared(weight, bias, kind: str | None, is_few: bool) -> dict:
+    """The operands of one product, as the kernels name them. The vendor takes no int8: it gets what those stand for,
+    whose bytes are no longer what a step waits for."""
+    dtype = torch.bfloat16 if kind else weight.dtype
     if kind == "int8":
         weight, scale = quantise(weight)
-        return {"weight": weight, "scale": scale, "bias": bias}
-    return {"weight": weight.to(torch.bfloat16 if kind else weight.dtype).contiguous(), "bias": bias}
+        if is_few:
+            return {"weight": weight, "scale": scale, "bias": bias}
+        weight = weight * scale[:, None]
+    return {"weight": weight.to(dtype).contiguous(), "bias": bias if bias is None else bias.to(dtype)}
 
 
 class Layer:
     """One block's weights, the norms' gains folded in, and its part of the cache."""
 
-    def __init__(self, block, cache, kind: str | None):
+    def __init__(self, block, cache, kind: str | None, is_few: bool):
         a, m = block.attn, block.mlp
         self.scale, (self.keys, self.values) = a.scale, cache
-        self.qkv = prepared(a.qkv * a.norm, a.b_qkv, kind)
-        self.proj = prepared(a.proj, a.b_proj, kind)
-        self.fc = prepared(m.fc * m.norm, m.b_fc, kind)
-        self.out = prepared(m.proj, m.b_proj, kind)
+        self.qkv = prepared(a.qkv * a.norm, a.b_qkv, kind, is_few)
+        self.proj = prepared(a.proj, a.b_proj, kind, is_few)
+        self.fc = prepared(m.fc * m.norm, m.b_fc, kind, is_few)
+        self.out = prepared(m.proj, m.b_proj, kind, is_few)
 
 
 class KernelDecoder(Decoder):
@@ -34,28 +58,46 @@ class KernelDecoder(Decoder):
     is: `position`, `tokens`, `seed`, `pictures` and the cache."""
 
     def prepare(self, weights: str | None) -> None:
-        model, c, device = self.model, self.config, self.device
-        self.layers = [Layer(block, cache, weights) for block, cache in zip(model.blocks, self.cache)]
+        model, c, device, B = self.model, self.config, self.device, self.batch
+        self.is_few = self.total <= FEW_PICTURES
+        self.layers = [Layer(block, cache, weights, self.is_few) for block, cache in zip(model.blocks, self.cache)]
         self.wte, self.wpe, self.sos = model.wte, model.wpe, model.sos
-        self.head = prepared(model.head * model.norm_f, None, "bf16" if weights else None)
-        self.position = torch.zeros(1, dtype=torch.int32, device=device)
+        self.head = prepared(model.head * model.norm_f, None, "bf16" if weights else None, self.is_few)
+        if not self.is_few:
+            self.head["weight"] = self.head["weight"].to(self.wide)  # the vendor's logits have its operands' dtype
+            self.gain = torch.ones(c.width, device=device)
+        self.position = torch.zeros(B, dtype=torch.int32, device=device)
         self.seed = torch.zeros(1, dtype=torch.int64, device=device)
-        self.pictures = torch.zeros(self.batch, dtype=torch.int64, device=device)
-        self.tokens = torch.zeros(self.batch, c.n_ctx, dtype=torch.int64, device=device)
+        self.pictures = torch.zeros(B, dtype=torch.int64, device=device)
+        self.tokens = torch.zeros(B, c.n_ctx, dtype=torch.int64, device=device)
         self.steps = {}
 
     def logits(self):
         """(B, V) of the pixel at `position`, whose key and value join the cache."""
+        h = decode_embed(self.tokens, self.wte, self.wpe, self.sos, self.position, dtype=self.wide)
+        return self.logits_of_few(h) if self.is_few else self.logits_of_many(h)
+
+    def logits_of_few(self, h):
         c, B = self.config, self.batch
         form = {"eps": c.norm_eps, "centred": c.centred}
-        h = decode_embed(self.tokens, self.wte, self.wpe, self.sos, self.position, dtype=self.wide)
         for layer in self.layers:
-            qkv = decode_norm_linear(h, None, **layer.qkv, **form).view(B, 3, c.heads, c.head_dim)
-            a = decode_attention(qkv, layer.keys, layer.values, self.position, layer.scale)
-            h = decode_linear_residual(a.view(B, -1), residual=h, **layer.proj)
-            hidden = decode_norm_linear(h, None, **layer.fc, **form, gelu=True)
+            qkv = decode_norm_linear(h, **layer.qkv, **form).view(B, 3, c.heads, c.head_dim)
+            parts = decode_attention_parts(qkv, layer.keys, layer.values, self.position, layer.scale)
+            h = decode_linear_residual(parts, residual=h, **layer.proj)
+            hidden = decode_norm_linear(h, **layer.fc, **form, gelu=True)
             h = decode_linear_residual(hidden, residual=h, **layer.out)
-        return decode_norm_linear(h, None, **self.head, **form, dtype=self.wide)
+        return decode_norm_linear(h, **self.head, **form, dtype=self.wide)
+
+    def logits_of_many(self, h):
+        c, B, add = self.config, self.batch, None
+        form = {"gain": self.gain, "eps": c.norm_eps, "centred": c.centred, "dtype": self.dtype}
+        for layer in self.layers:
+            n = decode_norm(h, add, **form)
+            qkv = decode_product(n, **layer.qkv)[:B].view(B, 3, c.heads, c.head_dim)
+            a = decode_attention(qkv, layer.keys, layer.values, self.position, layer.scale, rows=len(n))
+            n = decode_norm(h, decode_product(a.flatten(1), **layer.proj), **form)
+            add = decode_product(quick_gelu_op(decode_product(n, **layer.fc)), **layer.out)
+        return decode_product(decode_norm(h, add, **form | {"dtype": self.wide}), **self.head)[:B]
 
     @torch.inference_mode()
     def step(self, position: int, previous_B):
@@ -65,10 +107,9 @@ class KernelDecoder(Decoder):
         return self.logits()
 
     def draw(self, sampler) -> None:
-        """One pixel: logits, the draw into `tokens`, and the position moves on."""
+        """One pixel: logits and the draw into `tokens`, which moves the position on."""
         how = sampler.temperature, sampler.top_k, sampler.top_p
         decode_sample(self.logits(), self.tokens, self.position, self.pictures, self.seed, *how)
-        self.position.add_(1)
 
     def replayable(self, sampler):
         """`draw` as a call without host work: a graph on a GPU, one for each temperature, top_k and top_p."""

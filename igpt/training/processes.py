@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -46,6 +47,11 @@ class Processes:
     def wait(self) -> None:
         if self.world > 1:
             dist.barrier()
+
+    def wait_for_first(self) -> None:
+        """However long the first process has work that the others leave to it."""
+        if self.world > 1:
+            dist.barrier(dist.new_group(backend="gloo", timeout=timedelta(days=7)))
 
     def from_first(self, value):
         """The first process's `value` (any small object), in every process."""

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from igpt.palette import Palette
 from igpt.training.checkpoint import write_durably
 
-OURS = {"config.json.new", "palette.npy", "palette.npy.new", "tokens"}  # what may be there before config.json is
+OURS = {"config.json.new", "tokens"}  # what may be there before config.json is
 LENGTH = {"train.steps", "train.warmup"}
 
 

@@ -1,6 +1,6 @@
 """The compile suite as a gate: rows against the committed baseline, worse is red, with the difference in words.
 
-`python -m bench.gate` (make compile-baseline) renews bench/compile_baseline.jsonl on purpose; look at its diff.
+`python -m bench.compiled.gate` (make compile-baseline) renews baseline.jsonl on purpose; look at its diff.
 Rows are compared within one Triton version: another has another baseline, or none.
 """
 
@@ -10,12 +10,12 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from bench import compile as compiling
 from bench import rows
+from bench.compiled import compile as compiling
 from bench.machine import ROOT
 from bench.rows import CompileRow
 
-BASELINE = ROOT / "bench" / "compile_baseline.jsonl"
+BASELINE = ROOT / "bench" / "compiled" / "baseline.jsonl"
 REGISTERS = 8  # the compiler hands them out by eights: less is no change
 
 
@@ -70,7 +70,7 @@ def read() -> list[CompileRow]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.gate", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.compiled.gate", description=__doc__.splitlines()[0])
     parser.add_argument("--workers", default="2")
     parser.add_argument("--check", type=Path, help="compare these rows instead of renewing the baseline")
     args = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""Compile every kernel for GPUs that aren't here, and read the binaries: `python -m bench.compile --arch sm_90`.
+"""Compile every kernel for GPUs that aren't here, and read the binaries: `python -m bench.compiled --arch sm_90`.
 
 `capture` runs a launcher on meta tensors and records each launch instead of making it; Triton's own argument binder
 decides types, constants and divisibility, so what is compiled is what a GPU would run. Each compile has a forked
@@ -29,11 +29,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-if __package__ is None or __package__ == "":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from bench.compiled.rings import read as read_rings
 from bench.machine import FAULTS
-from bench.rings import read as read_rings
 from bench.rows import CompileRow, to_json
+from bench.tables import columns
 from igpt.kernels.device import SHARED_BYTES, target
 from igpt.kernels.launching import recording
 
@@ -124,7 +123,7 @@ def alias(value):
 def capture(arch: str) -> Iterator[list[Launch]]:
     """Within this context launchers pick the tiles of `arch` and launch nothing; yields the list of launches."""
     if triton.knobs.runtime.interpret:
-        raise RuntimeError("bench.compile: TRITON_INTERPRET is set: kernels decided at import to be interpreted")
+        raise RuntimeError("bench.compiled: TRITON_INTERPRET is set: kernels decided at import to be interpreted")
     launches: list[Launch] = []
     backend = make_backend(TARGETS[arch])
 
@@ -241,14 +240,14 @@ def compile_launch(launch: Launch) -> dict:
     return found | {"rings": "; ".join(map(str, rings)), "races": "; ".join(races)}
 
 
-def problems(row: CompileRow, needs_wgmma: bool = True) -> list[str]:
+def problems(row: CompileRow) -> list[str]:
     """What is wrong with a binary: each entry is a sentence; an empty list is a good one."""
     found = []
     if row.dots and row.regs <= 32:
         found.append(f"{row.regs} registers: the compiler emptied the kernel")
     if row.dots and not row.mma:
         found.append("a product without matrix instructions")
-    if row.dots and row.arch == "sm_90" and needs_wgmma and not row.wgmma:
+    if row.dots and row.arch == "sm_90" and not row.wgmma:
         found.append("a product without wgmma")
     if row.stack or row.spill_loads or row.spill_stores:
         found.append(f"spills: {row.stack} bytes of stack, {row.spill_loads} loads, {row.spill_stores} stores")
@@ -266,12 +265,11 @@ class Job:
     launch: Launch
     row: CompileRow
     cases: set[str]  # all that launch it; the row is named by the first
-    needs_wgmma: bool = True
 
 
 def judged(job: Job, evidence: dict) -> CompileRow:
     row = dataclasses.replace(job.row, **evidence)
-    wrong = problems(row, job.needs_wgmma)
+    wrong = problems(row)
     return dataclasses.replace(row, ok=not wrong, note="; ".join(wrong) or row.note)
 
 
@@ -348,7 +346,7 @@ def plan(cases: Iterable, archs: Iterable[str]) -> tuple[list[Job], list[Compile
                 names[named.key] += 1
                 if names[named.key] > 1:
                     named = dataclasses.replace(named, variant=f"{named.variant} #{names[named.key]}")
-                seen[launch.key] = Job(launch, named, {case.name}, launch.name not in case.small_products)
+                seen[launch.key] = Job(launch, named, {case.name})
                 jobs.append(seen[launch.key])
     return jobs, broken
 
@@ -359,26 +357,22 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def cells(row: CompileRow) -> list[str]:
-    """A row's columns, and its verdict."""
-    shown = ["-" if (v := getattr(row, c)) is None else f"{v:.3g}" if isinstance(v, float) else str(v) for c in COLUMNS]
-    return [*shown, "ok" if row.ok else f"RED {row.note}"]
-
-
-def table(rows: Iterable[CompileRow]) -> str:
-    """The rows as text in columns, the red ones marked."""
-    lines = [[*COLUMNS, ""], *map(cells, rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
-    return "\n".join("  ".join([c.ljust(w) for c, w in zip(line, widths)] + line[-1:]) for line in lines)
+def table(rows: Iterable[CompileRow], markdown: bool = False) -> str:
+    """The rows in columns, the red ones marked."""
+    lines = []
+    for row in rows:
+        shown = [f"{v:.3g}" if isinstance(v := getattr(row, c), float) else str(v) for c in COLUMNS]
+        lines.append([*shown, "ok" if row.ok else f"RED {row.note}"])
+    return columns(lines, [*COLUMNS, "verdict"], markdown)
 
 
 def main(argv: list[str] | None = None, progress: Callable[[str], None] = lambda s: print(s, file=sys.stderr)) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.compile", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.compiled", description=__doc__.splitlines()[0])
     parser.add_argument("--kernel", default="", help="only kernel files whose name contains this")
     parser.add_argument("--case", default="", help="only cases whose name contains this, such as an operation")
     parser.add_argument("--arch", nargs="+", choices=list(TARGETS), default=list(TARGETS))
     parser.add_argument("--quick", action="store_true", help="only the cases of the quick suite")
-    parser.add_argument("--cases", default="bench.compile_cases", help="the module whose cases() are compiled")
+    parser.add_argument("--cases", default="bench.compiled.cases", help="the module whose cases() are compiled")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--out", type=Path, help="append rows as JSON lines to this file as they come")
     args = parser.parse_args(argv)

@@ -20,14 +20,12 @@ from igpt.sample.kernel_decoder import KernelDecoder
 
 @dataclass(frozen=True)
 class CompileCase:
-    """`run()` calls launchers. `quick`: in the quick suite. `small_products` names kernel functions whose products
-    have fewer than the 64 rows that wgmma needs."""
+    """`run()` calls launchers. `quick`: in the quick suite."""
 
     name: str
     run: Callable[[], None]
     quick: bool = False
     archs: tuple[str, ...] = ARCHS
-    small_products: tuple[str, ...] = ()
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -44,11 +42,12 @@ def forward_and_backward(case: Case) -> None:
 
 
 def decode_step(
-    preset: str, B: int, weights: str | None = None, cache: str = "bf16", sampler: Sampler | None = None, **config
-) -> None:
-    """One token of B pictures by the decoding kernels."""
+    preset: str, B: int, dtype=torch.bfloat16, weights: str | None = None, cache: str = "bf16",
+    sampler: Sampler | None = None, **config,
+) -> None:  # fmt: skip
+    """One token of B pictures by the decoding kernels; every layer launches the same, so one stands for all."""
     with torch.no_grad():
-        model = ImageGPT.from_preset(preset, impl="triton", device="meta", dtype=torch.bfloat16, **config)
+        model = ImageGPT.from_preset(preset, impl="triton", device="meta", dtype=dtype, n_layer=1, **config)
         KernelDecoder(model, B, weights=weights, cache_dtype=cache).draw(sampler or Sampler())
 
 
@@ -75,18 +74,22 @@ def cases() -> Iterator[CompileCase]:
                 yield of(Case(op, 32, 1024, H, D, dtype), f"d{H * D} {dtype}", quick and preset == "s", archs)
                 if ragged:
                     yield of(Case(op, 1, 77, H, D, dtype), f"d{H * D} {dtype} T77", archs=few)
-    for preset, B in (("s", 1), ("s", 128), ("m", 16), ("l", 16)):
-        run = functools.partial(decode_step, preset, B)
-        yield CompileCase(f"decode {preset} B{B}", run, quick=preset == "s", small_products=("linear_kernel",))
     has_fp8 = "portable", "sm_90", "sm_100"  # sm_80 has none; gfx942 has another format and converts in software
-    for name, archs, options in (
-        ("int8", ARCHS, {"weights": "int8"}),
-        ("fp8 cache", has_fp8, {"cache": "fp8"}),
-        ("layer norm, biases", ARCHS, {"norm": "layer", "bias": True}),
-        ("top_k top_p", ARCHS, {"sampler": Sampler(top_k=64, top_p=0.9)}),
+    for preset, batches, name, archs, options in (
+        ("s", (1, 4, 128), "", ARCHS, {}),
+        ("m", (1, 128), "", ARCHS, {}),
+        ("l", (1, 128), "", ARCHS, {}),
+        ("xl", (4,), "", ("sm_90",), {}),
+        ("m", (4, 16), "fp32", few, {"dtype": torch.float32, "cache": "fp32"}),
+        ("s", (1, 4), "int8", ARCHS, {"weights": "int8"}),
+        ("l", (4,), "int8", few, {"weights": "int8"}),
+        ("s", (4, 128), "fp8 cache", has_fp8, {"cache": "fp8"}),
+        ("s", (4, 128), "layer norm, biases", ARCHS, {"norm": "layer", "bias": True}),
+        ("s", (4,), "top_k top_p", ARCHS, {"sampler": Sampler(top_k=64, top_p=0.9)}),
     ):
-        run = functools.partial(decode_step, "s", 16, **options)
-        yield CompileCase(f"decode s B16 {name}", run, archs=archs, small_products=("linear_kernel",))
+        for B in batches:
+            run = functools.partial(decode_step, preset, B, **options)
+            yield CompileCase(f"decode {preset} B{B} {name}".strip(), run, preset == "s" and not options, archs)
     for op in PIXEL_OPS:
         yield of(Case(op, 32, 1024, 1, 64, "fp32"), "V512", True)
     colours, weight = meta(1 << 20, 3, dtype=torch.uint8), meta(1 << 20, dtype=torch.int64)

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from bench import peers
 from bench.cases import Case
 from bench.cost import Cost
 from bench.machine import FAULTS, ceilings, raised, stamp
-from bench.peers import Absent
 from bench.rows import Row
-from bench.timing import CpuTimer, CudaTimer, interleaved
+from bench.speed import peers
+from bench.speed.peers import Absent
+from bench.speed.timing import CpuTimer, CudaTimer, interleaved
 
 
 @dataclass

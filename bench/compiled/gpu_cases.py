@@ -1,10 +1,10 @@
-"""What `make gpu` is about to launch, for bench.compile: the same cases, and so the same binaries."""
+"""What `make gpu` is about to launch, for bench.compiled: the same cases, and so the same binaries."""
 
 from collections.abc import Iterator
 
 from bench.cases import PIXELS, correctness, speed
-from bench.compile_cases import CompileCase, of
-from bench.compile_cases import cases as compile_cases
+from bench.compiled.cases import CompileCase, of
+from bench.compiled.cases import cases as compile_cases
 from bench.rows import Row
 
 

@@ -1,6 +1,6 @@
-"""What a training step is made of: `python -m bench.step --preset s` counts every launch, byte and FLOP of it.
+"""What a training step is made of: `python -m bench.compiled.step --preset s` counts every launch, byte and FLOP of it.
 
-The step runs on meta tensors: our launches are recorded by bench/compile.py's `capture`, the vendor's operations by a
+The step runs on meta tensors: our launches are recorded by compile.py's `capture`, the vendor's operations by a
 dispatch mode. Bytes are compulsory: each tensor of a launch once, however often the kernel comes back to it.
 """
 
@@ -20,8 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from bench import cost
-from bench.compile import capture
+from bench.compiled.compile import capture
 from bench.rows import StepRow, to_json
+from bench.tables import columns
 from igpt import ImageGPT
 
 # Neither views nor allocations move a byte.
@@ -105,23 +106,20 @@ def profile(call: Callable[[], object], runs: int = 3) -> str:
     return "\n".join(lines)
 
 
-def title(rows: list[StepRow]) -> str:
-    r = rows[0]
-    return f"iGPT-{r.preset.upper()}, {r.B} x {r.N} tokens, bf16, loss and backward"
-
-
-def table(rows: list[StepRow]) -> str:
-    lines = [f"{'kernel':40} {'launches':>8} {'GB':>9} {'TFLOP':>8} {'floor ms':>9}"]
-    total = StepRow("step", "", 0, 0, "total", False, *(math.fsum(getattr(r, f) for r in rows) for f in
-                    ("launches", "bytes", "flops", "floor_ms")))  # fmt: skip
+def table(rows: list[StepRow], markdown: bool = False) -> str:
+    """One preset's step, most bytes first, and its sum."""
+    first, lines = rows[0], []
+    total = [math.fsum(getattr(r, f) for r in rows) for f in ("launches", "bytes", "flops", "floor_ms")]
+    total = StepRow("step", first.preset, first.B, first.N, "total", False, *total)
     for r in [*rows, total]:
         name = f"aten.{r.kernel}" if r.vendor else r.kernel
-        lines.append(f"{name:40} {r.launches:8.0f} {r.bytes / 1e9:9.3f} {r.flops / 1e12:8.3f} {r.floor_ms:9.3f}")
-    return "\n".join(lines)
+        lines.append([name, f"{r.launches:.0f}", f"{r.bytes / 1e9:.3f}", f"{r.flops / 1e12:.3f}", f"{r.floor_ms:.3f}"])
+    title = f"iGPT-{first.preset.upper()}, {first.B} x {first.N} tokens, bf16, loss and backward"
+    return columns(lines, [title, "launches", "GB", "TFLOP", "floor ms"], markdown)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.step", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.compiled.step", description=__doc__.splitlines()[0])
     parser.add_argument("--preset", nargs="+", default=["s", "m", "l"])
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seq", type=int, default=1024)
@@ -134,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
             with args.out.open("a") as out:
                 out.writelines(to_json(row) + "\n" for row in rows)
         else:
-            print(f"{title(rows)}\n{table(rows)}\n")
+            print(f"{table(rows)}\n")
     return 0
 
 

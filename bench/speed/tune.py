@@ -1,8 +1,8 @@
-"""Search tiles on the GPU at hand and print the rows to paste into kernels/tiles.py: `python -m bench.tune`.
+"""Search tiles on the GPU at hand and print the rows to paste into kernels/tiles.py: `python -m bench.speed.tune`.
 
-First every candidate is compiled, on all cores and without the GPU (`python -m bench.compile --cases bench.tune`): what
-spills or doesn't fit is out before it costs time. What is left is timed against the table's own row, in turns, and must
-give what the table's row gives. Nothing searches in the call path.
+First every candidate is compiled, on all cores and without the GPU (`python -m bench.compiled --cases
+bench.speed.tune`): what spills or doesn't fit is out before it costs time. What is left is timed against the table's
+own row, in turns, and must give what the table's row gives. Nothing searches in the call path.
 """
 
 import argparse
@@ -24,10 +24,10 @@ import torch
 
 from bench import rows
 from bench.cases import Case, sized
-from bench.compile_cases import CompileCase, forward_and_backward
+from bench.compiled.cases import CompileCase, forward_and_backward
 from bench.machine import FAULTS, ROOT, raised, stamp
-from bench.measure import call
-from bench.timing import CudaTimer, interleaved
+from bench.speed.measure import call
+from bench.speed.timing import CudaTimer, interleaved
 from igpt.kernels import tiles
 from igpt.kernels.device import ARCHS, arch
 from igpt.kernels.tiles import Tile
@@ -96,7 +96,7 @@ def this_arch() -> str:
 
 
 def cases() -> Iterator[CompileCase]:
-    """Every candidate of every search, for bench.compile; its name is the search's and its place in it."""
+    """Every candidate of every search, for bench.compiled; its name is the search's and its place in it."""
 
     def launched(search: Search, tile: Tile, arch: str) -> None:
         with search.using(tile, arch):
@@ -112,9 +112,9 @@ def cases() -> Iterator[CompileCase]:
 def clean(arch: str, only: str, limit_s: float) -> set[str]:
     """The candidates that compile without a spill, by name, from a process without a GPU."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"CUDA_VISIBLE_DEVICES": ""}
-    flags = ["--cases", "bench.tune", "--case", only, "--arch", arch, "--workers", str(os.cpu_count() or 1)]
+    flags = ["--cases", "bench.speed.tune", "--case", only, "--arch", arch, "--workers", str(os.cpu_count() or 1)]
     with tempfile.NamedTemporaryFile(suffix=".jsonl") as file:
-        command = [sys.executable, "-m", "bench.compile", *flags, "--out", file.name]
+        command = [sys.executable, "-m", "bench.compiled", *flags, "--out", file.name]
         with contextlib.suppress(subprocess.TimeoutExpired):
             subprocess.run(command, cwd=ROOT, env=env, timeout=limit_s, stdout=sys.stderr)
         kernels = {search.name: search.kernel for search in searches(arch)}
@@ -204,7 +204,7 @@ def run(
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.tune", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.speed.tune", description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=300.0)
     parser.add_argument("--only", default="", help="only tables whose name and key contain this")
     parser.add_argument("--out", type=Path, default=Path("tiles.txt"), help="append the rows to paste to this file")

@@ -13,9 +13,9 @@ from PIL import Image
 
 from bench.cases import Case, palette_cube
 from bench.cost import Cost
-from bench.measure import Run, Variant, blank, rows_of
-from bench.peers import Absent, importable
 from bench.rows import Row
+from bench.speed.measure import Run, Variant, blank, rows_of
+from bench.speed.peers import Absent, importable
 from igpt import Palette, data
 from igpt.data.encode import encode_folder
 from igpt.programs.palette import mse

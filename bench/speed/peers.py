@@ -42,7 +42,7 @@ def missing(device: str, package: str = "torch") -> Absent | None:
 
 
 def compiled(fn: Callable, device: str) -> Callable | Absent:
-    """torch.compile of a function; max-autotune on a GPU, without CUDA graphs as nothing else here has them."""
+    """torch.compile of a function; max-autotune on a GPU, launched one by one."""
     if device == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
         return Absent("torch.compile needs a C++ compiler")
     return torch.compile(fn, dynamic=False, mode="max-autotune-no-cudagraphs" if device == "cuda" else None)
@@ -173,7 +173,7 @@ UNPACKED = ATTENTION.keys() - {"eager"}
 OTHERS = {"eager": eager, "torch.compile": compiled_reference, "torch path": torch_path, "liger": liger}
 
 
-WHOLE = ("hugging face", "hugging face patched")  # bench/models.py
+WHOLE = ("hugging face", "hugging face patched", "torch.compile graphed")  # bench/speed/models.py
 NAMES = (*dict.fromkeys([*ATTENTION, *OTHERS]), *WHOLE)
 
 

@@ -1,4 +1,4 @@
-"""The README's tables, made from committed rows: `python -m bench.readme` writes them, `--check` fails if they differ.
+"""The README's tables, of committed rows: `python -m bench.report.readme` writes them, `--check` fails if they differ.
 
 A table stands between `<!-- rows: PATH NAME -->` and `<!-- end rows -->`, PATH being a rows.jsonl from the repository
 root and NAME one of TABLES.
@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench import rows
+from bench.machine import ROOT
 from bench.rows import Row
 from bench.tables import columns, number
 
-ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"(<!-- rows: (\S+) (\S+) -->\n).*?(<!-- end rows -->)", re.S)
 PEERS = ("hugging face", "hugging face fp32", "torch.compile")  # with a column of their own where cases are listed
 PATCHED = "hugging face patched"  # ours again, in its clothes: a row, and no rival
@@ -96,7 +96,8 @@ TABLES = {
         line=lambda r: f"{r.B} x {r.N}",
         column=preset,
         cell=lambda r: listed(
-            f"{r.median_ms:.0f} ms", f"MFU {100 * r.mfu:.0f}%", ratio(r, "torch.compile", " torch.compile")
+            f"{r.median_ms:.0f} ms", f"MFU {100 * r.mfu:.0f}%",
+            *(ratio(r, peer, f" {peer}") for peer in ("hugging face", "torch.compile", "torch.compile graphed")),
         ),
         title="pictures x tokens",
     ),
@@ -127,7 +128,7 @@ def filled(text: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.readme", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.report.readme", description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="exit 1 if a table is not what its rows say")
     args = parser.parse_args(argv)
     path = ROOT / "README.md"

@@ -15,12 +15,13 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import igpt
-from bench import cost, peers
+from bench import cost
 from bench.cases import DTYPES, tokens
 from bench.machine import ceilings
-from bench.measure import Run, Variant, blank, rows_of, warmed
-from bench.peers import Absent, compiled, importable
 from bench.rows import Row
+from bench.speed import peers
+from bench.speed.measure import Run, Variant, blank, rows_of, warmed
+from bench.speed.peers import Absent, compiled, importable
 from igpt import ImageGPT
 from igpt.config import PRESETS
 from igpt.hf.patch import apply_igpt_kernels
@@ -156,6 +157,8 @@ def build(name: str, case: ModelCase, device: str):
             apply_igpt_kernels(model)
     elif name == "eager":
         model, logits = ours(case, device), eager_logits
+    elif name == "torch.compile graphed" and (device, case.direction) != ("cuda", "step"):
+        return Absent("a training step's, on a GPU")
     else:
         block = compiled(eager_block, device)
         model = block if isinstance(block, Absent) else ours(case, device)
@@ -166,7 +169,8 @@ def build(name: str, case: ModelCase, device: str):
 
     if isinstance(model, Absent):
         return model
-    return runner(case, model, logits, lambda m, ids: nll(logits(m, ids), ids), device)
+    graph = name == "torch.compile graphed"
+    return runner(case, model, logits, lambda m, ids: nll(logits(m, ids), ids), device, graph)
 
 
 NOTES = {
@@ -175,6 +179,7 @@ NOTES = {
     "hugging face patched": "igpt.hf.apply_igpt_kernels on the same",
     "eager": "kernels/reference.py on our weights",
     "torch.compile": f"SDPA (cuDNN first on a GPU) and the reference, compiled block by block; {peers.COMPILED_NOTE}",
+    "torch.compile graphed": "the same by igpt.graphed, which is what ours runs on a GPU: one CUDA graph a step",
 }
 
 

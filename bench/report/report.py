@@ -5,8 +5,9 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-from bench import compile as compiling
-from bench import step, targets
+from bench.compiled import compile as compiling
+from bench.compiled import step
+from bench.report import targets
 from bench.rows import CompileRow, Row, StepRow, joined
 from bench.tables import columns, number
 
@@ -49,19 +50,6 @@ def speed(rows: list[Row], markdown: bool) -> str:
     return columns(lines, head, markdown)
 
 
-def compiled(rows: list[CompileRow], markdown: bool) -> str:
-    rows = sorted(rows, key=lambda r: (r.arch, r.kernel, r.function, r.case))
-    return columns([compiling.cells(r) for r in rows], [*compiling.COLUMNS, "verdict"], markdown)
-
-
-def steps(rows: list[StepRow]) -> str:
-    parts = []
-    for preset in dict.fromkeys(r.preset for r in rows):
-        mine = [r for r in rows if r.preset == preset]
-        parts.append(f"{step.title(mine)}\n{step.table(mine)}")
-    return "\n\n".join(parts)
-
-
 def sections(rows: Iterable, markdown: bool) -> list[tuple[str, str]]:
     """(title, text) of everything there are rows for."""
     rows, found = list(rows), []
@@ -77,11 +65,12 @@ def sections(rows: Iterable, markdown: bool) -> list[tuple[str, str]]:
         text = columns(targets.verdicts(plain), targets.HEAD, markdown)
         found.append(("Numbers to reach on an H200 in bf16", text))
     if some := [r for r in rows if isinstance(r, CompileRow)]:
-        found.append(("Compiler evidence (compiled only: nothing here was timed)", compiled(some, markdown)))
+        text = compiling.table(sorted(some, key=lambda r: (r.arch, r.kernel, r.function, r.case)), markdown)
+        found.append(("Compiler evidence (compiled only: nothing here was timed)", text))
     if some := [r for r in rows if isinstance(r, StepRow)]:
-        text = steps(some)
-        title = "What a training step is made of (counted; floors at an H200's ceilings, not timed)"
-        found.append((title, f"```\n{text}\n```" if markdown else text))
+        by_preset = [[r for r in some if r.preset == preset] for preset in dict.fromkeys(r.preset for r in some)]
+        text = "\n\n".join(step.table(rows_of, markdown) for rows_of in by_preset)
+        found.append(("What a training step is made of (counted; floors at an H200's ceilings, not timed)", text))
     return found
 
 

@@ -1,4 +1,4 @@
-"""What a token costs when pictures are sampled: `python -m bench.sampling --device cpu`.
+"""What a token costs when pictures are sampled: `python -m bench.speed.sampling --device cpu`.
 
 Ours against Hugging Face's generate (dynamic cache) and a compiled static-cache loop, on the same weights' shapes, over
 the same window of positions; each variant draws every token. N is where the window ends: 64 is the start of a picture,
@@ -20,17 +20,17 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from bench import models, peers
-from bench.budget import compare
 from bench.cases import DTYPES, tokens
-from bench.compile import capture
+from bench.compiled.compile import capture
+from bench.compiled.step import Vendor
+from bench.correctness.budget import compare
 from bench.cost import Cost
-from bench.machine import FAULTS, ceilings, stamp
-from bench.measure import Run, subject, timers, warmed
-from bench.models import ModelCase
-from bench.peers import Absent
+from bench.machine import attempted, stamp
 from bench.rows import Row, to_json
-from bench.timing import interleaved
+from bench.speed import models, peers
+from bench.speed.measure import Run, Variant, blank, rows_of, subject, timers, warmed
+from bench.speed.models import ModelCase
+from bench.speed.peers import Absent
 from igpt import ImageGPT, data, sample
 from igpt.config import PRESETS, preset
 from igpt.kernels import reference
@@ -177,24 +177,23 @@ NOTES = {
 
 
 def launches(preset_name: str, B: int, arch: str = "sm_90") -> int:
-    """Kernel launches a token of the kernels' decoder, recorded on meta tensors; one of them moves the position on."""
+    """Kernel launches a token of the kernels' decoder, recorded on meta tensors: ours and the vendor's products."""
     with torch.no_grad():
         model = ImageGPT(preset(preset_name), impl="triton", device="meta", dtype=torch.bfloat16)
         decoder = decoder_of(model, B)
-        with capture(arch) as found:
+        with Vendor() as vendor, capture(arch) as found:
             decoder.draw(Sampler())
-    return len(found) + 1
+    return len(found) + sum(name in ("mm", "addmm") for name, *_ in vendor.found)
 
 
 def check(name: str, device: str, dtype: str) -> Row:
     """Correctness of decoding at a preset's width: two layers, 40 positions, the log-likelihood of real pictures by
     decode and by the full forward of the same dtype, both against fp64; in fp32 greedy decoding must be the argmax."""
-    config = {"n_layer": 2, "n_ctx": 40, "vocab": 512}
-    case = DecodeCase(name, 3, 40, dtype)
-    row = Row("correctness", impl="decode", **case.labels, **stamp(device))
-    try:
+    row = blank("correctness", "decode", DecodeCase(name, 3, 40, dtype), device)
+
+    def compared() -> Row:
         torch.manual_seed(0)
-        model = ImageGPT(preset(name, **config), device=device)
+        model = ImageGPT(preset(name, n_layer=2, n_ctx=40, vocab=512), device=device)
         torch.nn.init.normal_(model.head, std=0.1)
         exact = ImageGPT(model.config, impl="torch", device=device, dtype=torch.float64)
         exact.load_state_dict(model.to(DTYPES[dtype]).state_dict())
@@ -208,12 +207,12 @@ def check(name: str, device: str, dtype: str) -> Row:
             greedy = model.generate(3, temperature=0.0)
             differ = int((model(greedy).argmax(-1) != greedy).sum())
             note += f" greedy decoding differs from the full forward's argmax at {differ} positions" if differ else ""
-    except FAULTS as fault:
-        return dataclasses.replace(row, ok=False, note=f"raised {type(fault).__name__}: {str(fault)[:300]}")
-    return dataclasses.replace(
-        row, err_vs_fp64=errors.ours_max / errors.peak, eager_err_vs_fp64=errors.eager_max / errors.peak, ok=not note,
-        note=note.strip(),
-    )  # fmt: skip
+        return dataclasses.replace(
+            row, err_vs_fp64=errors.ours_max / errors.peak, eager_err_vs_fp64=errors.eager_max / errors.peak,
+            ok=not note, note=note.strip(),
+        )  # fmt: skip
+
+    return attempted(row, compared)
 
 
 NARROW = (
@@ -243,36 +242,19 @@ def narrowing(checkpoint: str, pictures: str, device: str, count: int = 128) -> 
 
 
 def measured(group: list[tuple[str, DecodeCase]], run: Run) -> Iterator[Row]:
-    """Rows of the variants of one window, timed in turns: milliseconds a token of all B pictures. Ours is compared with
-    the same dtype, and with Hugging Face in fp32, its default."""
-    variants = {(n, c.dtype): warmed(functools.partial(BUILD[n], c, run.device)) for n, c in group}
-    present = {key: fn for key, fn in variants.items() if not isinstance(fn, Absent)}
-    timed = interleaved(present, run.step_timer, run.case_s, run.least, warm=0) if present else {}
-    roof = ceilings(run.device)
+    """Rows of the variants of one window, timed in turns: milliseconds a token of all B pictures."""
+    variants = []
     for name, case in group:
-        key = name, case.dtype
-        row = Row("sampling", impl=name, **case.labels, **stamp(run.device), note=NOTES[name])
+        note, gpu = NOTES[name], run.device == "cuda"
         if name == "ours" and case.dtype == "bf16":
-            where = "" if run.device == "cuda" else "the kernels on sm_90: "
-            row = dataclasses.replace(row, note=f"{where}{launches(case.preset, case.B)} launches a token")
-        if key not in present:
-            yield dataclasses.replace(row, note=f"absent: {variants[key].why}", ok=name != "ours")
-            continue
-        cost = case.cost(cached=4 if run.device == "cpu" else STORED[case.activations])
-        floor, t, n = roof.floor_ms(cost, case.activations), timed[key], case.steps
-        ms, n_ctx = t.median / n, PRESETS[case.preset].n_ctx
-        ratios = {}
-        if name == "ours":
-            ratios = {o: s.median / t.median for (o, d), s in timed.items() if o != "ours" and d == case.dtype}
-            if case.dtype != "fp32" and (default := timed.get(("hugging face", "fp32"))):
-                ratios["hugging face fp32"] = default.median / t.median
+            note = f"{'' if gpu else 'the kernels on sm_90: '}{launches(case.preset, case.B)} launches a token"
+        made = warmed(functools.partial(BUILD[name], case, run.device))
+        cost, rate = case.cost(cached=STORED[case.activations] if gpu else 4), case.B / PRESETS[case.preset].n_ctx
         # The start of a picture says nothing about a whole one.
-        per_s = 1e3 * case.B / (ms * n_ctx) if case.start or case.whole else None
-        yield dataclasses.replace(
-            row, median_ms=ms, p20_ms=t.p20 / n, p80_ms=t.p80 / n, runs=t.runs, flops=cost.flops, bytes=cost.bytes,
-            tflops=cost.flops / ms / 1e9, tb_s=cost.bytes / ms / 1e9, floor_ms=floor, pct_floor=100 * floor / ms,
-            per_s=per_s, unit="pictures", ratios=ratios,
-        )  # fmt: skip
+        unit = "pictures" if case.start or case.whole else ""
+        row = blank("sampling", name, case, run.device, note=note)
+        variants.append(Variant(row, made, cost, scale=1 / case.steps, rate=rate, unit=unit))
+    yield from rows_of(variants, run, run.step_timer)
 
 
 def groups(device: str, presets: Iterable[str]) -> Iterator[list[tuple[str, DecodeCase]]]:
@@ -303,13 +285,13 @@ def rows(wanted: Iterable[list[tuple[str, DecodeCase]]], run: Run, checked: Iter
     for group in wanted:
         why = {case: run.refusal(("decode", case.activations)) for _, case in group}
         for case in dict.fromkeys(case for name, case in group if name == "ours" and why[case]):
-            yield Row("sampling", impl="ours", **case.labels, **stamp(run.device), note=why[case])
+            yield blank("sampling", "ours", case, run.device, note=why[case])
         yield from measured([(name, case) for name, case in group if name in asked and not why[case]], run)
         torch.compiler.reset()
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.sampling", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.speed.sampling", description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--preset", nargs="+", help="default: s on a CPU, s m l on a GPU")
     parser.add_argument("--peers", default="all")

@@ -24,7 +24,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from bench.ttgir import Op, parse, walk
+from bench.compiled.ttgir import Op, parse, walk
 
 ROUNDS = 8  # more than a ring's places and the products in flight together
 INTEGERS = {
@@ -39,7 +39,8 @@ READS = ("local_load", "local_dealloc", "inval_barrier", "async_tma_copy_local_t
 LOADS = {"async_copy_global_to_local": "C", "async_commit_group": "E", "async_tma_copy_global_to_local": "T"}
 PTX = re.compile(  # the same in PTX; besides S, a store to shared memory, and b, a barrier of the block
     r"(?P<M>wgmma\.commit_group)|wgmma\.wait_group\.sync\.aligned\s+(?P<W>\d+)|(?P<C>cp\.async\.c[ag]\.)|(?P<b>bar\w*\."
-    r"(?:cta\.)?sync)|(?P<E>cp\.async\.commit_group)|(?P<T>cp\.async\.bulk\.tensor\.\dd\.shared)|(?P<S>st\.shared|stm)"
+    r"(?:cta\.)?sync\S*\s+0;)|(?P<E>cp\.async\.commit_group)|(?P<T>cp\.async\.bulk\.tensor\.\dd\.shared)|"
+    r"(?P<S>st\.shared|stmatrix)"
 )
 
 

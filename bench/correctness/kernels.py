@@ -1,7 +1,7 @@
 """Every kernel against fp64: `python -m bench.correctness`, in Triton's interpreter where there is no GPU.
 
 The Triton path is compared with the reference in fp64, and with what the reference is off by in the case's own dtype:
-the budget of bench/budget.py, for the output and every gradient. Palettes must agree to the bit. On a GPU also: the
+the budget of budget.py, for the output and every gradient. Palettes must agree to the bit. On a GPU also: the
 same bits in every run, a captured and a compiled step, and decoding against the full forward.
 """
 
@@ -20,13 +20,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from bench import cases, checks, models, sampling
-from bench.budget import Errors, against_fp64, compare
+from bench import cases
 from bench.cases import PIXEL_OPS, Case, tokens
+from bench.correctness import checks
+from bench.correctness.budget import Errors, against_fp64, compare
 from bench.machine import ROOT, attempted
-from bench.measure import blank
-from bench.models import ModelCase
 from bench.rows import Row, to_json
+from bench.speed import models, sampling
+from bench.speed.measure import blank
+from bench.speed.models import ModelCase
 from igpt.kernels import reference
 
 

@@ -1,7 +1,7 @@
 """The numbers this project wants to reach on an H200, in bf16, and which of them a run's rows reach.
 
-`python -m bench.targets bench/results/h200/rows.jsonl`. Each has its cases, and counts as reached where the worst of
-them does.
+`python -m bench.report.targets bench/results/h200/rows.jsonl`. Each has its cases, and counts as reached where the
+worst of them does.
 """
 
 import argparse
@@ -109,7 +109,7 @@ HEAD = ["number", "asked", "worst case", "cases", "verdict"]
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.targets", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.report.targets", description=__doc__.splitlines()[0])
     parser.add_argument("rows", type=Path, help="a run's rows.jsonl")
     args = parser.parse_args(argv)
     print(columns(verdicts(rows.read(args.rows)), HEAD, markdown=False))

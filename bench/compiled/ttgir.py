@@ -1,4 +1,4 @@
-"""The text of a binary's ttgir as a tree of operations: what bench/rings.py runs."""
+"""The text of a binary's ttgir as a tree of operations: what bench/compiled/rings.py runs."""
 
 import re
 from collections.abc import Iterator
