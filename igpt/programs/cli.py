@@ -20,6 +20,7 @@ COMMANDS = {  # name: what it does
     "eval": "nats and bits a pixel of a model on a picture set",
     "probe": "linear probe of every layer",
     "finetune": "fine-tune with a classifier",
+    "classify": "what is in your own pictures, by a fine-tuned model",
     "lowdata": "few labels a class",
     "sample": "sample pictures",
     "complete": "complete pictures whose top is given",
