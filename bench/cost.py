@@ -148,7 +148,7 @@ FLOPS = {
     "linear_kernel": lambda v: 2 * v["B"] * v["O"] * v["K"],
     "attention_kernel": lambda v: 4 * v["k_cache"].numel(),  # of a full cache: how full it is, the device alone knows
 } | dict.fromkeys((
-    "attention_delta_kernel", "combine_kernel", "decode_kernel", "dlogits_kernel", "embed_kernel", "encode_kernel",
+    "attention_delta_kernel", "decode_kernel", "dlogits_kernel", "embed_kernel", "encode_kernel",
     "norm_backward_kernel", "norm_forward_kernel", "position_backward_kernel", "quick_gelu_backward_kernel",
     "quick_gelu_kernel", "sample_kernel", "sum_partials_kernel", "sums_kernel",
 ), lambda v: 0.0)  # fmt: skip
