@@ -74,6 +74,11 @@ def test_probe(here, tmp_path, objective, votes):
     assert (tmp_path / "probe.png").stat().st_size > 1000
     again = probe.run(probe.Options(**where(here, objective), C=(0.01, 1.0), votes=votes))
     assert again == report
+    options = probe.Options(**where(here, objective), C=(1.0,), only=(1,), out=tmp_path)
+    with pytest.raises(ValueError, match=r"out: .* holds \['probe.json', 'probe.png'\] already; --force"):
+        probe.run(options)
+    assert json.loads((tmp_path / "probe.json").read_text()) == report
+    assert set(probe.run(dataclasses.replace(options, force=True))["layers"]) == {"1"}
 
 
 def test_probe_of_joined_layers_and_sgd(here):
@@ -219,6 +224,10 @@ def test_a_palette_of_few_pictures_reads_few(tmp_path, monkeypatch):
         fit_palette.run(options)
     read.clear()
     assert fit_palette.run(dataclasses.replace(options, skip_bad=True))["pictures"] == 4
+    with pytest.raises(ValueError, match=r"out: .*palette\.npy is there already; --force"):
+        fit_palette.run(dataclasses.replace(options, skip_bad=True))
+    with pytest.raises(ValueError, match=r"out: got .*palette\.png, expected a name that ends in \.npy"):
+        fit_palette.run(dataclasses.replace(options, out=tmp_path / "palette.png", force=True))
     kept, held = data.hold_out(60, 0.1)
     assert [places.tolist() for places in read] == [[0, *kept[[13, 26, 39, 53]]], held[[0, 1, 2, 3, 5]].tolist()]
 

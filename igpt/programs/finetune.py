@@ -65,7 +65,7 @@ def run(options: Options) -> dict:
     }  # fmt: skip
     if options.out:
         model.save_pretrained(options.out)
-        (options.out / "finetune.json").write_text(json.dumps(report, indent=1) + "\n")
+        (options.out / "finetune.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
     return report
 
 
