@@ -96,6 +96,7 @@ class ImageGPT(nn.Module):
         self.config, self.impl, self.recompute = config, impl, "none"
         self.palette = None  # the Palette that came with the weights, if one did; save_pretrained passes it on
         self.trained = None  # where in its run they were made, if we know: convert.runs.Trained
+        self.class_names = ()  # what the classifier's rows are called, if we know; save_pretrained passes them on
         d = config.width
         with torch.device(device if device is not None else torch.get_default_device()):
             self.wte = nn.Parameter(torch.empty(config.vocab, d))
@@ -117,18 +118,21 @@ class ImageGPT(nn.Module):
         return cls(preset(name, **overrides), impl=impl, device=device, dtype=dtype)
 
     @classmethod
-    def from_pretrained(cls, source, *, step=None, impl: str = "auto", device=None, dtype=None) -> "ImageGPT":
+    def from_pretrained(
+        cls, source, *, step=None, impl: str = "auto", device=None, dtype=None, attn_scale: str = "exact"
+    ) -> "ImageGPT":
         """A model from our directory, a run's, a Hugging Face directory or hub id ("org/name" or "org/name@revision"),
         or an OpenAI TF1 checkpoint prefix; the checkpoint's dtype unless `dtype` is given. `step`: which checkpoint of
-        a run, a number or "last"; default: the best by validation loss. `palette` is the one beside the weights, or
-        None. Raises ValueError naming what is wrong, before anything is allocated."""
-        checkpoint = convert.open_checkpoint(source, step)
+        a run, a number or "last"; default: the best by validation loss. `attn_scale`: of Hugging Face's, "exact", or
+        "hf" for 1/int(sqrt(head dim)). `palette` is the one beside the weights, or None, `class_names` are the
+        classifier's. Raises ValueError naming what is wrong, before anything is allocated."""
+        checkpoint = convert.open_checkpoint(source, step, attn_scale)
         model = cls(checkpoint.config, impl=impl, device="meta", dtype=dtype or checkpoint.dtype)
         model.to_empty(device=device if device is not None else torch.get_default_device())
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(checkpoint.tensors[name].read())
-        model.palette, model.trained = checkpoint.palette, checkpoint.trained
+        model.palette, model.trained, model.class_names = checkpoint.palette, checkpoint.trained, checkpoint.classes
         return model
 
     def save_pretrained(self, path, format: str = "igpt") -> None:

@@ -95,6 +95,16 @@ def test_a_mistake_is_one_line_and_exit_code_2(argv, said, capsys, tmp_path, mon
     assert not any(tmp_path.iterdir())
 
 
+def test_the_line_is_json_whatever_the_figures(capsys, monkeypatch):
+    """NaN is no JSON: a strict reader would refuse the line."""
+    result = {"loss": float("nan"), "rows": [1.5, float("-inf")], "k": {"4": 2}}
+    monkeypatch.setattr(importlib.import_module("igpt.programs.info"), "run", lambda options: result)
+    assert cli.main(["info"]) == 1
+    said = capsys.readouterr()
+    assert json.loads(said.out, parse_constant=pytest.fail) == {"loss": None, "rows": [1.5, None], "k": {"4": 2}}
+    assert said.err == "igpt info: got NaN, -Infinity, null in the line above\n"
+
+
 def test_a_mistyped_option_is_exit_code_2(capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(["info", "--preset", "huge"])

@@ -5,6 +5,7 @@ import os
 import struct
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -93,6 +94,67 @@ def test_hf_to_ours_to_hf_is_bit_equal(hf_dir, tmp_path):
     assert all(torch.equal(again[n].view(torch.int32), tensors[n].view(torch.int32)) for n in tensors)
     wide = load_file(tmp_path / "bhf" / "model.safetensors")
     assert all(torch.equal(wide[n], tensors[n].double()) for n in tensors)
+
+
+def test_class_names_go_along(tmp_path):
+    """From ours to Hugging Face's and back, and theirs are loaded by transformers."""
+    transformers = pytest.importorskip("transformers")
+    model = build(replace(TINY, classes=3))
+    model.class_names = ("cat", "dog", "a bird")
+    model.save_pretrained(tmp_path / "a")
+    convert.convert(tmp_path / "a", tmp_path / "b", "hf")
+    summary = convert.convert(tmp_path / "b", tmp_path / "c")
+    assert summary["classes"] == ["cat", "dog", "a bird"]
+    for place in "abc":
+        assert igpt.ImageGPT.from_pretrained(tmp_path / place).class_names == model.class_names
+    theirs = transformers.ImageGPTForImageClassification.from_pretrained(tmp_path / "b").config
+    assert theirs.id2label == {0: "cat", 1: "dog", 2: "a bird"} and theirs.label2id["a bird"] == 2
+    config = json.loads((tmp_path / "b" / "config.json").read_text())
+    for bad in ({"0": "cat"}, {"0": "cat", "1": "dog", "3": "bird"}, ["cat", "dog", "bird"]):
+        (tmp_path / "b" / "config.json").write_text(json.dumps(config | {"id2label": bad}))
+        with pytest.raises(ValueError, match="id2label"):
+            igpt.ImageGPT.from_pretrained(tmp_path / "b")
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    for bad in (["cat"], ["cat", "dog", 3]):
+        (tmp_path / "a" / "config.json").write_text(json.dumps(config | {"class_names": bad}))
+        with pytest.raises(ValueError, match="class_names: got"):
+            igpt.ImageGPT.from_pretrained(tmp_path / "a")
+
+
+@pytest.mark.parametrize("head_dim, theirs", [(20, 4), (16, None)])
+def test_the_scale_of_attention_is_said_and_chosen(head_dim, theirs, tmp_path):
+    """transformers 5.17 divides by int(sqrt(head dim)): what a model of theirs computes is ours with that scale."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    hf = transformers.ImageGPTForCausalImageModeling(transformers.ImageGPTConfig(
+        n_layer=1, n_embd=2 * head_dim, n_head=2, n_positions=16, vocab_size=9, initializer_range=0.3,
+    )).eval()  # fmt: skip
+    hf.save_pretrained(tmp_path / "hf")
+    x = torch.randint(0, 8, (2, 15))
+    with torch.no_grad():
+        want = hf(torch.cat([torch.full((2, 1), 8), x], 1)).logits[:, :15]
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        scales = {
+            scale: igpt.ImageGPT.from_pretrained(tmp_path / "hf", attn_scale=scale).config.attn_scale
+            for scale in ("exact", "hf")
+        }
+    assert scales == {"exact": None, "hf": theirs and 1 / theirs}
+    said = [str(warning.message) for warning in told if "attn_scale" in str(warning.message)]
+    assert len(said) == (2 if theirs else 0)
+    if theirs:
+        assert "divided by sqrt(20); OpenAI's code has sqrt(20), transformers 5.17 4; attn_scale='hf' for 4" in said[0]
+        assert "divided by 4; " in said[1] and said[1].endswith("attn_scale='exact' for sqrt(20)")
+    summary = convert.convert(tmp_path / "hf", tmp_path / "ours", attn_scale="hf")
+    convert.convert(tmp_path / "ours", tmp_path / "again", "hf")
+    ours = igpt.ImageGPT.from_pretrained(tmp_path / "again", attn_scale="hf")
+    assert summary["config"]["attn_scale"] == ours.config.attn_scale == scales["hf"]
+    if transformers.__version__.startswith("5.17."):
+        torch.testing.assert_close(ours(x).detach(), want, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"attn_scale: got 'hf', but .* is no checkpoint of Hugging Face's"):
+        igpt.ImageGPT.from_pretrained(tmp_path / "ours", attn_scale="hf")
+    with pytest.raises(ValueError, match="attn_scale: got 'theirs'"):
+        igpt.ImageGPT.from_pretrained(tmp_path / "hf", attn_scale="theirs")
 
 
 def test_convert_equals_load_and_save(tmp_path):

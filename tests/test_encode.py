@@ -193,10 +193,18 @@ def test_other_settings_are_refused(pictures, palette, tmp_path, monkeypatch):
     encode(pictures, out, palette)
     with pytest.raises(ValueError, match=r"holds other work, .*'palette'"):
         encode(pictures, out, Palette(palette.centres[:32]))
-    (tmp_path / "foreign").mkdir()
-    (tmp_path / "foreign" / "tokens.npy").write_bytes(b"precious")
-    with pytest.raises(ValueError, match=r"tokens\.npy is there already and is not this run's"):
-        encode(pictures, tmp_path / "foreign", palette)
+    other = Palette(-palette.centres)
+    for name in ("tokens.npy", "labels.npy", "palette.npy"):
+        (tmp_path / name).mkdir()
+        other.save(tmp_path / name / name)
+        with pytest.raises(ValueError, match=rf"out: .* holds \['{name}'\] already, which are not this set's"):
+            encode(pictures, tmp_path / name, palette)
+        with pytest.raises(ValueError, match=rf"out: .* holds \['{name}'\] already"):
+            data.save_tokens(data.load("builtin:emoji", "valid"), tmp_path / name, palette)
+        assert Palette.load(tmp_path / name / name) == other
+    (tmp_path / "own").mkdir()
+    palette.save(tmp_path / "own" / "palette.npy")
+    assert encode(pictures, tmp_path / "own", palette)["train"]["rows"] == 90
 
 
 def test_unreadable_pictures(pictures, palette, tmp_path, monkeypatch):

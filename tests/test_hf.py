@@ -12,6 +12,7 @@ from PIL import Image
 transformers = pytest.importorskip("transformers")
 
 from transformers import (  # noqa: E402
+    DynamicCache,
     ImageGPTConfig,
     ImageGPTForCausalImageModeling,
     ImageGPTForImageClassification,
@@ -399,10 +400,66 @@ def test_refusals(patched):
     model = patched(build())
     with pytest.raises(ValueError, match="encoder_hidden_states"):
         model(tokens(), encoder_hidden_states=torch.zeros(2, 3, 64))
-    with pytest.raises(ValueError, match="attention_mask"):
-        model(tokens(), attention_mask=torch.ones(2, N, N))
     with pytest.raises(ValueError, match="inputs_embeds"):
         model()
+
+
+X = tokens(length=12)
+STRIPES = (torch.arange(2 * N).view(2, N) % 3 > 0).long()
+FAR = torch.arange(12)[None] + 5
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ({"input_ids": X.float()}, r"input_ids: got torch.float32 \(2, 12\)"), ({"input_ids": X.tolist()}, "got list"),
+        ({"input_ids": X.to(torch.uint8)}, "got torch.uint8"), ({"input_ids": X[:, :0]}, r"int64 \(2, 0\)"),
+        ({"input_ids": X + START + 1}, "input_ids: got values in"), ({"input_ids": X + 2**32}, "got values in"),
+        ({"input_ids": torch.zeros(2, N + 1).long()}, f"got {N + 1} positions, expected at most n_positions = {N}"),
+        ({"inputs_embeds": torch.zeros(2, N + 1, 64)}, f"got {N + 1} positions"),
+        ({"inputs_embeds": torch.zeros(2, 3, 63)}, "inputs_embeds: got"),
+        ({"inputs_embeds": torch.zeros(2, 3, 64).double()}, "inputs_embeds: got torch.float64"),
+        ({"input_ids": X, "attention_mask": STRIPES[:, :8]}, r"attention_mask: got shape \(2, 8\), expected \(2, 12\)"),
+        ({"input_ids": X, "attention_mask": STRIPES}, r"attention_mask: got shape \(2, 16\)"),
+        ({"input_ids": X, "attention_mask": STRIPES[:1, :12]}, r"attention_mask: got shape \(1, 12\)"),
+        ({"input_ids": X, "attention_mask": torch.ones(2, 12, 12)}, "attention_mask: got"),
+        ({"input_ids": X, "attention_mask": torch.zeros(2, 3, 12, 12)}, "attention_mask: got"),
+        ({"input_ids": X, "attention_mask": torch.zeros(2, 1, 12, 8)}, "attention_mask: got"),
+        ({"input_ids": X, "token_type_ids": X[:, :6]}, r"token_type_ids: got shape \(2, 6\), expected \(2, 12\)"),
+        ({"input_ids": X, "token_type_ids": X.float()}, "token_type_ids: got torch.float32"),
+        ({"input_ids": X, "token_type_ids": X + 17}, "token_type_ids: got values"),
+        ({"input_ids": X, "position_ids": FAR}, r"position_ids: got values in \[5, 16\], expected \[0, 16\)"),
+        ({"input_ids": X, "position_ids": FAR[:, :6]}, "position_ids: got shape"),
+        ({"input_ids": X, "position_ids": FAR[:, None]}, "position_ids: got shape"),
+        ({"input_ids": X, "past_key_values": ((X, X),)}, "past_key_values: got tuple"),
+        ({"input_ids": X, "labels": X.flatten()}, r"labels: got shape \(24,\), expected \(2, 12\)"),
+        ({"input_ids": X, "labels": X.t()}, "labels: got shape"), ({"input_ids": X, "labels": X.int()}, "labels: got"),
+        ({"input_ids": X, "labels": X + START}, "labels: got values"),
+        ({"input_ids": X, "labels": X - START}, "labels: got values"),
+    ],
+)  # fmt: skip
+def test_what_theirs_refuses_is_refused_by_name(arguments, said, patched):
+    """Theirs raises some error, or (all-true masks, a width of 1) takes what has no meaning."""
+    model = build()
+    with pytest.raises(ValueError, match=said):
+        patched(model)(**arguments)
+
+
+@pytest.mark.parametrize("cache", [DynamicCache, lambda config: StaticCache(config=config, max_cache_len=N)])
+def test_what_lies_behind_counts(cache, patched):
+    model = patched(build())
+    past = cache(config=model.config)
+    with torch.no_grad():
+        model(tokens(length=10), past_key_values=past, use_cache=True)
+        for new, options, said in (
+            (7, {}, "got 7 positions behind 10 in past_key_values, expected at most n_positions = 16"),
+            (7, {"position_ids": torch.arange(7)}, "got 7 positions behind 10"),
+            (4, {"attention_mask": STRIPES[:, :4]}, r"attention_mask: got shape \(2, 4\), expected \(2, 14\)"),
+        ):
+            with pytest.raises(ValueError, match=said):
+                model(tokens(length=new), past_key_values=past, **options)
+        out = model(tokens(length=4), past_key_values=past, attention_mask=STRIPES[:, :14])
+        assert out.logits.shape == (2, 4, START)
 
 
 # --- ours in their clothes

@@ -449,6 +449,27 @@ def test_complete_leaves_unreadable_pictures_out_where_it_may(checkpoint):
         assert complete.run(dataclasses.replace(options, skip_bad=True))["pictures"] == 4
 
 
+def test_only_pictures_of_ours_are_overwritten(checkpoint):
+    out = checkpoint / "a.png"
+    options = program.Options(str(checkpoint), n=1, out=out)
+    program.run(options)
+    program.run(dataclasses.replace(options, seed=1))
+    Image.new("RGB", (4, 4)).save(out)
+    before = out.read_bytes()
+    for precious in (before, b"no picture at all"):
+        out.write_bytes(precious)
+        with pytest.raises(ValueError, match=r"out: .*a\.png is there already and is no picture of igpt's; --force"):
+            program.run(options)
+        with pytest.raises(ValueError, match=r"out: .*a\.png is there already"):
+            complete.run(complete.Options(str(checkpoint), pictures=(out,), out=out))
+        assert out.read_bytes() == precious
+    program.run(dataclasses.replace(options, force=True))
+    program.run(options)
+    (checkpoint / "folder.png").mkdir()
+    with pytest.raises(ValueError, match=r"out: cannot write a file at .*folder\.png"):
+        program.run(dataclasses.replace(options, out=checkpoint / "folder.png", force=True))
+
+
 def test_programs_refuse(checkpoint, monkeypatch):
     Image.new("RGB", (9, 5)).save(checkpoint / "wide.png")
     wide = {"pictures": (checkpoint / "wide.png",), "out": checkpoint / "c.png", "completions": 1}
@@ -459,7 +480,7 @@ def test_programs_refuse(checkpoint, monkeypatch):
         with pytest.raises(ValueError, match=next(iter(bad))):
             complete.run(complete.Options(str(checkpoint), **{**wide, "resize": True, **bad}))
     monkeypatch.setattr(Sampling, "load", None)  # what follows is refused before a model is read
-    for bad in ({"columns": 0}, {"out": checkpoint}):
+    for bad in ({"columns": 0}, {"out": checkpoint}, {"out": checkpoint / "a.jpg"}, {"out": checkpoint / "a"}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             program.run(program.Options(str(checkpoint), **bad))
     monkeypatch.undo()

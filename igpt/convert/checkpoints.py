@@ -39,7 +39,7 @@ torch.load('pytorch_model.bin', weights_only=True).items()}, 'model.safetensors'
 @dataclass(frozen=True)
 class Checkpoint:
     """format "igpt", "hf" or "tf"; tensors by our parameters' names, checked to be exactly those of `config`; trained:
-    where in its run one of ours was made."""
+    where in its run one of ours was made; classes: what the classifier's rows are called, empty where nobody said."""
 
     format: str
     config: Config
@@ -47,9 +47,13 @@ class Checkpoint:
     palette: Palette | None = None
     remarks: tuple[str, ...] = ()
     trained: runs.Trained | None = None
+    classes: tuple[str, ...] = ()
 
     def __post_init__(self):
         check(self.config, self.tensors)
+        named = all(isinstance(name, str) for name in self.classes)
+        if self.classes and (len(self.classes) != self.config.classes or not named):
+            raise ValueError(f"class_names: got {self.classes!r:.80}, expected {self.config.classes} strings")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -61,16 +65,17 @@ def save(model, path, format: str = "igpt", *, palette: Palette | None = None) -
     `path`: all of it or nothing. An earlier model there is replaced, anything else refused."""
     tensors = {name: Lazy.of(parameter) for name, parameter in model.named_parameters()}
     palette = palette or getattr(model, "palette", None)
-    write(Checkpoint("igpt", model.config, tensors, palette), path, format)
+    write(Checkpoint("igpt", model.config, tensors, palette, classes=model.class_names), path, format)
 
 
 def convert(
-    source, path, format: str = "igpt", *, step: int | str | None = None, dtype: torch.dtype | None = None, palette=None
-) -> dict:
-    """From any format into directory `path`, a tensor at a time; floating tensors as `dtype` if given. `step` as in
-    open_checkpoint; `palette`: a Palette, or a file or directory of one, instead of the source's own. Returns a summary
-    for people and programs."""
-    checkpoint = open_checkpoint(source, step)
+    source, path, format: str = "igpt", *, step: int | str | None = None, dtype: torch.dtype | None = None,
+    palette=None, attn_scale: str = "exact",
+) -> dict:  # fmt: skip
+    """From any format into directory `path`, a tensor at a time; floating tensors as `dtype` if given. `step` and
+    `attn_scale` as in open_checkpoint; `palette`: a Palette, or a file or directory of one, instead of the source's
+    own. Returns a summary for people and programs."""
+    checkpoint = open_checkpoint(source, step, attn_scale)
     if Path(source).is_dir() and Path(path).resolve() == Path(source).resolve():
         raise ValueError(f"path: got {path}, the source itself; expected another directory")
     if palette is not None and not isinstance(palette, Palette):
@@ -79,32 +84,37 @@ def convert(
     dtype = str(dtype or checkpoint.dtype).removeprefix("torch.")
     return {"source": str(source), "source_format": checkpoint.format, "path": str(path), "format": format,
             "dtype": dtype, "tensors": len(checkpoint.tensors), "bytes": size, "remarks": list(checkpoint.remarks),
-            "trained": checkpoint.trained and checkpoint.trained._asdict(),
+            "trained": checkpoint.trained and checkpoint.trained._asdict(), "classes": list(checkpoint.classes),
             "config": checkpoint.config.to_dict()}  # fmt: skip
 
 
-def open_checkpoint(source, step: int | str | None = None) -> Checkpoint:
+def open_checkpoint(source, step: int | str | None = None, attn_scale: str = "exact") -> Checkpoint:
     """Find out the format, read and check every header. A run directory stands for its best checkpoint, or for that of
-    `step`, a number or "last" (runs.py). Raises ValueError."""
+    `step`, a number or "last" (runs.py). attn_scale, of Hugging Face's: "exact" is 1/sqrt(head dim), as OpenAI's code
+    has it, "hf" what their port divides by, int(sqrt(head dim)). Raises ValueError."""
+    if attn_scale not in hf_keys.SCALES:
+        raise ValueError(f"attn_scale: got {attn_scale!r}, expected one of {hf_keys.SCALES}")
     path = Path(source)
     if runs.is_run(path):
         path = runs.resolve(path, step)
     elif step is not None:
         raise ValueError(f"step: got {step!r}, but {source} is no run directory")
     if path.is_dir():
-        checkpoint = _open_directory(path)
+        checkpoint = _open_directory(path, attn_scale)
     elif tf_checkpoint.is_bundle(path):
         checkpoint = _open_tf(path)
     elif path.exists():
         raise ValueError(f"source: {path} is a file; expected a directory or a TF1 checkpoint prefix")
     else:
-        checkpoint = _open_directory(_download(str(source)))
+        checkpoint = _open_directory(_download(str(source)), attn_scale)
+    if attn_scale != "exact" and checkpoint.format != "hf":
+        raise ValueError(f"attn_scale: got {attn_scale!r}, but {source} is no checkpoint of Hugging Face's")
     for remark in checkpoint.remarks:
         warnings.warn(f"{source}: {remark}", stacklevel=3)
     return checkpoint
 
 
-def _open_directory(path: Path) -> Checkpoint:
+def _open_directory(path: Path, attn_scale: str) -> Checkpoint:
     if not (path / CONFIG).is_file():
         prefixes = sorted(path.glob("*.index"))
         if len(prefixes) == 1:
@@ -116,12 +126,15 @@ def _open_directory(path: Path) -> Checkpoint:
     try:
         palette = _palette_in(path)
         if values.get("model_type") == "imagegpt":
-            config, tensors, remarks = hf_keys.from_hf(values, tensors)
-            return Checkpoint("hf", config, tensors, palette, tuple(remarks))
+            config, tensors, remarks = hf_keys.from_hf(values, tensors, attn_scale)
+            names = hf_keys.class_names(values, config.classes)
+            return Checkpoint("hf", config, tensors, palette, tuple(remarks), classes=names)
         if values.pop("format", None) != "igpt":
             kind = values.get("model_type")
             raise ValueError(f"{CONFIG}: got model_type {kind!r:.80}, expected 'imagegpt', or 'format': 'igpt'")
-        return Checkpoint("igpt", Config.from_dict(values), tensors, palette, trained=runs.Trained.of(path))
+        names = tuple(values.pop("class_names", ()))
+        config, trained = Config.from_dict(values), runs.Trained.of(path)
+        return Checkpoint("igpt", config, tensors, palette, trained=trained, classes=names)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -233,11 +246,11 @@ def write(checkpoint: Checkpoint, path, format: str, dtype: torch.dtype | None =
     if palette is not None:
         palette.require(config.vocab)
     if format == "hf":
-        values, tensors = hf_keys.to_hf(config, tensors, dtype or checkpoint.dtype)
+        values, tensors = hf_keys.to_hf(config, tensors, dtype or checkpoint.dtype, checkpoint.classes)
     with _replaced(Path(path)) as directory:
         size = write_safetensors(directory / WEIGHTS, tensors, dtype)
         if format == "igpt":
-            describe(directory, config, palette, checkpoint.trained)
+            describe(directory, config, palette, checkpoint.trained, checkpoint.classes)
         else:
             _write_json(directory / CONFIG, values)
             if palette is not None:
@@ -245,9 +258,13 @@ def write(checkpoint: Checkpoint, path, format: str, dtype: torch.dtype | None =
     return size
 
 
-def describe(directory: Path, config: Config, palette: Palette | None, trained: runs.Trained | None) -> None:
+def describe(
+    directory: Path, config: Config, palette: Palette | None, trained: runs.Trained | None,
+    classes: tuple[str, ...] = (),
+) -> None:  # fmt: skip
     """All of a model of ours but its weights, durably: of an export, and of a run's checkpoint."""
-    _write_json(directory / CONFIG, {"format": "igpt"} | config.to_dict())
+    names = {"class_names": list(classes)} if classes else {}
+    _write_json(directory / CONFIG, {"format": "igpt"} | config.to_dict() | names)
     if palette is not None:
         palette.save(directory / "palette.npy")
         _fsync(directory / "palette.npy")

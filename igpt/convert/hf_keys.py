@@ -38,9 +38,12 @@ ALIASES = {
 REFUSED = {"activation_function": "quick_gelu", "add_cross_attention": False, "quantization_config": None}
 
 
-def from_hf(hf: dict, tensors: dict[str, Lazy]) -> tuple[Config, dict[str, Lazy], list[str]]:
+SCALES = ("exact", "hf")
+
+
+def from_hf(hf: dict, tensors: dict[str, Lazy], attn_scale: str) -> tuple[Config, dict[str, Lazy], list[str]]:
     """(config, tensors by our names, remarks for the user). Raises ValueError naming a key or tensor that can't be
-    honoured. `reorder_and_upcast_attn` only says how precisely to compute, dropout keys only how to train."""
+    honoured. Of `reorder_and_upcast_attn` only its scale matters, dropout keys only say how to train."""
     hf = {ALIASES.get(key, key): value for key, value in hf.items()} | {k: hf[k] for k in ALIASES.values() if k in hf}
     for key, neutral in REFUSED.items():
         if hf.get(key, neutral) != neutral:
@@ -81,30 +84,55 @@ def from_hf(hf: dict, tensors: dict[str, Lazy]) -> tuple[Config, dict[str, Lazy]
         ours["classifier"] = rest.pop("score.weight")
     if rest:
         raise ValueError(f"got {len(rest)} tensors unknown to Image GPT: {sorted(rest)[:5]}")
+    width, heads = _integer(hf, "n_embd", 512), _integer(hf, "n_head", 8)
+    scale = None if _flag(hf, "scale_attn_weights", True) else 1.0
+    head_dim = width // max(heads, 1)
+    if scale is None and math.isqrt(head_dim) ** 2 != head_dim and not _flag(hf, "reorder_and_upcast_attn", False):
+        theirs, exact = math.isqrt(head_dim), f"sqrt({head_dim})"
+        scale = 1 / theirs if attn_scale == "hf" else None
+        taken, other = (exact, f"'hf' for {theirs}") if scale is None else (theirs, f"'exact' for {exact}")
+        remarks.append(
+            f"attn_scale: scores are divided by {taken}; OpenAI's code has {exact}, transformers 5.17 {theirs}; "
+            f"attn_scale={other}"
+        )
     config = Config(
         n_layer=n_layer,
-        width=_integer(hf, "n_embd", 512),
-        heads=_integer(hf, "n_head", 8),
+        width=width,
+        heads=heads,
         n_ctx=_integer(hf, "n_positions", 1024),
         vocab=vocab,
         norm_eps=_number(hf, "layer_norm_epsilon", 1e-5),
         n_inner=None if hf.get("n_inner") is None else _integer(hf, "n_inner", None),
         bias=bias,
-        attn_scale=None if _flag(hf, "scale_attn_weights", True) else 1.0,
+        attn_scale=scale,
         scale_by_layer=_flag(hf, "scale_attn_by_inverse_layer_idx", False),
         classes=ours["classifier"].shape[0] if "classifier" in ours else 0,
     )
     return config, ours, remarks
 
 
-def to_hf(config: Config, ours: dict[str, Lazy], dtype: torch.dtype) -> tuple[dict, dict[str, Lazy]]:
+def class_names(hf: dict, count: int) -> tuple[str, ...]:
+    """What a classifier's rows are called; empty where nobody said. Raises ValueError for names of other rows."""
+    names = hf.get("id2label")
+    if not count or names is None:
+        return ()
+    if not isinstance(names, dict) or sorted(names) != sorted(map(str, range(count))):
+        raise ValueError(f"config.json: id2label: got {names!r:.80}, expected names for 0 to {count - 1}")
+    return tuple(names[str(i)] for i in range(count))
+
+
+def to_hf(
+    config: Config, ours: dict[str, Lazy], dtype: torch.dtype, classes: tuple[str, ...]
+) -> tuple[dict, dict[str, Lazy]]:
     """(their config.json, tensors by their names). Raises ValueError naming a field that they can't express."""
     if config.objective != "ar":
         raise ValueError(f"objective: got {config.objective!r}, expected 'ar': Hugging Face's ImageGPT is causal")
     if config.norm != "rms":
         raise ValueError(f"norm: got {config.norm!r}, expected 'rms': Hugging Face's ImageGPT does not centre")
-    if config.attn_scale not in (None, 1.0):
-        raise ValueError(f"attn_scale: got {config.attn_scale}, expected None or 1.0 for Hugging Face's ImageGPT")
+    truncated = 1 / math.isqrt(config.head_dim)
+    if config.attn_scale not in (None, 1.0, truncated):
+        expected = f"None, 1.0 or {truncated}"
+        raise ValueError(f"attn_scale: got {config.attn_scale}, expected {expected} for Hugging Face's ImageGPT")
     theirs = {
         "transformer.wte.weight": Lazy.stack(ours["wte"], ours["sos"].reshape(1, config.width)),
         "transformer.wpe.weight": ours["wpe"],
@@ -134,7 +162,7 @@ def to_hf(config: Config, ours: dict[str, Lazy], dtype: torch.dtype) -> tuple[di
         # The path without it divides by int(sqrt(head dim)); this one by the root itself.
         "reorder_and_upcast_attn": math.isqrt(config.head_dim) ** 2 != config.head_dim and config.attn_scale is None,
         "scale_attn_by_inverse_layer_idx": config.scale_by_layer,
-        "scale_attn_weights": config.attn_scale is None,
+        "scale_attn_weights": config.attn_scale != 1.0,
         "tie_word_embeddings": False,
         "torch_dtype": str(dtype).removeprefix("torch."),
         "vocab_size": config.vocab + 1,
@@ -142,8 +170,9 @@ def to_hf(config: Config, ours: dict[str, Lazy], dtype: torch.dtype) -> tuple[di
     if config.classes:
         theirs["score.weight"] = ours["classifier"]
         hf["architectures"] = ["ImageGPTForImageClassification", "ImageGPTForCausalImageModeling"]
-        hf["id2label"] = {str(i): f"LABEL_{i}" for i in range(config.classes)}
-        hf["label2id"] = {f"LABEL_{i}": i for i in range(config.classes)}
+        names = classes or [f"LABEL_{i}" for i in range(config.classes)]
+        hf["id2label"] = {str(i): name for i, name in enumerate(names)}
+        hf["label2id"] = {name: i for i, name in enumerate(names)}
     return hf, theirs
 
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from igpt.data.crops import CROPS, check_filter
 from igpt.data.folder import check_classes, list_pictures, split_folders, warn_of_bad
-from igpt.data.token_sets import finish, write_json
+from igpt.data.token_sets import check_room, finish, write_json
 from igpt.data.workers import available_cores, read_squares
 from igpt.palette import Palette
 
@@ -95,8 +95,7 @@ class Job:
         fresh = {"done": 0, "rows": 0, "skipped": []}
         earlier = next((p for p in (self.progress, self.out / "meta.json") if p.is_file()), None)
         if earlier is None:
-            if self.tokens.exists():
-                raise ValueError(f"out: {self.tokens} is there already and is not this run's; expected a new folder")
+            check_room(self.out, self.palette)
             return fresh
         then = json.loads(earlier.read_text(encoding="utf-8"))
         if differ := {key: (then.get(key), now) for key, now in self.settings.items() if then.get(key) != now}:

@@ -52,6 +52,15 @@ def write_json(path: Path, value: dict) -> None:
     os.replace(temporary, path)
 
 
+def check_room(folder: Path, palette: Palette) -> None:
+    """Raises ValueError if a token set of this palette would overwrite files in the folder."""
+    there = [name for name in ("tokens.npy", "labels.npy", "meta.json") if (folder / name).exists()]
+    if (folder / "palette.npy").exists() and Palette.load(folder / "palette.npy") != palette:
+        there.append("palette.npy")
+    if there:
+        raise ValueError(f"out: {folder} holds {there} already, which are not this set's; expected a new folder")
+
+
 def finish(folder: Path, size: tuple[int, int], rows: int, labels, classes, palette: Palette, notes: dict) -> dict:
     """Writes all of a token set but tokens.npy itself, meta.json last: a folder without it is not taken as a set."""
     if labels is not None:
@@ -71,8 +80,7 @@ def save_tokens(pictures: Pictures, folder, palette: Palette | None = None) -> d
     if pictures.palette is None:
         raise ValueError(f"palette: {pictures.name} has none of its own; expected the one that made its tokens")
     folder = Path(folder)
-    if (folder / "tokens.npy").exists():
-        raise ValueError(f"folder: {folder} holds a token set already; expected a new folder")
+    check_room(folder, pictures.palette)
     folder.mkdir(parents=True, exist_ok=True)
     np.save(folder / "tokens.npy", np.asarray(pictures.tokens), allow_pickle=False)
     return finish(folder, pictures.size, len(pictures), pictures.labels, pictures.classes, pictures.palette,

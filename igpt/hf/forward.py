@@ -15,6 +15,7 @@ from transformers.models.imagegpt import modeling_imagegpt as hf
 from transformers.pytorch_utils import Conv1D
 
 from igpt import ops
+from igpt.hf import arguments
 from igpt.kernels.reference import wide
 
 IGNORED = -100  # a label that doesn't count
@@ -74,24 +75,27 @@ class ImageGPTModel(hf.ImageGPTModel):
         use_cache = config.use_cache if use_cache is None else use_cache
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids, inputs_embeds: got both or neither, expected one of them")
-        if input_ids is not None:
-            self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
-            shape = input_ids.shape
-            inputs_embeds = self.wte(input_ids.view(-1, shape[-1]))
-        else:
-            shape = inputs_embeds.shape[:-1]
+        shape = arguments.positions(self, input_ids, inputs_embeds)
+        N = shape[-1]
         if self.gradient_checkpointing and self.training:
             use_cache = False  # the blocks run twice
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=config)
+        past = arguments.past(self, past_key_values, N)
+        arguments.indices("position_ids", position_ids, self.wpe.num_embeddings, shape, may_repeat=True)
+        arguments.indices("token_type_ids", token_type_ids, self.wte.num_embeddings, shape)
+        if input_ids is not None:
+            self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
+            inputs_embeds = self.wte(input_ids.view(-1, N))
         if position_ids is None:
-            past = 0 if past_key_values is None else past_key_values.get_seq_length()
-            position_ids = (torch.arange(shape[-1], device=inputs_embeds.device) + past)[None]
+            position_ids = (torch.arange(N, device=inputs_embeds.device) + past)[None]
         h = inputs_embeds + self.wpe(position_ids).to(inputs_embeds.device)
         if token_type_ids is not None:
-            h = h + self.wte(token_type_ids.view(-1, shape[-1]))
+            h = h + self.wte(token_type_ids.view(-1, N))
         h = self.drop(h)
         mask = additive(attention_mask, h.dtype)
+        if mask is not None:
+            arguments.mask(attention_mask, h.shape[0], config.n_head, N, past, past_key_values)
 
         states, attentions = [], []
         for block in self.h:
@@ -121,6 +125,7 @@ class ImageGPTForCausalImageModeling(hf.ImageGPTForCausalImageModeling):
     ):  # fmt: skip
         return_dict = self.config.return_dict if return_dict is None else return_dict
         colours = self.config.vocab_size - 1
+        arguments.labels(labels, input_ids, inputs_embeds, colours, IGNORED)
         paper_loss = labels is not None and self.igpt_paper_loss
         if paper_loss:
             if input_ids is None or past_key_values is not None:
@@ -226,18 +231,18 @@ def seen(mask, end, N, M, q):
 
 
 def to_slots(mask, M, dtype):
-    """The additive mask in a product's dtype, its columns extended to a cache's slots (which are not filled yet)."""
+    """The additive mask in a product's dtype, its columns extended to a cache's slots, which are not filled yet."""
     # Half of the smallest number: a score added to it stays finite, and a row that sees nothing stays free of NaN.
     mask = mask.clamp(min=torch.finfo(dtype).min / 2).to(dtype)
-    return mask if mask.shape[-1] in (1, M) else F.pad(mask, (0, M - mask.shape[-1]))
+    return F.pad(mask, (0, M - mask.shape[-1]))
 
 
 def additive(mask, dtype):
     """attention_mask as transformers takes it, 2-D (1 is kept) or 4-D (boolean or additive), as an additive one."""
     if mask is None:
         return None
-    if mask.dim() not in (2, 4):
-        raise ValueError(f"attention_mask: got shape {tuple(mask.shape)}, expected 2 or 4 dimensions")
+    if not torch.is_tensor(mask) or mask.dim() not in (2, 4):
+        raise ValueError(f"attention_mask: got {arguments.said(mask)}, expected a tensor of 2 or 4 dimensions")
     if mask.dim() == 4 and mask.is_floating_point():
         return mask
     mask = mask.bool()

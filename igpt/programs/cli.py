@@ -20,6 +20,7 @@ COMMANDS = {  # name: what it does
     "eval": "nats and bits a pixel of a model on a picture set",
     "probe": "linear probe of every layer",
     "finetune": "fine-tune with a classifier",
+    "classify": "what is in your own pictures, by a fine-tuned model",
     "lowdata": "few labels a class",
     "sample": "sample pictures",
     "complete": "complete pictures whose top is given",
@@ -58,7 +59,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f"igpt {name}: {error}", file=sys.stderr)
         return 1
     if os.environ.get("RANK", "0") == "0":
+        lost = []  # NaN and infinities, which JSON doesn't have: null
+        result = json.loads(json.dumps(result), parse_constant=lost.append)
         print(json.dumps(result), flush=True)
+        if lost:
+            print(f"igpt {name}: got {', '.join(lost)}, null in the line above", file=sys.stderr)
+            return 1
     return 0
 
 

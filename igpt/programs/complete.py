@@ -30,7 +30,7 @@ def run(options: Options) -> dict:
         raise ValueError(f"completions: got {options.completions}, expected at least 1")
     if not 0 < options.keep < 1:
         raise ValueError(f"keep: got {options.keep}, expected a fraction between 0 and 1, both excluded")
-    grid.prepare(options.out)
+    grid.prepare(options.out, options.force)
     model, palette, size = options.load()
     keep = round(options.keep * model.config.n_ctx)
     truth = palette.encode(np.stack(read(options, size[0])))

@@ -21,9 +21,10 @@ class Options(OfRun):
     format: Literal["igpt", "hf"] = "igpt"
     dtype: Literal["fp32", "bf16", "fp16"] | None = None  # default: the source's
     palette: Path | None = None  # palette.npy, kmeans_centers.npy or a directory with one; default: the source's
+    attn_scale: Literal["exact", "hf"] = "exact"  # of Hugging Face's: 1/sqrt(head dim), or their 1/int(sqrt(head dim))
 
 
 def run(options: Options) -> dict:
     dtype = None if options.dtype is None else DTYPES[options.dtype]
-    how = {"step": options.which, "dtype": dtype, "palette": options.palette}
+    how = {"step": options.which, "dtype": dtype, "palette": options.palette, "attn_scale": options.attn_scale}
     return convert(options.source, options.out, options.format, **how)

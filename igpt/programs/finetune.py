@@ -40,6 +40,9 @@ def run(options: Options) -> dict:
     if options.augment and train.images is None:
         raise ValueError(f"augment: {options.data} has tokens only, expected pictures")
     model = options.load_model(classes=len(train.classes))
+    if model.class_names != train.classes:  # those of an earlier fine-tuning, if any
+        torch.nn.init.zeros_(model.classifier)
+        model.class_names = train.classes
     torch.manual_seed(options.seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=options.lr, betas=(0.9, 0.95))
     best, best_state, since, history, began = -1.0, None, 0, [], time.perf_counter()
@@ -62,7 +65,7 @@ def run(options: Options) -> dict:
     }  # fmt: skip
     if options.out:
         model.save_pretrained(options.out)
-        (options.out / "finetune.json").write_text(json.dumps(report, indent=1) + "\n")
+        (options.out / "finetune.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
     return report
 
 
@@ -96,13 +99,7 @@ def epoch_tokens(train, rows, options: Options, seed) -> torch.Tensor:
     return train.palette.encode(data.cifar_augment(train.images[rows], np.random.default_rng(seed)))
 
 
-@torch.no_grad()
 def accuracy_of(model, pictures, options: Options) -> float:
-    """Share of pictures classified right. BERT inputs stay masked, under a mask that is the same every time."""
-    generator, right = torch.Generator().manual_seed(options.seed), 0
-    for rows, tokens in options.batches(model, pictures.tokens):
-        masked = None if model.config.causal else model.draw_mask(tokens, generator).to(model.wte.device)
-        with options.autocast(model):
-            predicted = model.classify(model.trunk(tokens.to(model.wte.device), masked)).argmax(-1).cpu()
-        right += int((predicted == torch.from_numpy(pictures.labels[rows])).sum())
-    return right / len(pictures)
+    """Share of pictures classified right."""
+    right = options.probabilities(model, pictures.tokens).argmax(-1) == torch.from_numpy(pictures.labels)
+    return right.double().mean().item()

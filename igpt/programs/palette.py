@@ -19,6 +19,7 @@ class Options:
 
     data: str  # builtin:emoji, a folder of pictures, CIFAR, STL-10 or IDX (igpt.data.load)
     out: Path = Path("palette.npy")  # OpenAI's format: fp32 (k, 3) in [-1, 1]
+    force: bool = False  # replace a file at --out
     k: int = 512
     size: int | None = None  # pictures become size x size first; default: 32
     limit: int = 20_000  # at most so many pictures, evenly spread over the set
@@ -30,8 +31,10 @@ class Options:
 def run(options: Options) -> dict:
     if options.limit < 1:
         raise ValueError(f"limit: got {options.limit}, expected at least 1")
-    if not options.out.parent.is_dir():
-        raise ValueError(f"out: {options.out} is in no folder that exists")
+    if options.out.suffix != ".npy" or not options.out.parent.is_dir():
+        raise ValueError(f"out: got {options.out}, expected a name that ends in .npy, in a folder that exists")
+    if options.out.exists() and not (options.force and options.out.is_file()):
+        raise ValueError(f"out: {options.out} is there already; --force replaces a file")
     device = device_of(options.device)
     sets = [
         data.load(options.data, split, size=options.size, skip_bad=options.skip_bad, workers=None,

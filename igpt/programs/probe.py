@@ -12,6 +12,8 @@ from tqdm import tqdm
 from igpt.programs import features, logistic
 from igpt.programs.source import Labelled
 
+WRITTEN = ("probe.json", "probe.png")
+
 
 @dataclass(frozen=True)
 class Options(Labelled):
@@ -25,7 +27,8 @@ class Options(Labelled):
     join: int = 1  # join this many layers around the best one (XL's 15360 features: 5)
     votes: int = 1  # BERT: masks a test picture is read under; the modal prediction counts, ties at random (paper: 5)
     only: tuple[int, ...] = ()  # these layers instead of all
-    out: Path | None = None  # write probe.json and the curve over layers as probe.png here
+    out: Path | None = None  # write probe.json and the curve over layers as probe.png into this folder
+    force: bool = False  # replace them there
 
 
 def run(options: Options) -> dict:
@@ -43,6 +46,8 @@ def run(options: Options) -> dict:
         raise ValueError(f"C, lr, steps: got {options.C}, {options.lr}, {options.steps}, expected positive numbers")
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
+        if not options.force and (there := [name for name in WRITTEN if (options.out / name).exists()]):
+            raise ValueError(f"out: {options.out} holds {there} already; --force replaces them")
     x_train, x_valid, x_test = (features.extract(options, model, s.tokens, options.out) for s in sets)
     y_train, y_valid, y_test = (torch.from_numpy(s.labels) for s in sets)
     device, classes = model.wte.device, len(train.classes)
@@ -94,7 +99,7 @@ def write(report: dict, out: Path) -> None:
     import importlib.util
     import json
 
-    (out / "probe.json").write_text(json.dumps(report, indent=1) + "\n")
+    (out / WRITTEN[0]).write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
     if importlib.util.find_spec("matplotlib") is None:
         print("no probe.png: matplotlib is not installed (pip install 'igpt[viz]')", file=sys.stderr)
         return
@@ -106,4 +111,4 @@ def write(report: dict, out: Path) -> None:
     axes.plot(*numbers.T, marker="o")
     axes.set(xlabel="layer (the last is the final norm)", ylabel="validation accuracy, %")
     axes.grid(alpha=0.3)
-    figure.savefig(out / "probe.png", dpi=150)
+    figure.savefig(out / WRITTEN[1], dpi=150)

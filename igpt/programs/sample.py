@@ -22,7 +22,7 @@ def run(options: Options) -> dict:
         raise ValueError(f"n: got {options.n}, expected at least 1")
     if options.columns is not None and options.columns < 1:
         raise ValueError(f"columns: got {options.columns}, expected at least 1")
-    grid.prepare(options.out)
+    grid.prepare(options.out, options.force)
     model, palette, size = options.load()
     tokens, report = options.run_batches(
         model, options.n, model.config.n_ctx, lambda start, stop, **how: generate(model, stop - start, **how)

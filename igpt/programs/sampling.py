@@ -30,6 +30,7 @@ class Sampling(OfRun):
     cache_dtype: Literal["fp32", "bf16", "fp8"] | None = None  # of the cache; default: fp32 on a CPU, bf16 on a GPU
     device: Literal["auto", "cpu", "cuda"] = "auto"
     scale: int = 4  # each pixel of a picture is scale x scale pixels of the PNG
+    force: bool = False  # replace a file at --out that is no picture of igpt's
 
     def load(self):
         """(model, palette, (height, width)). Raises ValueError if they don't fit together."""

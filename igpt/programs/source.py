@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from igpt import data
 from igpt.machine import device_of
@@ -44,20 +45,8 @@ def say(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-@dataclass(frozen=True)
-class Source(OfRun):
-    """A pretrained model and a picture set."""
-
-    model: str  # our directory, a run's, a Hugging Face directory or hub id, or an OpenAI checkpoint prefix
-    data: str  # builtin:emoji, a folder, a token set, CIFAR, STL-10, IDX or OpenAI's npy sets (igpt.data.load)
-    labels: str | None = None  # which labels, where a set has several
-    holdout: float = 0.1  # part of train that is valid, where the set has no valid of its own (paper's ImageNet: 0.04)
-    palette: Path | None = None  # palette.npy, kmeans_centers.npy or a directory with one; default: the model's own
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["auto", "bf16", "fp32"] = "auto"  # of the activations; auto: bf16 on a GPU, fp32 on a CPU
-    batch: int | None = None  # pictures at once; default: 64 on a GPU, 4 on a CPU, whose caches hold no more
-    seed: int = 0
-    skip_bad: bool = False  # leave unreadable picture files out and count them; default: stop at the first
+class Running(OfRun):
+    """How a model runs, by options of these names: model, device, dtype, batch and seed."""
 
     def load_model(self, **overrides):
         """The model on its device; `overrides` replace Config fields that add parameters (classes)."""
@@ -78,6 +67,34 @@ class Source(OfRun):
         for start in range(0, len(tokens), size):
             rows = slice(start, min(start + size, len(tokens)))
             yield rows, torch.from_numpy(tokens[rows].astype(np.int64))
+
+    @torch.no_grad()
+    def probabilities(self, model, tokens) -> torch.Tensor:
+        """Of each class, fp32 (n, classes) on the CPU. BERT inputs stay masked, as in fine-tuning, under a mask that is
+        the same every time."""
+        generator, found = torch.Generator().manual_seed(self.seed), []
+        with tqdm(total=len(tokens), desc="classes", unit="picture", leave=False) as bar, self.autocast(model):
+            for _, x in self.batches(model, tokens):
+                masked = None if model.config.causal else model.draw_mask(x, generator).to(model.wte.device)
+                found.append(model.classify(model.trunk(x.to(model.wte.device), masked)).float().softmax(-1).cpu())
+                bar.update(len(x))
+        return torch.cat(found)
+
+
+@dataclass(frozen=True)
+class Source(Running):
+    """A pretrained model and a picture set."""
+
+    model: str  # our directory, a run's, a Hugging Face directory or hub id, or an OpenAI checkpoint prefix
+    data: str  # builtin:emoji, a folder, a token set, CIFAR, STL-10, IDX or OpenAI's npy sets (igpt.data.load)
+    labels: str | None = None  # which labels, where a set has several
+    holdout: float = 0.1  # part of train that is valid, where the set has no valid of its own (paper's ImageNet: 0.04)
+    palette: Path | None = None  # palette.npy, kmeans_centers.npy or a directory with one; default: the model's own
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"  # of the activations; auto: bf16 on a GPU, fp32 on a CPU
+    batch: int | None = None  # pictures at once; default: 64 on a GPU, 4 on a CPU, whose caches hold no more
+    seed: int = 0
+    skip_bad: bool = False  # leave unreadable picture files out and count them; default: stop at the first
 
     def load_split(self, model, split: str, pick: Callable | None = None) -> data.Pictures:
         """The Pictures of `split`, or those that `pick` picks (igpt.data.load), with their tokens. Raises ValueError if
@@ -139,7 +156,7 @@ def with_config(model, **overrides):
     wanted = other.state_dict()
     fitting = {k: v for k, v in model.state_dict().items() if k in wanted and v.shape == wanted[k].shape}
     other.load_state_dict(fitting, strict=False)
-    other.palette = model.palette
+    other.palette, other.class_names = model.palette, model.class_names
     return other
 
 

@@ -6,8 +6,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from igpt.data.crops import BROKEN
 
 BACKGROUND, HIDDEN = 255, 128
+SOFTWARE = "igpt"  # in the PNGs: a picture of ours may be replaced
 
 
 def tile(images, columns: int, gap: int = 2) -> np.ndarray:
@@ -36,12 +40,25 @@ def beside(truth, completed, keep: int):
     return torch.cat([given[:, None], completed, truth[:, None]], 1).flatten(0, 1)
 
 
-def prepare(path) -> None:
-    """Make the folder of a file to come. Raises ValueError if the file could not be written, before there is one."""
+def prepare(path, force: bool = False) -> None:
+    """Make the folder of a PNG to come. Raises ValueError if it could not be written, before there is one, and for a
+    file that is no picture of ours, unless `force`."""
     path = Path(path)
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"out: got {path}, expected a name that ends in .png")
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_file() and not force and not is_ours(path):
+        raise ValueError(f"out: {path} is there already and is no picture of igpt's; --force replaces it")
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
         raise ValueError(f"out: cannot write a file at {path}")
+
+
+def is_ours(path: Path) -> bool:
+    try:
+        with Image.open(path) as file:
+            return file.info.get("Software") == SOFTWARE
+    except BROKEN:
+        return False
 
 
 def save(path, images, columns: int, gap: int = 2, scale: int = 1) -> Path:
@@ -49,5 +66,7 @@ def save(path, images, columns: int, gap: int = 2, scale: int = 1) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet = tile(images, columns, gap).repeat(scale, 0).repeat(scale, 1)
-    Image.fromarray(sheet).save(path, format="PNG")
+    signed = PngInfo()
+    signed.add_text("Software", SOFTWARE)
+    Image.fromarray(sheet).save(path, format="PNG", pnginfo=signed)
     return path

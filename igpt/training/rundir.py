@@ -103,7 +103,7 @@ class Metrics:
         self.last.update(row)
         if not self.on:
             return
-        line = json.dumps(row).encode() + b"\n"
+        line = json.dumps(row, allow_nan=False).encode() + b"\n"
         try:
             while line:  # a disk that fills up takes a part first
                 line = line[self.file.write(line) :]
