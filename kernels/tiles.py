@@ -191,7 +191,7 @@ def attention_tile(table: dict, q: torch.Tensor, aligned: bool) -> Tile:
 
 # The warp-specialised kernels of sm_90 (kernels/attention_hopper.py, attention_hopper_backward.py) by head dim: BLOCK_M
 # rows in two consumers, BLOCK_N streamed rows, num_stages of which are in shared memory.
-ATTENTION_HOPPER = {
+ATTENTION_HOPPER_FORWARD = {
     64: Tile(128, 128, num_stages=4, tma=True, evidence="H200 2026-11-27"),
     96: Tile(128, 128, num_stages=3, tma=True, evidence="H200 2026-11-27"),
     128: Tile(128, 128, num_stages=2, tma=True, group_bytes=32 << 20, evidence="H200 2026-11-27"),
