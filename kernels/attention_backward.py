@@ -34,7 +34,7 @@ from .heads import (
     zero_tile,
 )
 from .interpreter import INTERPRETED
-from .launching import launch
+from .launching import blocks, launch
 from .primitives import LOG2E
 
 ROWS = 64  # of a program that only streams them
@@ -153,19 +153,19 @@ def attention_backward(dout, q, k, v, out, lse, dq, dk, dv, causal: bool, scale:
     tile = tiles.attention_tile(tiles.ATTENTION_DQ, q, aligned)
     tiles.require("attention_dq_kernel", tile, q, 2 * tile.BLOCK_N * q.shape[3])
     launch(
-        attention_dq_kernel, (triton.cdiv(q.shape[1], tile.BLOCK_M) * lse.shape[0] * lse.shape[1],),
+        attention_dq_kernel, (blocks(q.shape[1], tile.BLOCK_M) * lse.shape[0] * lse.shape[1],),
         **_views(dout, q, k, v, tile), **view_args("out", out, tile.BLOCK_M, tile.tma),
-        lse=lse, delta=delta, dq=dq, dq_strides=dq.stride()[:3], **_shape(q, scale),
+        lse=lse, delta=delta, dq=dq, dq_strides=dq.stride()[:3], **_shape(q, scale, tile),
         IS_CAUSAL=causal, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     tile = tiles.attention_tile(tiles.ATTENTION_DKDV, q, aligned)
     tiles.require("attention_dkdv_kernel", tile, q, 2 * tile.BLOCK_M * q.shape[3])
     launch(
-        attention_dkdv_kernel, (triton.cdiv(q.shape[1], tile.BLOCK_N) * lse.shape[0] * lse.shape[1],),
+        attention_dkdv_kernel, (blocks(q.shape[1], tile.BLOCK_N) * lse.shape[0] * lse.shape[1],),
         **_views(dout, q, k, v, tile),
         lse=lse, delta=delta, dk=dk, dk_strides=dk.stride()[:3], dv=dv, dv_strides=dv.stride()[:3],
-        **_shape(q, scale), IS_CAUSAL=causal, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N,
+        **_shape(q, scale, tile), IS_CAUSAL=causal, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
 
@@ -175,7 +175,7 @@ def delta_of(out, dout) -> torch.Tensor:
     B, N, H, D = out.shape
     delta = torch.empty((B, H, N), dtype=torch.float32, device=out.device)
     launch(
-        attention_delta_kernel, (triton.cdiv(N, ROWS) * B * H,),
+        attention_delta_kernel, (blocks(N, ROWS) * B * H,),
         out=out, out_strides=out.stride()[:3], dout=dout, dout_strides=dout.stride()[:3], delta=delta,
         N=N, H=H, HEADS=B * H, D=D, BLOCK_M=ROWS, num_warps=4,
     )  # fmt: skip
@@ -188,7 +188,7 @@ def _views(dout, q, k, v, tile: tiles.Tile) -> dict:
     return {name: value for view in views for name, value in view_args(*view, tile.tma).items()}
 
 
-def _shape(q, scale: float) -> dict:
+def _shape(q, scale: float, tile: tiles.Tile) -> dict:
     B, N, H, D = q.shape
     scales = {"scale": scale, "scale_log2": scale * LOG2E.value}
-    return scales | {"N": N, "H": H, "HEADS": B * H, "GROUP": heads_in_group(q), "D": D}
+    return scales | {"N": N, "H": H, "HEADS": B * H, "GROUP": heads_in_group(q, tile), "D": D}

@@ -14,7 +14,6 @@ Cost for B H heads, causal: 2 B H N^2 D FLOPs; bytes 4 B N H D elements once. At
 of products and 512 of exp2, so without this overlap the kernel could not pass half of the peak.
 
 Deterministic. Needs what `hopper.fits` asks for; attention.py does all else.
-Compiled only: no GPU has run this yet, so the rows of tiles.ATTENTION_HOPPER are off.
 """
 
 from triton.experimental import gluon
@@ -266,7 +265,8 @@ def attention_forward_hopper(q, k, v, causal: bool, scale: float, out, lse) -> N
         attention_hopper_kernel, (min(multiprocessors(q.device), M_TILES * B * H),),
         **dict(zip(("q_desc", "k_desc", "v_desc", "out_desc"), four(D1))),
         **dict(zip(("q_tail", "k_tail", "v_tail", "out_tail"), four(D2 or D1))),
-        p_lse=lse, scale_log2=scale * LOG2E.value, N=N, H=H, M_TILES=M_TILES, HEADS=B * H, GROUP=heads_in_group(q),
+        p_lse=lse, scale_log2=scale * LOG2E.value, N=N, H=H, M_TILES=M_TILES, HEADS=B * H,
+        GROUP=heads_in_group(q, tile),
         D1=D1, D2=D2, BLOCK=TILE, STAGES=tile.num_stages, IS_CAUSAL=causal,
         CONSUMER_REGISTERS=CONSUMER_REGISTERS, PRODUCER_REGISTERS=PRODUCER_REGISTERS, num_warps=tile.num_warps,
     )  # fmt: skip

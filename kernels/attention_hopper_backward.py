@@ -23,7 +23,6 @@ of exp2. lse and delta of streamed queries come through the ring too: read from 
 hold no registers, of which the accumulators at D = 128 leave none.
 
 Needs what `hopper.fits` asks for; attention_backward.py does all else.
-Compiled only: no GPU has run this yet, so the rows of tiles.ATTENTION_HOPPER_BACKWARD are off.
 """
 
 from triton.experimental import gluon
@@ -332,7 +331,7 @@ def _launch(tile, owns_keys: bool, owned, streamed, grads, lse, delta, causal: b
         **dict(zip(("a_tail", "b_tail", "x_tail", "y_tail", "da_tail", "db_tail"), six(D2 or D1))),
         lse_desc=describe_flat(lse, tile.BLOCK_N), delta_desc=describe_flat(delta, tile.BLOCK_N), p_lse=lse,
         p_delta=delta, scale=scale, scale_log2=scale * LOG2E.value, N=N, H=H, TILES=TILES, HEADS=B * H,
-        GROUP=heads_in_group(owned[0]),
+        GROUP=heads_in_group(owned[0], tile),
         D1=D1, D2=D2, TILE=TILE, BLOCK=tile.BLOCK_N, STAGES=tile.num_stages, PLACES=places,
         IS_CAUSAL=causal, OWNS_KEYS=owns_keys,
         CONSUMER_REGISTERS=CONSUMER_REGISTERS, PRODUCER_REGISTERS=PRODUCER_REGISTERS, num_warps=tile.num_warps,

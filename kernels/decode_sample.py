@@ -6,9 +6,9 @@
 p is an integer of each picture in device memory, which the draw, a step's last kernel, moves on.
 gumbel = -log(-log(u)), u = tl.rand(seed, (picture << 32) + p V + k): noise by counter (Philox-4x32-10), the same for a
 picture whatever batch it is drawn in. truncate keeps a token while fewer than top_k are likelier, then while the
-likelier ones have less than top_p of the mass that is left; equal logits live or die together. temperature 0 takes the
-likeliest token, the lowest on ties. One program a picture; truncation counts by V^2 comparisons, which for the few
-hundred colours of a palette is no slower than a sort and needs no order.
+likelier ones have less than top_p of the mass that is left; equal logits live or die together, and the likeliest live.
+temperature 0 takes the likeliest token, the lowest on ties. One program a picture; truncation counts by V^2
+comparisons, which for the few hundred colours of a palette is no slower than a sort and needs no order.
 """
 
 import torch
@@ -64,7 +64,8 @@ def truncate(
             b_other = load_scores(logits, i_v + o_chunk, V, temperature)[None, :]
             b_mass = tl.where(b_other >= least, tl.exp(b_other - top), 0.0)
             b_likelier += tl.sum(tl.where(b_other > b_scores[:, None], b_mass, 0.0), 1)
-        b_scores = tl.where(b_likelier < top_p * tl.sum(tl.exp(b_scores - top), 0), b_scores, float("-inf"))
+        is_kept = (b_likelier < top_p * tl.sum(tl.exp(b_scores - top), 0)) | (b_scores == top)
+        b_scores = tl.where(is_kept, b_scores, float("-inf"))
     return b_scores
 
 
@@ -148,12 +149,11 @@ def decode_sample(logits, tokens, position, pictures, seed, temperature=1.0, top
     checks.operand("decode_sample", "pictures", pictures, (B,), torch.int64)
     if seed.numel() != 1 or seed.dtype != torch.int64:
         raise ValueError(f"decode_sample: seed: got {seed.dtype} {tuple(seed.shape)}, expected one int64")
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"decode_sample: temperature: got {temperature}, expected a finite number >= 0 (0: greedy)")
+    temperature = checks.temperature("decode_sample", temperature)
     if top_k is not None and not 1 <= top_k <= V:
         raise ValueError(f"decode_sample: top_k: got {top_k}, expected None or 1 to {V}")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"decode_sample: top_p: got {top_p}, expected None or a number in (0, 1]")
     top_p = 1.0 if top_p is None else float(top_p)
     check_device("decode_sample", logits, tokens, position, pictures, seed)
-    decode_sample_op(logits, tokens, position, pictures, seed, float(temperature), top_k or 0, top_p)
+    decode_sample_op(logits, tokens, position, pictures, seed, temperature, top_k or 0, top_p)

@@ -14,8 +14,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-# What the rows that one group of heads streams may take of L2 (40 MB on A100, 50 on H100 and H200).
-L2_BYTES = 16 << 20
+from .tiles import Tile
 
 # Arguments that a model's head count decides. Triton would compile anew for one that is 1 or that 16 divides, and no
 # address here gains from knowing: H = 2 and H = 16 share a binary.
@@ -142,9 +141,9 @@ def add_product(tile, weights, b):
     return total
 
 
-def heads_in_group(x: torch.Tensor) -> int:
-    """How many heads of x (B, N, H, D) run together: two streamed tensors of its size are to fit L2_BYTES."""
-    return max(1, L2_BYTES // (2 * x.shape[1] * x.shape[3] * x.element_size()))
+def heads_in_group(x: torch.Tensor, tile: Tile) -> int:
+    """How many heads of x (B, N, H, D) run together: two streamed tensors of its size are to fit tile.group_bytes."""
+    return max(1, tile.group_bytes // (2 * x.shape[1] * x.shape[3] * x.element_size()))
 
 
 def is_aligned(x: torch.Tensor) -> bool:

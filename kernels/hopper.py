@@ -5,6 +5,8 @@ A program holds a producer and two consumers of 64 rows each. D = 96 is a chunk 
 widths are powers of two and padding would add a third; other head dims are one chunk, D2 = 0.
 """
 
+import functools
+
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -14,6 +16,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 TILE = 128  # rows of a tile: two consumers of 64
 # Of a consumer's thread and the producer's, in multiples of 8: together at most what 384 threads have, 65536.
 CONSUMER_REGISTERS, PRODUCER_REGISTERS = 240, 24
+
+FLAT = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
 
 
 @gluon.jit
@@ -64,17 +68,19 @@ def chunks(D: int) -> tuple[int, int]:
     return (64, 32) if D == 96 else (D, 0)
 
 
+@functools.cache
+def layout_of(dtype: torch.dtype, rows: int, width: int):
+    """Gluon takes 9 us to make one, and a block's attention asks for 32."""
+    return gl.NVMMASharedLayout.get_default_for([rows, width], gl.bfloat16 if dtype == torch.bfloat16 else gl.float16)
+
+
 def describe(t: torch.Tensor, rows: int, width: int) -> TensorDescriptor:
     """t (B, N, H, D) as a matrix (B N, H D), read and written in blocks of [rows, width]."""
     B, N, H, D = t.shape
-    dtype = gl.bfloat16 if t.dtype == torch.bfloat16 else gl.float16
     view = t.as_strided((B * N, H * D), (t.stride(1), 1))
-    return TensorDescriptor.from_tensor(
-        view, [rows, width], gl.NVMMASharedLayout.get_default_for([rows, width], dtype)
-    )
+    return TensorDescriptor.from_tensor(view, [rows, width], layout_of(t.dtype, rows, width))
 
 
 def describe_flat(t: torch.Tensor, length: int) -> TensorDescriptor:
     """A contiguous fp32 tensor as one long row, read in blocks of `length`."""
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
-    return TensorDescriptor.from_tensor(t.view(-1), [length], layout)
+    return TensorDescriptor.from_tensor(t.view(-1), [length], FLAT)

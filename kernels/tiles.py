@@ -1,9 +1,11 @@
 """Launch parameters as data: for each kernel a table from (architecture, shape class) to a tile.
 
-Each row says where it was measured ("H200 2026-12-01") or "compiled only". `bench/tune.py` searches and prints rows;
-nothing searches in the call path. Architectures that no row names use "portable", and say so once.
+Each row says where it was measured ("H200 2026-12-01") or "compiled only". `bench/speed/tune.py` searches and
+prints rows; nothing searches in the call path. Architectures that no row names use "portable", and say so once.
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,8 +19,9 @@ MAX_WIDTH = 8192  # columns of a row, which lives in the registers of one progra
 @dataclass(frozen=True)
 class Tile:
     """Block sizes and launch options of one kernel. `tma`: loads through tensor descriptors (sm_90 and later).
-    `programs`: of a persistent kernel, how many a multiprocessor. `early`: of one in kernels/decode_chain.py's chain,
-    whether the next may start before this one has waited."""
+    `programs`: of a persistent kernel, how many a multiprocessor. `group_bytes`: of attention, what the rows that one
+    group of heads streams may take of L2 (40 MB on A100, 50 on H100 and H200). `early`: of a chained kernel
+    (kernels/decode_chain.py), whether the next may start before this one has waited."""
 
     BLOCK_M: int
     BLOCK_N: int
@@ -27,8 +30,23 @@ class Tile:
     num_stages: int = 2
     tma: bool = False
     programs: int = 1
+    group_bytes: int = 16 << 20
     early: bool = True
     evidence: str = "compiled only"
+
+
+@contextlib.contextmanager
+def using(table: dict, key, tile: Tile) -> Iterator[None]:
+    """Within this context the table's row `key` is `tile`, whether it had one or not: for searches and tests."""
+    before = table.get(key)
+    table[key] = tile
+    try:
+        yield
+    finally:
+        if before is None:
+            del table[key]
+        else:
+            table[key] = before
 
 
 def require(kernel: str, tile: Tile, x: torch.Tensor, elements: int, stages: int = 1) -> None:
@@ -71,8 +89,9 @@ NORM_BACKWARD = {
 def row_tile(table: dict, arch: str, d: int) -> Tile:
     """The tile of a row kernel for d columns: of the narrowest class that holds them."""
     width = max(16, 1 << (d - 1).bit_length())
-    widest = min(w for a, w in table if a == "portable" and w >= width)
-    return replace(table.get((arch, widest), table["portable", widest]), BLOCK_N=width)
+    widest = max(512, width)
+    tile = table.get((arch, widest), table["portable", widest])
+    return tile if width == tile.BLOCK_N else replace(tile, BLOCK_N=width)
 
 
 def check_kernel_rows(name: str, x: torch.Tensor) -> None:
@@ -173,14 +192,14 @@ def attention_tile(table: dict, q: torch.Tensor, aligned: bool) -> Tile:
 # The warp-specialised kernels of sm_90 (kernels/attention_hopper.py, attention_hopper_backward.py) by head dim: BLOCK_M
 # rows in two consumers, BLOCK_N streamed rows, num_stages of which are in shared memory.
 ATTENTION_HOPPER = {
-    64: Tile(128, 128, num_warps=4, num_stages=4, tma=True),
-    96: Tile(128, 128, num_warps=4, num_stages=3, tma=True),
-    128: Tile(128, 128, num_warps=4, num_stages=2, tma=True),
+    64: Tile(128, 128, num_stages=4, tma=True, evidence="H200 2026-11-27"),
+    96: Tile(128, 128, num_stages=3, tma=True, evidence="H200 2026-11-27"),
+    128: Tile(128, 128, num_stages=2, tma=True, group_bytes=32 << 20, evidence="H200 2026-11-27"),
 }
 ATTENTION_HOPPER_BACKWARD = {
-    64: Tile(128, 64, num_warps=4, num_stages=4, tma=True),
-    96: Tile(128, 64, num_warps=4, num_stages=4, tma=True),
-    128: Tile(128, 64, num_warps=4, num_stages=2, tma=True),
+    64: Tile(128, 64, num_stages=5, tma=True, evidence="H200 2026-11-27"),
+    96: Tile(128, 64, num_stages=4, tma=True, evidence="H200 2026-11-27"),
+    128: Tile(128, 64, num_stages=3, tma=True, evidence="H200 2026-11-27"),
 }
 
 # The embedding table's gradient (kernels/embedding.py): (architecture, bytes of an element) -> BLOCK_M colours,

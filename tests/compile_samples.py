@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from bench.compile_cases import CompileCase, meta
+from bench.compiled.cases import CompileCase, meta
 from igpt.kernels.launching import launch
 
 

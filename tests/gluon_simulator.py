@@ -284,12 +284,12 @@ def load(path, package: str, policy: str = "producer first", seed: int = 0, edit
             return self.function(*args)
 
         def __getitem__(self, grid):
-            def launch(*args, num_warps, **kwargs):
-                args = [Pointer(a) if isinstance(a, torch.Tensor) else a for a in args]
+            def launch(num_warps, **arguments):
+                arguments = {k: Pointer(a) if isinstance(a, torch.Tensor) else a for k, a in arguments.items()}
                 state.programs = grid[0]
                 for state.program in range(grid[0]):
                     state.shared = []
-                    self.function(*args, **kwargs)
+                    self.function(**arguments)
 
             return launch
 

@@ -9,15 +9,13 @@ import pytest
 import torch
 from gluon_simulator import POLICIES, caught, load
 
-import igpt.kernels.tiles as tiles
-from bench.budget import compare
-from igpt.kernels import reference
-from igpt.kernels.device import target
+from bench.correctness.budget import compare
+from igpt.kernels import device, reference, tiles
 
 
 @pytest.fixture(autouse=True)
 def hopper():
-    with target("sm_90"):
+    with device.target("sm_90"):
         yield
 
 
@@ -41,7 +39,8 @@ def base_2_lse(q, k, causal):
 def forward(D, causal, N=384, B=2, H=2, **how):
     """Whether out and lse of one simulated launch are right, by the budget and by fp64."""
     q, k, v = inputs(D, B, N, H)[0].unbind(2)
-    out, lse = simulated("attention_hopper", **how)["attention_forward_hopper"](q, k, v, causal, D**-0.5)
+    out, lse = torch.full((B, N, H, D), float("nan")).bfloat16(), torch.full((B, H, N), float("nan"))
+    simulated("attention_hopper", **how)["attention_forward_hopper"](q, k, v, causal, D**-0.5, out, lse)
     exact = reference.attention(q.double(), k.double(), v.double(), causal)
     errors = compare("out", out, reference.attention(q, k, v, causal), exact)
     # fp32 sums of some hundred exponentials of exact products.
@@ -81,7 +80,7 @@ def test_right_under_every_schedule(kernel, D, causal, policy):
 @pytest.mark.parametrize("programs", [1, 5])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_persistent_programs_carry_their_phases_from_tile_to_tile(monkeypatch, kernel, programs):
-    monkeypatch.setattr(tiles, "multiprocessors", lambda device: programs)
+    monkeypatch.setattr(device, "multiprocessors", lambda _: programs)
     assert KERNELS[kernel](64, True, policy="random")
 
 
@@ -148,7 +147,7 @@ PLANTED = [(kernel, *fault) for kernel, faults in FAULTS.items() for fault in fa
 
 @pytest.mark.parametrize("kernel, what, right, wrong", PLANTED, ids=[f"{f[0]}: {f[1]}" for f in PLANTED])
 def test_planted_faults_are_caught(monkeypatch, kernel, what, right, wrong):
-    monkeypatch.setattr(tiles, "multiprocessors", lambda device: 1)
+    monkeypatch.setattr(device, "multiprocessors", lambda _: 1)
     assert caught(functools.partial(KERNELS[kernel], 64, True, N=640, B=1), right, wrong)
 
 
@@ -157,12 +156,12 @@ def test_a_tile_that_cannot_fit_is_refused(monkeypatch):
     for table in (tiles.ATTENTION_HOPPER, tiles.ATTENTION_HOPPER_BACKWARD):
         monkeypatch.setitem(table, 64, dataclasses.replace(table[64], num_stages=30))
     with pytest.raises(ValueError, match=r"attention_hopper_kernel: Tile.*bytes in shared memory, sm_90 has"):
-        simulated("attention_hopper")["attention_forward_hopper"](q, q, q, True, 0.1)
+        simulated("attention_hopper")["attention_forward_hopper"](q, q, q, True, 0.1, q, None)
     with pytest.raises(ValueError, match="attention_hopper_backward_kernel: Tile"):
         simulated("attention_hopper_backward")["attention_backward_hopper"](*[q] * 4, None, None, *[q] * 3, True, 1)
     monkeypatch.setitem(tiles.ATTENTION_HOPPER, 64, dataclasses.replace(tiles.ATTENTION_HOPPER[64], num_stages=1))
     with pytest.raises(ValueError, match="has 1 stages, expected at least 2"):
-        simulated("attention_hopper")["attention_forward_hopper"](q, q, q, True, 0.1)
+        simulated("attention_hopper")["attention_forward_hopper"](q, q, q, True, 0.1, q, None)
 
 
 def test_what_does_not_fit_is_refused():
@@ -170,6 +169,6 @@ def test_what_does_not_fit_is_refused():
     for shape in ((1, 100, 3, 2, 64), (1, 128, 3, 2, 80)):
         q, k, v = torch.zeros(shape, dtype=torch.bfloat16).unbind(2)
         with pytest.raises(ValueError, match=r"q, k, v: got .*expected fp16 or bf16"):
-            forward["attention_forward_hopper"](q, k, v, True, 0.1)
+            forward["attention_forward_hopper"](q, k, v, True, 0.1, q, None)
         with pytest.raises(ValueError, match=r"dout, q, k, v, dq, dk, dv: got .*expected fp16 or bf16"):
             backward["attention_backward_hopper"](q, q, k, v, None, None, q, k, v, True, 0.1)

@@ -5,10 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.budget import against_fp64
+from bench.correctness.budget import against_fp64
 from igpt.config import Config
-from igpt.decode_kernels import KernelDecoder
-from igpt.draw import Sampler
 from igpt.kernels import decode_chain, reference, tiles
 from igpt.kernels import device as device_file
 from igpt.kernels.decode_attention import (
@@ -22,6 +20,8 @@ from igpt.kernels.decode_rows import ROWS, decode_norm, decode_norm_op, decode_p
 from igpt.kernels.decode_sample import decode_embed, decode_embed_op, decode_sample, decode_sample_op
 from igpt.kernels.launching import recording
 from igpt.model import ImageGPT
+from igpt.sample.draw import Sampler
+from igpt.sample.kernel_decoder import KernelDecoder
 from tests.test_compile import child
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -308,6 +308,13 @@ def test_ties_take_the_lowest_when_greedy_and_live_together_when_truncated(devic
     assert set(drawn.flatten().tolist()) == {1, 2, 4}
 
 
+@pytest.mark.parametrize("options", [{"temperature": t} for t in (1e-30, 1e-38, 5e-324)] + [{"top_p": 5e-324}], ids=str)
+def test_the_smallest_temperatures_and_masses_are_greedy(options, device):
+    logits = torch.randn(6, 37, generator=generator(1)).to(device)
+    drawn = draw(logits, 4, Sampler(**options), device)
+    assert torch.equal(drawn, logits.argmax(-1, keepdim=True).expand(6, 4))
+
+
 def small_model(D, device, **overrides):
     torch.manual_seed(0)
     config = {"n_layer": 2, "width": 2 * D, "heads": 2, "n_inner": 2 * D, "n_ctx": 3, "vocab": 32, **overrides}
@@ -398,8 +405,8 @@ def test_weights_are_on_their_way_before_the_wait():
     one wait, and no weight behind it; and as many sums and products for one picture as for each of several."""
     script = r"""
 import re, subprocess, tempfile, triton
-from bench import compile as c
-from bench.compile_cases import decode_step
+from bench.compiled import compile as c
+from bench.compiled.cases import decode_step
 
 def halves(text, wait, load):
     before, after = text.split(wait)

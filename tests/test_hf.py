@@ -21,8 +21,7 @@ from transformers import (  # noqa: E402
 from transformers.models.imagegpt import modeling_imagegpt as theirs  # noqa: E402
 
 import igpt  # noqa: E402
-from bench.budget import compare  # noqa: E402
-from igpt import convert  # noqa: E402
+from bench.correctness.budget import compare  # noqa: E402
 
 N, START = 16, 16
 SMALL = {"n_layer": 24, "n_embd": 512, "n_head": 8, "n_positions": 1024, "vocab_size": 513, "initializer_range": 0.05}
@@ -264,6 +263,15 @@ def test_cached_chunks_equal_one_pass(patched):
             assert torch.allclose(out.logits, logits, atol=1e-5)
 
 
+@pytest.mark.parametrize("cls", [ImageGPTModel, ImageGPTForCausalImageModeling, ImageGPTForImageClassification])
+def test_an_empty_batch(cls, patched):
+    """Theirs dies in a reshape."""
+    model, x = patched(build(cls, num_labels=3)), tokens()[:0]
+    for options in ({}, {"attention_mask": torch.ones_like(x)}, {"output_attentions": True}, {"use_cache": False}):
+        out = model(x, **options)[0]
+        assert out.shape == {3: (0, 3), 64: (0, N, 64), START: (0, N, START)}[out.shape[-1]]
+
+
 def test_dropout_stays(patched):
     x = tokens()
     for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
@@ -415,7 +423,7 @@ def test_exported_model_is_right_without_a_patch(head_dim, tmp_path):
     want = model.double()(x)
     assert (hf.eval()(behind).logits - want).abs().max() < 1e-4
     assert math.isqrt(head_dim) ** 2 != head_dim or not hf.config.reorder_and_upcast_attn
-    assert convert.load(tmp_path / "hf").config == config
+    assert igpt.ImageGPT.from_pretrained(tmp_path / "hf").config == config
 
 
 # --- the image processor
@@ -437,5 +445,8 @@ def test_processor_gives_the_same_tokens(resample):
     assert torch.equal(got, torch.from_numpy(want).long())
     grey = Image.fromarray(pictures[0]).convert("L")
     assert igpt.hf.processor_tokens([grey], (8, 4), palette).shape == (1, 32)
+    wide = Image.fromarray(257 * np.asarray(grey).astype(np.uint16))
+    assert wide.mode == "I;16"
+    assert torch.equal(*(igpt.hf.processor_tokens([image], 8, palette, resample) for image in (wide, grey)))
     with pytest.raises(ValueError, match="images"):
         igpt.hf.processor_tokens([np.zeros((4, 4))], 32, palette)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from igpt import logistic, lowdata, probe
+from igpt.programs import logistic, lowdata, probe
 
 
 def blobs(n, d=20, classes=5, seed=0):

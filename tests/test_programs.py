@@ -8,9 +8,13 @@ import pytest
 import torch
 
 import igpt
-from igpt import data, evaluate, features, finetune, lowdata, probe
+import igpt.data.folder
+from igpt import data
 from igpt.palette import Palette
-from igpt.source import with_config
+from igpt.programs import eval as evaluate
+from igpt.programs import features, finetune, lowdata, probe
+from igpt.programs import palette as fit_palette
+from igpt.programs.source import with_config
 
 SIDE, CLASSES, COLOURS = 6, 3, 16
 
@@ -123,6 +127,28 @@ def test_with_config_keeps_the_weights(here):
     other = with_config(model, classes=5)
     assert other.classifier.shape == (5, 32) and not other.classifier.any()
     assert all(torch.equal(p, dict(other.named_parameters())[name]) for name, p in model.named_parameters())
+
+
+def test_a_palette_of_few_pictures_reads_few(tmp_path, monkeypatch):
+    from PIL import Image
+
+    for i, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (60, 8, 8, 3), np.uint8)):
+        Image.fromarray(pixels).save(tmp_path / f"{i:02}.png")
+    (tmp_path / "00.png").write_bytes(b"no picture")
+    read, real = [], igpt.data.folder.read_squares
+
+    def watched(root, names, places, workers, **how):
+        read.append(places)
+        return real(root, names, places, 0, **how)
+
+    monkeypatch.setattr(igpt.data.folder, "read_squares", watched)
+    options = fit_palette.Options(data=str(tmp_path), out=tmp_path / "palette.npy", k=8, size=8, limit=5)
+    with pytest.raises(ValueError, match=r"00\.png: unreadable picture"):
+        fit_palette.run(options)
+    read.clear()
+    assert fit_palette.run(dataclasses.replace(options, skip_bad=True))["pictures"] == 4
+    kept, held = data.hold_out(60, 0.1)
+    assert [places.tolist() for places in read] == [[0, *kept[[13, 26, 39, 53]]], held[[0, 1, 2, 3, 5]].tolist()]
 
 
 def test_bad_input(here, tmp_path):
