@@ -405,8 +405,8 @@ def test_weights_are_on_their_way_before_the_wait():
     one wait, and no weight behind it; and as many sums and products for one picture as for each of several."""
     script = r"""
 import re, subprocess, tempfile, triton
-from bench import compile as c
-from bench.compile_cases import decode_step
+from bench.compiled import compile as c
+from bench.compiled.cases import decode_step
 
 def halves(text, wait, load):
     before, after = text.split(wait)

@@ -63,11 +63,11 @@ def decode_attention(qkv, k_cache, v_cache, position, scale: float | None = None
 
     position: one integer in [0, n_ctx) on qkv's device, which the kernels never bring to the host: outside of it they
     give NaN and write nothing. scale defaults to 1/sqrt(D)."""
+    checks.decode_attention(qkv, k_cache, v_cache)
     if position.numel() != 1 or position.is_floating_point():
         checks.refuse("decode_attention", "position", checks.said(position), "one integer")
     if choose.kernels(impl, qkv):
         return decode_attention_kernel.decode_attention(qkv, k_cache, v_cache, position.expand(len(qkv)), scale)
-    checks.decode_attention(qkv, k_cache, v_cache)
     n = int(position)
     if not 0 <= n < k_cache.shape[2]:
         raise ValueError(f"position: got {n}, expected an integer in [0, {k_cache.shape[2]})")
