@@ -139,7 +139,7 @@ def attention_products(n: int, v: dict) -> float:
 # FLOPs of one launch by its arguments' names, for every kernel: those without a product have none.
 FLOPS = {
     "attention_forward_kernel": lambda v: attention_products(2, v),
-    "attention_hopper_kernel": lambda v: attention_products(2, v),
+    "attention_hopper_forward_kernel": lambda v: attention_products(2, v),
     "attention_dq_kernel": lambda v: attention_products(3, v),
     "attention_dkdv_kernel": lambda v: attention_products(4, v),
     "attention_hopper_backward_kernel": lambda v: attention_products(4 if v["OWNS_KEYS"] else 3, v),
@@ -148,7 +148,7 @@ FLOPS = {
     "linear_kernel": lambda v: 2 * v["B"] * v["O"] * v["K"],
     "attention_kernel": lambda v: 4 * v["k_cache"].numel(),  # of a full cache: how full it is, the device alone knows
 } | dict.fromkeys((
-    "attention_delta_kernel", "decode_kernel", "dlogits_kernel", "embed_kernel", "encode_kernel",
+    "decode_kernel", "dlogits_kernel", "embed_kernel", "encode_kernel",
     "norm_backward_kernel", "norm_forward_kernel", "position_backward_kernel", "quick_gelu_backward_kernel",
     "quick_gelu_kernel", "sample_kernel", "sum_partials_kernel", "sums_kernel",
 ), lambda v: 0.0)  # fmt: skip

@@ -91,10 +91,10 @@ def attention_forward(q, k, v, causal: bool, scale: float, out, lse) -> None:
     if not out.numel():
         return
     if arch(q.device) == "sm_90" and not INTERPRETED:
-        from . import attention_hopper, hopper  # Gluon is imported only where it runs
+        from . import attention_hopper, attention_hopper_forward  # Gluon is imported only where it runs
 
-        if hopper.fits(q, k, v):
-            return attention_hopper.attention_forward_hopper(q, k, v, causal, scale, out, lse)
+        if attention_hopper.fits(q, k, v):
+            return attention_hopper_forward.attention_forward_hopper(q, k, v, causal, scale, out, lse)
     tile = tiles.attention_tile(tiles.ATTENTION_FORWARD, q, all(map(is_aligned, (q, k, v))))
     tiles.require("attention_forward_kernel", tile, q, 2 * tile.BLOCK_N * D)
     launch(

@@ -37,8 +37,6 @@ from .interpreter import INTERPRETED
 from .launching import blocks, launch
 from .primitives import LOG2E
 
-ROWS = 64  # of a program that only streams them
-
 
 @triton.jit(do_not_specialize=HEAD_COUNTS)
 def attention_dq_kernel(
@@ -124,30 +122,17 @@ def attention_dkdv_kernel(
     store_tile(dv, start_n, b_dv, N, BLOCK_N, D)
 
 
-@triton.jit(do_not_specialize=HEAD_COUNTS)
-def attention_delta_kernel(
-    out, out_strides, dout, dout_strides, delta, N, H, HEADS, D: tl.constexpr, BLOCK_M: tl.constexpr
-):
-    i_m, i_bh = tile_and_head(tl.cdiv(N, BLOCK_M), HEADS, HEADS)
-    i_b, i_h = i_bh // H, i_bh % H
-    b_out = load_tile(head_of(out, None, out_strides, i_b, i_h), i_m * BLOCK_M, N, BLOCK_M, D)
-    b_dout = load_tile(head_of(dout, None, dout_strides, i_b, i_h), i_m * BLOCK_M, N, BLOCK_M, D)
-    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    tl.store(delta + i_bh.to(tl.int64) * N + o_m, row_dots(b_out, b_dout), mask=o_m < N)
-
-
 def attention_backward(dout, q, k, v, out, lse, dq, dk, dv, causal: bool, scale: float) -> None:
     """Fill dq, dk, dv. All are views (B, N, H, D) with a contiguous last dimension, lse fp32 (B, H, N) in base 2."""
     if not q.numel():
         return
     aligned = all(map(is_aligned, (dout, q, k, v)))
     if arch(q.device) == "sm_90" and not INTERPRETED:
-        from . import attention_hopper_backward, hopper  # Gluon is imported only where it runs
+        from . import attention_hopper, attention_hopper_backward  # Gluon is imported only where it runs
 
-        if hopper.fits(dout, q, k, v, dq, dk, dv):
-            delta = delta_of(out, dout)
+        if attention_hopper.fits(dout, q, k, v, out, dq, dk, dv):
             return attention_hopper_backward.attention_backward_hopper(
-                dout, q, k, v, lse, delta, dq, dk, dv, causal, scale
+                dout, q, k, v, out, lse, dq, dk, dv, causal, scale
             )
     delta = torch.empty_like(lse)
     tile = tiles.attention_tile(tiles.ATTENTION_DQ, q, aligned)
@@ -168,18 +153,6 @@ def attention_backward(dout, q, k, v, out, lse, dq, dk, dv, causal: bool, scale:
         **_shape(q, scale, tile), IS_CAUSAL=causal, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-
-
-def delta_of(out, dout) -> torch.Tensor:
-    """delta = rowsum(dout out) of views (B, N, H, D): fp32 (B, H, N)."""
-    B, N, H, D = out.shape
-    delta = torch.empty((B, H, N), dtype=torch.float32, device=out.device)
-    launch(
-        attention_delta_kernel, (blocks(N, ROWS) * B * H,),
-        out=out, out_strides=out.stride()[:3], dout=dout, dout_strides=dout.stride()[:3], delta=delta,
-        N=N, H=H, HEADS=B * H, D=D, BLOCK_M=ROWS, num_warps=4,
-    )  # fmt: skip
-    return delta
 
 
 def _views(dout, q, k, v, tile: tiles.Tile) -> dict:

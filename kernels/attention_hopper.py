@@ -1,272 +1,209 @@
-"""Attention forward on Hopper, warp-specialised, in Gluon: out and lse as in attention.py.
+"""What the warp-specialised attention kernels of Hopper share (attention_hopper_forward.py and _backward.py).
 
-One persistent program a multiprocessor holds three warpgroups. A producer, one warp, copies tiles into rings of shared
-memory by TMA; two consumers own 64 query rows each and run, for every key block j, in this order:
+A program holds a producer, one warp, and two consumers, warpgroups of 64 rows each. A tile is a list of column chunks:
+D = 96 is 64 + 32, for widths are powers of two and padding would add a third; other head dims are one chunk. In memory
+views (B, N, H, D) are tensors (B, N, H D), with a descriptor for every chunk; the one of a tail begins at its column.
 
-    issue S = Q K_j^T      rescale O, round P, under S      issue O += P V_(j-1)      wait for S      softmax, under O
+Tiles pass from the producer to consumers through rings, (buffers of every chunk, full, empty). Each place of a ring has
+a barrier for either direction, and a tile's step, its number in the ring's history, says which place and which round:
 
-so that the tensor cores work through the softmax, and the two consumers interleave besides. Blocks run from the
-diagonal down: the only masked block is the first, outside of the loop. Tiles go longest first, in groups of heads
-whose keys and values fit L2 together. The rings run on from tile to tile, and queries have two places: a tile's output
-leaves by one while the next tile has begun in the other.
-
-Cost for B H heads, causal: 2 B H N^2 D FLOPs; bytes 4 B N H D elements once. At D = 64 a 64 x 128 tile asks 512 cycles
-of products and 512 of exp2, so without this overlap the kernel could not pass half of the peak.
-
-Deterministic. Needs what `hopper.fits` asks for; attention.py does all else.
+    producer    fill:  wait for empty, expect bytes at full, copy    ...................    fill, PLACES steps later
+    consumer                    wait_filled:  wait for full, view, read    release: arrive at empty
 """
 
+import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from . import tiles
-from .device import multiprocessors
-from .heads import HEAD_COUNTS, heads_in_group
-from .hopper import CONSUMER_REGISTERS, PRODUCER_REGISTERS, TILE, chunks, describe, issue_dots, require, tile_of
-from .launching import launch
-from .primitives import LOG2E
+ROWS = 64  # of a consumer, and of a tile that it owns: what one warpgroup multiplies at a time
+# Of a consumer's thread and the producer's, in multiples of 8: together at most what 384 threads have, 65536.
+CONSUMER_REGISTERS, PRODUCER_REGISTERS = 240, 24
+# (positions, heads of a picture, tiles of a head, heads, heads a group, tiles): one binary for all of them.
+SIZES = ["N", "H", "TILES", "HEADS", "GROUP", "WORK"]
 
 
 @gluon.jit
-def producer(
-    descs, tails, rings, tail_rings, bars, N, H, M_TILES, HEADS, GROUP,
-    D1: gl.constexpr, D2: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, IS_CAUSAL: gl.constexpr,
-):  # fmt: skip
-    q_desc, k_desc, v_desc = descs
-    q_tail, k_tail, v_tail = tails
-    q_ring, k_ring, v_ring = rings
-    q_ring2, k_ring2, v_ring2 = tail_rings
-    q_full, q_empty, k_full, k_empty, v_full, v_empty = bars
-    Q_BYTES: gl.constexpr = (BLOCK // 2) * (D1 + D2) * 2
-    KV_BYTES: gl.constexpr = BLOCK * (D1 + D2) * 2
-    step = 0
-    tile = 0
-    for t in range(gl.program_id(0), M_TILES * HEADS, gl.num_programs(0)):
-        i_m, i_b, i_h = tile_of(t, M_TILES, HEADS, GROUP, H)
-        row = i_b * N
-        for c in gl.static_range(2):
-            place = (tile & 1) * 2 + c
-            mbarrier.wait(q_empty.index(place), (((tile + 1) // 2) & 1) ^ 1)
-            mbarrier.expect(q_full.index(place), Q_BYTES)
-            o_q = row + i_m * BLOCK + c * (BLOCK // 2)
-            tma.async_copy_global_to_shared(q_desc, [o_q, i_h * (D1 + D2)], q_full.index(place), q_ring.index(place))
-            if D2 > 0:
-                tma.async_copy_global_to_shared(
-                    q_tail, [o_q, i_h * (D1 + D2) + D1], q_full.index(place), q_ring2.index(place)
-                )
-        blocks = i_m + 1 if IS_CAUSAL else M_TILES
-        for j in range(blocks):
-            o_k = row + (blocks - 1 - j) * BLOCK
-            slot = step % STAGES
-            phase = ((step // STAGES) & 1) ^ 1
-            mbarrier.wait(k_empty.index(slot), phase)
-            mbarrier.expect(k_full.index(slot), KV_BYTES)
-            tma.async_copy_global_to_shared(k_desc, [o_k, i_h * (D1 + D2)], k_full.index(slot), k_ring.index(slot))
-            if D2 > 0:
-                tma.async_copy_global_to_shared(
-                    k_tail, [o_k, i_h * (D1 + D2) + D1], k_full.index(slot), k_ring2.index(slot)
-                )
-            mbarrier.wait(v_empty.index(slot), phase)
-            mbarrier.expect(v_full.index(slot), KV_BYTES)
-            tma.async_copy_global_to_shared(v_desc, [o_k, i_h * (D1 + D2)], v_full.index(slot), v_ring.index(slot))
-            if D2 > 0:
-                tma.async_copy_global_to_shared(
-                    v_tail, [o_k, i_h * (D1 + D2) + D1], v_full.index(slot), v_ring2.index(slot)
-                )
-            step += 1
-        tile += 1
+def tile_of(t, sizes, LAST_FIRST: gl.constexpr):
+    """(tile of rows, head of all pictures' heads) of the t-th: groups of heads, in each first or last rows first."""
+    N, H, TILES, HEADS, GROUP, WORK = sizes
+    group = t // (GROUP * TILES)
+    r = t - group * GROUP * TILES
+    size = gl.minimum(GROUP, HEADS - group * GROUP)
+    i = r // size
+    return TILES - 1 - i if LAST_FIRST else i, group * GROUP + r % size
 
 
 @gluon.jit
-def consumer(
-    c: gl.constexpr, out_desc, out_tail, p_lse, rings, tail_rings, bars, scale_log2, N, H, M_TILES, HEADS, GROUP,
-    D1: gl.constexpr, D2: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, IS_CAUSAL: gl.constexpr,
-):  # fmt: skip
-    q_ring, k_ring, v_ring = rings
-    q_ring2, k_ring2, v_ring2 = tail_rings
-    q_full, q_empty, k_full, k_empty, v_full, v_empty = bars
-    ROWS: gl.constexpr = BLOCK // 2
-    PV_GROUPS: gl.constexpr = 2 if D2 > 0 else 1
-    D2_: gl.constexpr = D2 if D2 > 0 else 16
-    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
-    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D1, 16])
-    O2_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D2_, 16])
-    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
-    P2_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O2_LAYOUT, 2)
-    dtype: gl.constexpr = q_ring.dtype
-    o_row = gl.arange(0, ROWS, gl.SliceLayout(1, S_LAYOUT))
-    o_col = gl.arange(0, BLOCK, gl.SliceLayout(0, S_LAYOUT))
-    zero = gl.zeros([ROWS, BLOCK], gl.float32, S_LAYOUT)
-    step = 0
-    tile = 0
-    for t in range(gl.program_id(0), M_TILES * HEADS, gl.num_programs(0)):
-        i_m, i_b, i_h = tile_of(t, M_TILES, HEADS, GROUP, H)
-        place = (tile & 1) * 2 + c
-        q, q2 = q_ring.index(place), q_ring2.index(place)
-        mbarrier.wait(q_full.index(place), (tile // 2) & 1)
-        slot = step % STAGES
-        phase = (step // STAGES) & 1
-        mbarrier.wait(k_full.index(slot), phase)
-        s = issue_dots(q, q2, k_ring.index(slot), k_ring2.index(slot), zero, D2)
-        s = warpgroup_mma_wait(0, deps=[s])
-        mbarrier.arrive(k_empty.index(slot), count=1)
-        # The last tile's output has left its place by now, which the next tile's queries may take.
-        tma.store_wait(0)
-        mbarrier.arrive(q_empty.index(place ^ 2), count=1)
-        if IS_CAUSAL:
-            o_q, o_k = i_m * BLOCK + c * ROWS + o_row, i_m * BLOCK + o_col
-            s = gl.where(o_k[None, :] <= o_q[:, None], s, float("-inf"))
-        m = gl.max(s, 1) * scale_log2
-        p = gl.exp2(s * scale_log2 - m[:, None])
-        l = gl.sum(p, 1)
-        if D1 == 128:
-            p = p.to(dtype)  # S, the output and p in fp32 would not fit the registers together
-        alpha = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, S_LAYOUT))  # of an output that is zero still
-        o = gl.zeros([ROWS, D1], gl.float32, O_LAYOUT)
-        o2 = gl.zeros([ROWS, D2_], gl.float32, O2_LAYOUT)
-        blocks = i_m + 1 if IS_CAUSAL else M_TILES
-        mbarrier.wait(v_full.index(slot), phase)
-        for _ in range(1, blocks):
-            next_slot = (step + 1) % STAGES
-            next_phase = ((step + 1) // STAGES) & 1
-            mbarrier.wait(k_full.index(next_slot), next_phase)
-            s = issue_dots(q, q2, k_ring.index(next_slot), k_ring2.index(next_slot), zero, D2)
-            # The last step's p and output are made ready under S.
-            o = o * gl.convert_layout(alpha, gl.SliceLayout(1, O_LAYOUT))[:, None]
-            b_p = gl.convert_layout(p.to(dtype), P_LAYOUT)
-            if D2 > 0:
-                o2 = o2 * gl.convert_layout(alpha, gl.SliceLayout(1, O2_LAYOUT))[:, None]
-                b_p2 = gl.convert_layout(p.to(dtype), P2_LAYOUT)
-            o = warpgroup_mma(b_p, v_ring.index(slot), o, is_async=True)
-            if D2 > 0:
-                o2 = warpgroup_mma(b_p2, v_ring2.index(slot), o2, is_async=True)
-            s = warpgroup_mma_wait(PV_GROUPS, deps=[s])
-            mbarrier.arrive(k_empty.index(next_slot), count=1)
-            # The scale rides in the exponent's multiply-add; applied before the maximum it is a pass of its own.
-            m_new = gl.maximum(m, gl.max(s, 1) * scale_log2)
-            alpha = gl.exp2(m - m_new)
-            p = gl.exp2(s * scale_log2 - m_new[:, None])
-            l = l * alpha + gl.sum(p, 1)
-            if D1 == 128:
-                p = p.to(dtype)
-            m = m_new
-            # This loop holds the exponentials above the wait for the output, which ptxas else puts first: they are
-            # what the product is to run under.
-            mbarrier.wait(v_full.index(next_slot), next_phase)
-            if D2 > 0:
-                o, o2, b_p, b_p2 = warpgroup_mma_wait(0, deps=[o, o2, b_p, b_p2])
-            else:
-                o, b_p = warpgroup_mma_wait(0, deps=[o, b_p])
-            mbarrier.arrive(v_empty.index(slot), count=1)
-            step += 1
-            slot = next_slot
-        o = o * gl.convert_layout(alpha, gl.SliceLayout(1, O_LAYOUT))[:, None]
-        o = warpgroup_mma(gl.convert_layout(p.to(dtype), P_LAYOUT), v_ring.index(slot), o, is_async=True)
-        if D2 > 0:
-            o2 = o2 * gl.convert_layout(alpha, gl.SliceLayout(1, O2_LAYOUT))[:, None]
-            o2 = warpgroup_mma(gl.convert_layout(p.to(dtype), P2_LAYOUT), v_ring2.index(slot), o2, is_async=True)
-            o2 = warpgroup_mma_wait(0, deps=[o2])
-        o = warpgroup_mma_wait(0, deps=[o])
-        mbarrier.arrive(v_empty.index(slot), count=1)
-        step += 1
-
-        # The query tile has been read for the last time: its place in shared memory takes the output on its way out,
-        # while the next tile goes on with the other one.
-        o_m = i_m * BLOCK + c * ROWS
-        inverse = 1.0 / l
-        q.store((o * gl.convert_layout(inverse, gl.SliceLayout(1, O_LAYOUT))[:, None]).to(dtype))
-        if D2 > 0:
-            q2.store((o2 * gl.convert_layout(inverse, gl.SliceLayout(1, O2_LAYOUT))[:, None]).to(dtype))
-        fence_async_shared()
-        tma.async_copy_shared_to_global(out_desc, [i_b * N + o_m, i_h * (D1 + D2)], q)
-        if D2 > 0:
-            tma.async_copy_shared_to_global(out_tail, [i_b * N + o_m, i_h * (D1 + D2) + D1], q2)
-        gl.store(p_lse + (i_b.to(gl.int64) * H + i_h) * N + o_m + o_row, m + gl.log2(l))
-        tile += 1
-    tma.store_wait(0)
-
-
-@gluon.jit(do_not_specialize=HEAD_COUNTS)
-def attention_hopper_kernel(
-    q_desc, k_desc, v_desc, out_desc, q_tail, k_tail, v_tail, out_tail, p_lse, scale_log2,
-    N, H, M_TILES, HEADS, GROUP,
-    D1: gl.constexpr, D2: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, IS_CAUSAL: gl.constexpr,
-    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
-):  # fmt: skip
-    dtype: gl.constexpr = q_desc.dtype
-    q_ring = gl.allocate_shared_memory(dtype, [4, BLOCK // 2, D1], q_desc.layout)
-    k_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK, D1], k_desc.layout)
-    v_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK, D1], v_desc.layout)
-    if D2 > 0:
-        q_ring2 = gl.allocate_shared_memory(dtype, [4, BLOCK // 2, D2], q_tail.layout)
-        k_ring2 = gl.allocate_shared_memory(dtype, [STAGES, BLOCK, D2], k_tail.layout)
-        v_ring2 = gl.allocate_shared_memory(dtype, [STAGES, BLOCK, D2], v_tail.layout)
+def chunks_of(chunk, tail):
+    if tail is None:
+        chunks = [chunk]
     else:
-        q_ring2, k_ring2, v_ring2 = q_ring, k_ring, v_ring
-    q_full = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for place in gl.static_range(4):
-        mbarrier.init(q_full.index(place), count=1)
-        mbarrier.init(q_empty.index(place), count=1)
-    for slot in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(slot), count=1)
-        mbarrier.init(v_full.index(slot), count=1)
-        # Both consumers release a block.
-        mbarrier.init(k_empty.index(slot), count=2)
-        mbarrier.init(v_empty.index(slot), count=2)
-
-    rings, tail_rings = (q_ring, k_ring, v_ring), (q_ring2, k_ring2, v_ring2)
-    bars = (q_full, q_empty, k_full, k_empty, v_full, v_empty)
-    descs, tails = (q_desc, k_desc, v_desc), (q_tail, k_tail, v_tail)
-    gl.warp_specialize(
-        [
-            (consumer, (
-                0, out_desc, out_tail, p_lse, rings, tail_rings, bars, scale_log2, N, H, M_TILES, HEADS, GROUP,
-                D1, D2, BLOCK, STAGES, IS_CAUSAL,
-            )),
-            (consumer, (
-                1, out_desc, out_tail, p_lse, rings, tail_rings, bars, scale_log2, N, H, M_TILES, HEADS, GROUP,
-                D1, D2, BLOCK, STAGES, IS_CAUSAL,
-            )),
-            (producer, (
-                descs, tails, rings, tail_rings, bars, N, H, M_TILES, HEADS, GROUP,
-                D1, D2, BLOCK, STAGES, IS_CAUSAL,
-            )),
-        ],
-        [4, 1],
-        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
-    )  # fmt: skip
+        chunks = [chunk, tail]
+    return chunks
 
 
-def attention_forward_hopper(q, k, v, causal: bool, scale: float, out, lse) -> None:
-    """Fill out (B, N, H, D) contiguous, lse fp32 (B, H, N) in base 2. Raises ValueError if the tensors do not fit."""
-    require(scale, q=q, k=k, v=v)
-    B, N, H, D = q.shape
-    tile = tiles.ATTENTION_HOPPER[D]
-    tiles.require("attention_hopper_kernel", tile, q, 2 * tile.BLOCK_N * D, stages=2)  # the next values come first
-    D1, D2 = chunks(D)
+@gluon.jit
+def allocate_ring(descs, PLACES: gl.constexpr, READERS: gl.constexpr):
+    """A ring of PLACES tiles, each of which READERS consumers release."""
+    buffers = [
+        gl.allocate_shared_memory(x.dtype, [PLACES, 1, x.block_shape[1], x.block_shape[2]], x.layout) for x in descs
+    ]
+    full = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
+    for place in gl.static_range(PLACES):
+        mbarrier.init(full.index(place), count=1)
+        mbarrier.init(empty.index(place), count=READERS)
+    return buffers, full, empty
 
-    def four(width):
-        return [describe(t, rows, width) for t, rows in ((q, TILE // 2), (k, TILE), (v, TILE), (out, TILE // 2))]
 
-    M_TILES = N // TILE
-    launch(
-        attention_hopper_kernel, (min(multiprocessors(q.device), M_TILES * B * H),),
-        **dict(zip(("q_desc", "k_desc", "v_desc", "out_desc"), four(D1))),
-        **dict(zip(("q_tail", "k_tail", "v_tail", "out_tail"), four(D2 or D1))),
-        p_lse=lse, scale_log2=scale * LOG2E.value, N=N, H=H, M_TILES=M_TILES, HEADS=B * H,
-        GROUP=heads_in_group(q, tile),
-        D1=D1, D2=D2, BLOCK=TILE, STAGES=tile.num_stages, IS_CAUSAL=causal,
-        CONSUMER_REGISTERS=CONSUMER_REGISTERS, PRODUCER_REGISTERS=PRODUCER_REGISTERS, num_warps=tile.num_warps,
-    )  # fmt: skip
+@gluon.jit
+def place_of(ring, step):
+    """(place, parity of its round): a wait for a parity returns once the round of that parity is over."""
+    PLACES: gl.constexpr = ring[1].shape[0]
+    return step % PLACES, (step // PLACES) & 1
+
+
+@gluon.jit
+def claim(ring, step, BYTES: gl.constexpr):
+    """Wait until the step's place is free; it is filled once BYTES have been copied there."""
+    place, parity = place_of(ring, step)
+    mbarrier.wait(ring[2].index(place), parity ^ 1)
+    mbarrier.expect(ring[1].index(place), BYTES)
+
+
+@gluon.jit
+def copy(descs, at, ring, step, FIRST: gl.constexpr = 0):
+    """Have every chunk of the tile `at` these coordinates copied to the step's place, from buffer FIRST on."""
+    place, _ = place_of(ring, step)
+    for i in gl.static_range(len(descs)):
+        tma.async_copy_global_to_shared(descs[i], at, ring[1].index(place), ring[0][FIRST + i].index(place))
+
+
+@gluon.jit
+def wait_filled(ring, step):
+    place, parity = place_of(ring, step)
+    mbarrier.wait(ring[1].index(place), parity)
+
+
+@gluon.jit
+def view(ring, step):
+    """The step's tile, [rows, width] of every chunk."""
+    place, _ = place_of(ring, step)
+    chunks = [buffer.index(place) for buffer in ring[0]]
+    return [chunk.reshape([chunk.shape[1], chunk.shape[2]]) for chunk in chunks]
+
+
+@gluon.jit
+def release(ring, step, pred=True):
+    place, _ = place_of(ring, step)
+    mbarrier.arrive(ring[2].index(place), count=1, pred=pred)
+
+
+@gluon.jit
+def store_through(ring, step, tile, descs, at):
+    """Write accumulators to memory, rounded, by way of the step's place, which the store reads until waited for."""
+    place, _ = place_of(ring, step)
+    chunks = view(ring, step)
+    for i in gl.static_range(len(descs)):
+        chunks[i].store(tile[i].to(chunks[i].dtype))
+    fence_async_shared()
+    for i in gl.static_range(len(descs)):
+        tma.async_copy_shared_to_global(descs[i], at, ring[0][i].index(place))
+
+
+@gluon.constexpr_function
+def product_layout(width):
+    """Of a consumer's product with this many columns."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, width, 16])
+
+
+@gluon.jit
+def zero_rows(tile):
+    """Accumulators of a consumer for products with this tile."""
+    return [gl.full([64, x.shape[1]], 0.0, gl.float32, product_layout(x.shape[1])) for x in tile]
+
+
+@gluon.jit
+def scale_rows(tile, factor):
+    """Every row of accumulators times its factor, [ROWS]."""
+    return [x * gl.convert_layout(factor, gl.SliceLayout(1, product_layout(x.shape[1])))[:, None] for x in tile]
+
+
+@gluon.jit
+def issue_dots(a, b):
+    """a b^T of tiles in shared memory, in flight, one product a chunk."""
+    M: gl.constexpr = a[0].shape[0]
+    N: gl.constexpr = b[0].shape[0]
+    zero = gl.full([M, N], 0.0, gl.float32, product_layout(N))
+    dots = warpgroup_mma(a[0], b[0].permute((1, 0)), zero, use_acc=False, is_async=True)
+    for i in gl.static_range(1, len(a)):
+        dots = warpgroup_mma(a[i], b[i].permute((1, 0)), dots, is_async=True)
+    return dots
+
+
+@gluon.jit
+def add_products(acc, weights, tile):
+    """(acc + weights tile, in flight, one product a chunk, and the registers that hold weights until they are done)."""
+    total, held = [], []
+    for i in gl.static_range(len(tile)):
+        operand = gl.convert_layout(weights, gl.DotOperandLayout(0, product_layout(tile[i].shape[1]), 2))
+        total = total + [warpgroup_mma(operand, tile[i], acc[i], is_async=True)]
+        held = held + [operand]
+    return total, held
+
+
+@gluon.jit
+def row_dots(a, b):
+    """Of every row of a with that row of b, tiles in shared memory: fp32 [rows]."""
+    LAYOUT: gl.constexpr = gl.SliceLayout(1, product_layout(64))
+    dots = gl.full([a[0].shape[0]], 0.0, gl.float32, LAYOUT)
+    for i in gl.static_range(len(a)):
+        b_a, b_b = a[i].load(product_layout(a[i].shape[1])), b[i].load(product_layout(a[i].shape[1]))
+        dots += gl.convert_layout(gl.sum(b_a.to(gl.float32) * b_b.to(gl.float32), 1), LAYOUT)
+    return dots
+
+
+def fits(*tensors: torch.Tensor) -> bool:
+    """Whether these views (B, N, H, D) of one shape suit the kernels: fp16 or bf16, heads side by side, rows and
+    pictures that start at 16 bytes."""
+    B, D = tensors[0].shape[0], tensors[0].shape[3]
+    return D in (64, 96, 128) and all(
+        t.dtype in (torch.float16, torch.bfloat16)
+        and t.stride()[2:] == (D, 1)
+        and all(stride > 0 and stride % 8 == 0 for stride in t.stride()[B == 1 : 2])
+        and t.data_ptr() % 16 == 0
+        for t in tensors
+    )
+
+
+def require(scale: float, **tensors: torch.Tensor) -> None:
+    """Raises ValueError for tensors that do not fit, or a scale that is not positive."""
+    if not fits(*tensors.values()) or not scale > 0:
+        first, said = next(iter(tensors.values())), ", ".join(tensors)
+        raise ValueError(
+            f"{said}: got {first.dtype} {tuple(first.shape)}, strides {[t.stride() for t in tensors.values()]}, scale "
+            f"{scale}; expected fp16 or bf16, D 64, 96 or 128, heads side by side, rows at 16 bytes, scale > 0"
+        )
+
+
+def describe(name: str, t: torch.Tensor, rows: int) -> dict:
+    """A kernel's two arguments for t (B, N, H, D), in tiles of `rows`: name_desc, and name_tail or None."""
+    B, N, H, D = t.shape
+    pictures = t.stride(0) if B > 1 else N * t.stride(1)
+    matrix = t.as_strided((B, N, H * D), (pictures, t.stride(1), 1))
+
+    def chunk(first, width):
+        block, dtype = [1, rows, width], gl.bfloat16 if t.dtype == torch.bfloat16 else gl.float16
+        layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
+        return TensorDescriptor.from_tensor(matrix[..., first:], block, layout)
+
+    tail = chunk(64, 32) if D == 96 else None
+    return {f"{name}_desc": chunk(0, 64 if D == 96 else D), f"{name}_tail": tail}
+
+
+def describe_flat(t: torch.Tensor) -> TensorDescriptor:
+    """A contiguous fp32 tensor as one long row, read in blocks of ROWS."""
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
+    return TensorDescriptor.from_tensor(t.view(-1), [ROWS], layout)

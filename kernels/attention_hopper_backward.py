@@ -25,276 +25,254 @@ hold no registers, of which the accumulators at D = 128 leave none.
 Needs what `hopper.fits` asks for; attention_backward.py does all else.
 """
 
+import torch
+import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import tma, warpgroup_mma_wait
 
 from . import tiles
-from .device import multiprocessors
-from .heads import HEAD_COUNTS, heads_in_group
-from .hopper import (
+from .attention_hopper import (
     CONSUMER_REGISTERS,
     PRODUCER_REGISTERS,
-    TILE,
-    chunks,
+    ROWS,
+    SIZES,
+    add_products,
+    allocate_ring,
+    chunks_of,
+    claim,
+    copy,
     describe,
     describe_flat,
     issue_dots,
+    place_of,
+    product_layout,
+    release,
     require,
+    row_dots,
+    store_through,
     tile_of,
+    view,
+    wait_filled,
+    zero_rows,
 )
+from .device import multiprocessors
+from .heads import heads_in_group
 from .launching import launch
 from .primitives import LOG2E
 
 
 @gluon.jit
-def blocks_of(i, N, BLOCK: gl.constexpr, TILE: gl.constexpr, IS_CAUSAL: gl.constexpr, OWNS_KEYS: gl.constexpr):
-    """(first, stride, count): tile i's streamed blocks are first, first + stride, ..., the diagonal's first."""
+def blocks_of(i, TILES, IS_CAUSAL: gl.constexpr, OWNS_KEYS: gl.constexpr):
+    """(first, stride, count): tile i's streamed blocks are first, first + stride, ..., those that a mask cuts first."""
     if not IS_CAUSAL:
-        first, stride, count = 0, 1, N // BLOCK
+        first, stride, count = 2 * TILES - 1, -1, 2 * TILES
     elif OWNS_KEYS:
-        first, stride, count = i * (TILE // BLOCK), 1, N // BLOCK - i * (TILE // BLOCK)
+        # Always that many; the maximum keeps the compiler from holding a part of the sum, 2 TILES - 2, in a register
+        # from tile to tile: the gradients of D = 128 leave none.
+        first, stride, count = 2 * i, 1, gl.maximum(2 * (TILES - i), 2)
     else:
-        first, stride, count = (i + 1) * (TILE // BLOCK) - 1, -1, (i + 1) * (TILE // BLOCK)
+        count = 2 * (i + 1)
+        first, stride = count - 1, -1
     return first, stride, count
 
 
 @gluon.jit
 def producer(
-    descs, tails, rings, tail_rings, bars, N, H, TILES, HEADS, GROUP,
-    D1: gl.constexpr, D2: gl.constexpr, TILE: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
-    PLACES: gl.constexpr, IS_CAUSAL: gl.constexpr, OWNS_KEYS: gl.constexpr,
+    own_descs, descs, out, statistics_desc, own, ring, statistics_ring, sizes,
+    D: gl.constexpr, IS_CAUSAL: gl.constexpr, OWNS_KEYS: gl.constexpr,
 ):  # fmt: skip
-    a_desc, b_desc, x_desc, y_desc, lse_desc, delta_desc = descs
-    a_tail, b_tail, x_tail, y_tail = tails
-    a_own, b_own, x_ring, y_ring, lse_ring, delta_ring = rings
-    a_own2, b_own2, x_ring2, y_ring2 = tail_rings
-    own_full, own_empty, full, empty = bars
-    ROWS: gl.constexpr = TILE // 2
-    done = 0  # pairs of earlier tiles
+    N, H, TILES, HEADS, GROUP, WORK = sizes
+    ROWS: gl.constexpr = descs[0].block_shape[1]
+    PAIR_BYTES: gl.constexpr = 2 * ROWS * D * 2
+    step = 0
     tile = 0
-    for t in range(gl.program_id(0), TILES * HEADS, gl.num_programs(0)):
-        i, i_b, i_h = tile_of(t, TILES, HEADS, GROUP, H)
-        if OWNS_KEYS:
-            i = TILES - 1 - i  # the first keys are seen by the most queries
-        column = i_h * (D1 + D2)
+    for t in range(gl.program_id(0), WORK, gl.num_programs(0)):
+        i, i_bh = tile_of(t, sizes, not OWNS_KEYS)
+        i_b, column = i_bh // H, i_bh % H * D
         for c in gl.static_range(2):
-            row = i_b * N + i * TILE + c * ROWS
-            place = tile % PLACES * 2 + c
-            mbarrier.wait(own_empty.index(place), (((tile + PLACES - 1) // PLACES) & 1) ^ 1)
-            mbarrier.expect(own_full.index(place), 2 * ROWS * (D1 + D2) * 2)
-            tma.async_copy_global_to_shared(a_desc, [row, column], own_full.index(place), a_own.index(place))
-            tma.async_copy_global_to_shared(b_desc, [row, column], own_full.index(place), b_own.index(place))
-            if D2 > 0:
-                tma.async_copy_global_to_shared(a_tail, [row, column + D1], own_full.index(place), a_own2.index(place))
-                tma.async_copy_global_to_shared(b_tail, [row, column + D1], own_full.index(place), b_own2.index(place))
-        first, stride, count = blocks_of(i, N, BLOCK, TILE, IS_CAUSAL, OWNS_KEYS)
+            claim(own[c], tile, PAIR_BYTES)
+            copy(own_descs, [i_b, (2 * i + c) * ROWS, column], own[c], tile)
+        if not OWNS_KEYS:
+            claim(ring, step, PAIR_BYTES)
+            for c in gl.static_range(2):
+                copy(out, [i_b, (2 * i + c) * ROWS, column], ring, step, c * len(out))
+            step += 1
+        first, stride, count = blocks_of(i, TILES, IS_CAUSAL, OWNS_KEYS)
         for j in range(count):
-            row = i_b * N + (first + j * stride) * BLOCK
-            slot = (done + j) % STAGES
-            mbarrier.wait(empty.index(slot), (((done + j) // STAGES) & 1) ^ 1)
-            mbarrier.expect(full.index(slot), 2 * BLOCK * (D1 + D2) * 2 + (2 * BLOCK * 4 if OWNS_KEYS else 0))
-            tma.async_copy_global_to_shared(x_desc, [row, column], full.index(slot), x_ring.index(slot))
-            tma.async_copy_global_to_shared(y_desc, [row, column], full.index(slot), y_ring.index(slot))
-            if D2 > 0:
-                tma.async_copy_global_to_shared(x_tail, [row, column + D1], full.index(slot), x_ring2.index(slot))
-                tma.async_copy_global_to_shared(y_tail, [row, column + D1], full.index(slot), y_ring2.index(slot))
+            row = (first + j * stride) * ROWS
+            claim(ring, step, PAIR_BYTES + (2 * ROWS * 4 if OWNS_KEYS else 0))
+            copy(descs, [i_b, row, column], ring, step)
             if OWNS_KEYS:
-                o_lse = (i_b * H + i_h) * N + (first + j * stride) * BLOCK
-                tma.async_copy_global_to_shared(lse_desc, [o_lse], full.index(slot), lse_ring.index(slot))
-                tma.async_copy_global_to_shared(delta_desc, [o_lse], full.index(slot), delta_ring.index(slot))
-        done += count
+                for k in gl.static_range(2):
+                    at = [(k * HEADS + i_bh) * (2 * TILES * ROWS) + row]
+                    copy([statistics_desc], at, statistics_ring, step, k)
+            step += 1
         tile += 1
 
 
 @gluon.jit
+def own_statistics(c: gl.constexpr, dout, ring, step, p_lse, p_statistics, o_own, i_bh, sizes, IS_RAGGED: gl.constexpr):
+    """lse and delta of a consumer's queries, [ROWS] each, also left for the keys' launch: infinity and 0 past N."""
+    N, H, TILES, HEADS, GROUP, WORK = sizes
+    CHUNKS: gl.constexpr = len(dout)
+    ROWS: gl.constexpr = dout[0].shape[0]
+    head = i_bh.to(gl.int64)
+    if IS_RAGGED:
+        lse = gl.load(p_lse + head * N + o_own, mask=o_own < N, other=float("inf"))
+    else:
+        lse = gl.load(p_lse + head * N + o_own)
+    wait_filled(ring, step)
+    delta = row_dots(dout, view(ring, step)[c * CHUNKS : (c + 1) * CHUNKS])
+    release(ring, step)
+    gl.store(p_statistics + head * (2 * TILES * ROWS) + o_own, lse)
+    gl.store(p_statistics + (HEADS + head) * (2 * TILES * ROWS) + o_own, delta)
+    return lse, delta
+
+
+@gluon.jit
+def add_pair(a, b, acc_x, acc_y, lse, delta, seen, ring, step, statistics_ring, scale_log2, OWNS_KEYS: gl.constexpr):
+    """The accumulators after a streamed pair, of which the positions `seen` count, or all if that is None."""
+    CHUNKS: gl.constexpr = len(a)
+    dtype: gl.constexpr = a[0].dtype
+    wait_filled(ring, step)
+    pair = view(ring, step)
+    x, y = pair[:CHUNKS], pair[CHUNKS:]
+    s = issue_dots(a, x)
+    dp = issue_dots(b, y)
+    s = warpgroup_mma_wait(CHUNKS, deps=[s])
+    if OWNS_KEYS:
+        lse = row_of(0, statistics_ring, step)
+    p = gl.exp2(s * scale_log2 - lse)
+    if seen is not None:
+        p = gl.where(seen, p, 0.0)
+    b_p = []
+    if OWNS_KEYS:
+        acc_y, b_p = add_products(acc_y, p.to(dtype), y)
+        dp = warpgroup_mma_wait(CHUNKS, deps=[dp])
+        delta = row_of(1, statistics_ring, step)
+    else:
+        # Passed long ago: its loop holds the exponentials above the wait for dP, which ptxas else puts first, and then
+        # nothing runs under that product.
+        wait_filled(ring, step)
+        dp = warpgroup_mma_wait(0, deps=[dp])
+    acc_x, b_ds = add_products(acc_x, (p * (dp - delta)).to(dtype), x)
+    done = warpgroup_mma_wait(0, deps=acc_x + acc_y + b_ds + b_p)
+    release(ring, step)
+    return done[:CHUNKS], done[CHUNKS : CHUNKS + len(acc_y)]
+
+
+@gluon.jit
+def row_of(k: gl.constexpr, statistics_ring, step):
+    """lse (0) or delta (1) of a streamed pair's queries: [1, ROWS]."""
+    place, _ = place_of(statistics_ring, step)
+    statistic = statistics_ring[0][k]
+    return statistic.index(place).load(gl.SliceLayout(0, product_layout(statistic.shape[1])))[None, :]
+
+
+@gluon.jit
 def consumer(
-    c: gl.constexpr, out_descs, out_tails, p_lse, p_delta, rings, tail_rings, bars,
-    scale, scale_log2, N, H, TILES, HEADS, GROUP,
-    D1: gl.constexpr, D2: gl.constexpr, TILE: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
-    PLACES: gl.constexpr, IS_CAUSAL: gl.constexpr, OWNS_KEYS: gl.constexpr,
+    c: gl.constexpr, grads, p_lse, p_statistics, own, ring, statistics_ring, scale, scale_log2, sizes,
+    D: gl.constexpr, IS_CAUSAL: gl.constexpr, IS_RAGGED: gl.constexpr, OWNS_KEYS: gl.constexpr,
 ):  # fmt: skip
-    a_own, b_own, x_ring, y_ring, lse_ring, delta_ring = rings
-    a_own2, b_own2, x_ring2, y_ring2 = tail_rings
-    own_full, own_empty, full, empty = bars
-    ROWS: gl.constexpr = TILE // 2
-    D2_: gl.constexpr = D2 if D2 > 0 else 16
-    CHUNKS: gl.constexpr = 2 if D2 > 0 else 1
-    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
-    ACC_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D1, 16])
-    ACC2_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D2_, 16])
-    W_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, ACC_LAYOUT, 2)
-    W2_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, ACC2_LAYOUT, 2)
-    dtype: gl.constexpr = a_own.dtype
-    o_row = c * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, S_LAYOUT))
-    o_col = gl.arange(0, BLOCK, gl.SliceLayout(0, S_LAYOUT))
-    zero = gl.zeros([ROWS, BLOCK], gl.float32, S_LAYOUT)
-    done = 0  # pairs of earlier tiles
+    N, H, TILES, HEADS, GROUP, WORK = sizes
+    ROWS: gl.constexpr = grads[0].block_shape[1]
+    CHUNKS: gl.constexpr = len(ring[0]) // 2
+    PLACES: gl.constexpr = own[1].shape[0]
+    HAS_MASK: gl.constexpr = IS_CAUSAL or IS_RAGGED
+    o_row = gl.arange(0, ROWS, gl.SliceLayout(1, product_layout(ROWS)))
+    o_col = gl.arange(0, ROWS, gl.SliceLayout(0, product_layout(ROWS)))
+    step = 0
     tile = 0
-    for t in range(gl.program_id(0), TILES * HEADS, gl.num_programs(0)):
-        i, i_b, i_h = tile_of(t, TILES, HEADS, GROUP, H)
+    for t in range(gl.program_id(0), WORK, gl.num_programs(0)):
+        i, i_bh = tile_of(t, sizes, not OWNS_KEYS)
+        o_own = (2 * i + c) * ROWS + o_row
+        owned = view(own, tile)
+        a, b = owned[:CHUNKS], owned[CHUNKS:]
+        wait_filled(own, tile)
+        acc_x, acc_y, lse, delta = zero_rows(a), [], None, None
         if OWNS_KEYS:
-            i = TILES - 1 - i
-        head = (i_b.to(gl.int64) * H + i_h) * N
-        o_own = i * TILE + o_row
-        acc = gl.zeros([ROWS, D1], gl.float32, ACC_LAYOUT)
-        acc2 = gl.zeros([ROWS, D2_], gl.float32, ACC2_LAYOUT)
-        if OWNS_KEYS:
-            acc_y = gl.zeros([ROWS, D1], gl.float32, ACC_LAYOUT)
-            acc_y2 = gl.zeros([ROWS, D2_], gl.float32, ACC2_LAYOUT)
+            acc_y = zero_rows(b)
         else:
-            lse = gl.load(p_lse + head + o_own)[:, None]
-            delta = gl.load(p_delta + head + o_own)[:, None]
-        place = tile % PLACES * 2 + c
-        a, a2, b, b2 = a_own.index(place), a_own2.index(place), b_own.index(place), b_own2.index(place)
-        mbarrier.wait(own_full.index(place), (tile // PLACES) & 1)
-        first, stride, count = blocks_of(i, N, BLOCK, TILE, IS_CAUSAL, OWNS_KEYS)
-        start = 0
-        stop = 0
+            lse, delta = own_statistics(c, b, ring, step, p_lse, p_statistics, o_own, i_bh, sizes, IS_RAGGED)
+            lse, delta = lse[:, None], delta[:, None]
+            step += 1
+        first, stride, count = blocks_of(i, TILES, IS_CAUSAL, OWNS_KEYS)
+        start, stop = 0, 2
         if IS_CAUSAL:
             if c == (1 if OWNS_KEYS else 0):
-                slot = done % STAGES
-                # Once it is filled, the arrival counts for this round, whatever the other consumer has yet to read.
-                mbarrier.wait(full.index(slot), (done // STAGES) & 1)
-                mbarrier.arrive(empty.index(slot), count=1)
+                # Once it is filled, the release counts for this round, whatever the other consumer has yet to read.
+                wait_filled(ring, step)
+                release(ring, step)
                 start = 1
             stop = start + 1
-        for IS_WHOLE in gl.static_range(0 if IS_CAUSAL else 1, 2):
+        for IS_WHOLE in gl.static_range(0 if HAS_MASK else 1, 2):
             if IS_WHOLE:
-                start = stop
+                start = stop if HAS_MASK else 0
                 stop = count
                 if PLACES == 2:
                     # The last tile's gradients have left their place by now, which the next tile's rows may take.
                     tma.store_wait(0)
-                    mbarrier.arrive(own_empty.index(place ^ 2), count=1)
+                    release(own, tile - 1, tile > 0)
             for j in range(start, stop):
-                slot = (done + j) % STAGES
-                phase = ((done + j) // STAGES) & 1
-                x, x2, y, y2 = x_ring.index(slot), x_ring2.index(slot), y_ring.index(slot), y_ring2.index(slot)
-                mbarrier.wait(full.index(slot), phase)
-                s = issue_dots(a, a2, x, x2, zero, D2)
-                dp = issue_dots(b, b2, y, y2, zero, D2)
-                s = warpgroup_mma_wait(CHUNKS, deps=[s])
-                if OWNS_KEYS:
-                    lse = lse_ring.index(slot).load(gl.SliceLayout(0, S_LAYOUT))[None, :]
-                p = gl.exp2(s * scale_log2 - lse)
-                if not IS_WHOLE:
-                    o_streamed = (first + j * stride) * BLOCK + o_col
-                    if OWNS_KEYS:
-                        p = gl.where(o_own[:, None] <= o_streamed[None, :], p, 0.0)
-                    else:
-                        p = gl.where(o_streamed[None, :] <= o_own[:, None], p, 0.0)
-                if OWNS_KEYS:
-                    w = gl.convert_layout(p.to(dtype), W_LAYOUT)
-                    acc_y = warpgroup_mma(w, y, acc_y, is_async=True)
-                    if D2 > 0:
-                        w2 = gl.convert_layout(p.to(dtype), W2_LAYOUT)
-                        acc_y2 = warpgroup_mma(w2, y2, acc_y2, is_async=True)
-                    dp = warpgroup_mma_wait(CHUNKS, deps=[dp])
-                    delta = delta_ring.index(slot).load(gl.SliceLayout(0, S_LAYOUT))[None, :]
+                o_streamed = (first + j * stride) * ROWS + o_col
+                if IS_WHOLE:
+                    seen = None
+                elif OWNS_KEYS:
+                    seen = o_row[:, None] <= o_col[None, :]  # of the diagonal's block
+                elif IS_CAUSAL:
+                    seen = o_streamed[None, :] <= o_own[:, None]
                 else:
-                    # Passed long ago: its loop holds the exponentials above the wait for dP, which ptxas else puts
-                    # first, and then nothing runs under that product.
-                    mbarrier.wait(full.index(slot), phase)
-                    dp = warpgroup_mma_wait(0, deps=[dp])
-                ds = (p * (dp - delta)).to(dtype)
-                v = gl.convert_layout(ds, W_LAYOUT)
-                acc = warpgroup_mma(v, x, acc, is_async=True)
-                if D2 > 0:
-                    v2 = gl.convert_layout(ds, W2_LAYOUT)
-                    acc2 = warpgroup_mma(v2, x2, acc2, is_async=True)
-                    acc2, v2 = warpgroup_mma_wait(0, deps=[acc2, v2])
-                if OWNS_KEYS:
-                    acc, acc_y, v, w = warpgroup_mma_wait(0, deps=[acc, acc_y, v, w])
-                    if D2 > 0:
-                        acc_y2, w2 = warpgroup_mma_wait(0, deps=[acc_y2, w2])
-                else:
-                    acc, v = warpgroup_mma_wait(0, deps=[acc, v])
-                mbarrier.arrive(empty.index(slot), count=1)
-        done += count
+                    seen = o_streamed[None, :] < N
+                acc_x, acc_y = add_pair(
+                    a, b, acc_x, acc_y, lse, delta, seen, ring, step + j, statistics_ring, scale_log2, OWNS_KEYS
+                )
+        step += count
 
         # The owned tiles have been read for the last time: their place takes the gradients on their way out.
-        row = i_b * N + i * TILE + c * ROWS
-        column = i_h * (D1 + D2)
-        a.store((acc * scale).to(dtype))
-        if D2 > 0:
-            a2.store((acc2 * scale).to(dtype))
-        if OWNS_KEYS:
-            b.store(acc_y.to(dtype))
-            if D2 > 0:
-                b2.store(acc_y2.to(dtype))
-        fence_async_shared()
-        tma.async_copy_shared_to_global(out_descs[0], [row, column], a)
-        if D2 > 0:
-            tma.async_copy_shared_to_global(out_tails[0], [row, column + D1], a2)
-        if OWNS_KEYS:
-            tma.async_copy_shared_to_global(out_descs[1], [row, column], b)
-            if D2 > 0:
-                tma.async_copy_shared_to_global(out_tails[1], [row, column + D1], b2)
+        acc_x = [x * scale for x in acc_x]
+        store_through(own, tile, acc_x + acc_y, grads, [i_bh // H, (2 * i + c) * ROWS, i_bh % H * D])
         if PLACES == 1:
             tma.store_wait(0)
-            mbarrier.arrive(own_empty.index(place), count=1)
+            release(own, tile)
         tile += 1
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=HEAD_COUNTS)
+@gluon.jit(do_not_specialize=SIZES)
 def attention_hopper_backward_kernel(
-    a_desc, b_desc, x_desc, y_desc, da_desc, db_desc, a_tail, b_tail, x_tail, y_tail, da_tail, db_tail,
-    lse_desc, delta_desc, p_lse, p_delta, scale, scale_log2, N, H, TILES, HEADS, GROUP,
-    D1: gl.constexpr, D2: gl.constexpr, TILE: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
-    PLACES: gl.constexpr, IS_CAUSAL: gl.constexpr, OWNS_KEYS: gl.constexpr,
+    a_desc, a_tail, b_desc, b_tail, x_desc, x_tail, y_desc, y_tail, da_desc, da_tail, db_desc, db_tail,
+    out_desc, out_tail, statistics_desc, p_lse, p_statistics, scale, scale_log2, N, H, TILES, HEADS, GROUP, WORK,
+    D: gl.constexpr, STAGES: gl.constexpr, PLACES: gl.constexpr,
+    IS_CAUSAL: gl.constexpr, IS_RAGGED: gl.constexpr, OWNS_KEYS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    dtype: gl.constexpr = a_desc.dtype
-    a_own = gl.allocate_shared_memory(dtype, [2 * PLACES, TILE // 2, D1], a_desc.layout)
-    b_own = gl.allocate_shared_memory(dtype, [2 * PLACES, TILE // 2, D1], b_desc.layout)
-    x_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK, D1], x_desc.layout)
-    y_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK, D1], y_desc.layout)
-    lse_ring = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK], lse_desc.layout)
-    delta_ring = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK], delta_desc.layout)
-    rings = (a_own, b_own, x_ring, y_ring, lse_ring, delta_ring)
-    if D2 > 0:
-        a_own2 = gl.allocate_shared_memory(dtype, [2 * PLACES, TILE // 2, D2], a_tail.layout)
-        b_own2 = gl.allocate_shared_memory(dtype, [2 * PLACES, TILE // 2, D2], b_tail.layout)
-        x_ring2 = gl.allocate_shared_memory(dtype, [STAGES, BLOCK, D2], x_tail.layout)
-        y_ring2 = gl.allocate_shared_memory(dtype, [STAGES, BLOCK, D2], y_tail.layout)
-        tail_rings = (a_own2, b_own2, x_ring2, y_ring2)
-    else:
-        tail_rings = (a_own, b_own, x_ring, y_ring)
-    own_full = gl.allocate_shared_memory(gl.int64, [2 * PLACES, 1], mbarrier.MBarrierLayout())
-    own_empty = gl.allocate_shared_memory(gl.int64, [2 * PLACES, 1], mbarrier.MBarrierLayout())
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for place in gl.static_range(2 * PLACES):
-        mbarrier.init(own_full.index(place), count=1)
-        mbarrier.init(own_empty.index(place), count=1)
-    for slot in gl.static_range(STAGES):
-        mbarrier.init(full.index(slot), count=1)
-        mbarrier.init(empty.index(slot), count=2)  # both consumers release a pair
-
-    bars = (own_full, own_empty, full, empty)
-    descs, tails = (a_desc, b_desc, x_desc, y_desc, lse_desc, delta_desc), (a_tail, b_tail, x_tail, y_tail)
-    out_descs, out_tails = (da_desc, db_desc), (da_tail, db_tail)
+    own_descs = chunks_of(a_desc, a_tail) + chunks_of(b_desc, b_tail)
+    descs = chunks_of(x_desc, x_tail) + chunks_of(y_desc, y_tail)
+    own = allocate_ring(own_descs, PLACES, 1), allocate_ring(own_descs, PLACES, 1)  # of either consumer
+    ring = allocate_ring(descs, STAGES, 2)
+    statistics_ring = ring
+    grads = chunks_of(da_desc, da_tail)
+    if OWNS_KEYS:
+        grads = grads + chunks_of(db_desc, db_tail)
+        shape: gl.constexpr = [STAGES, statistics_desc.block_shape[0]]
+        lse = gl.allocate_shared_memory(gl.float32, shape, statistics_desc.layout)
+        delta = gl.allocate_shared_memory(gl.float32, shape, statistics_desc.layout)
+        statistics_ring = [lse, delta], ring[1], ring[2]
+    out = chunks_of(out_desc, out_tail)
+    sizes = N, H, TILES, HEADS, GROUP, WORK
     gl.warp_specialize(
         [
             (consumer, (
-                0, out_descs, out_tails, p_lse, p_delta, rings, tail_rings, bars,
-                scale, scale_log2, N, H, TILES, HEADS, GROUP, D1, D2, TILE, BLOCK, STAGES, PLACES, IS_CAUSAL, OWNS_KEYS,
+                0, grads, p_lse, p_statistics, own[0], ring, statistics_ring, scale, scale_log2, sizes,
+                D, IS_CAUSAL, IS_RAGGED, OWNS_KEYS,
             )),
             (consumer, (
-                1, out_descs, out_tails, p_lse, p_delta, rings, tail_rings, bars,
-                scale, scale_log2, N, H, TILES, HEADS, GROUP, D1, D2, TILE, BLOCK, STAGES, PLACES, IS_CAUSAL, OWNS_KEYS,
+                1, grads, p_lse, p_statistics, own[1], ring, statistics_ring, scale, scale_log2, sizes,
+                D, IS_CAUSAL, IS_RAGGED, OWNS_KEYS,
             )),
             (producer, (
-                descs, tails, rings, tail_rings, bars, N, H, TILES, HEADS, GROUP,
-                D1, D2, TILE, BLOCK, STAGES, PLACES, IS_CAUSAL, OWNS_KEYS,
+                own_descs, descs, out, statistics_desc, own, ring, statistics_ring, sizes, D, IS_CAUSAL, OWNS_KEYS
             )),
         ],
         [4, 1],
@@ -302,37 +280,36 @@ def attention_hopper_backward_kernel(
     )  # fmt: skip
 
 
-def attention_backward_hopper(dout, q, k, v, lse, delta, dq, dk, dv, causal: bool, scale: float) -> None:
-    """Fill dq, dk, dv, views (B, N, H, D) like the others; lse (base 2) and delta = rowsum(dout out) fp32 (B, H, N).
+def attention_backward_hopper(dout, q, k, v, out, lse, dq, dk, dv, causal: bool, scale: float) -> None:
+    """Fill dq, dk, dv, views (B, N, H, D) like the others; lse (base 2) fp32 (B, H, N).
 
     Raises ValueError if the tensors do not fit."""
-    require(scale, dout=dout, q=q, k=k, v=v, dq=dq, dk=dk, dv=dv)
-    tile = tiles.ATTENTION_HOPPER_BACKWARD[q.shape[3]]
-    tiles.require("attention_hopper_backward_kernel", tile, q, 2 * tile.BLOCK_N * q.shape[3])
-    _launch(tile, False, (q, dout), (k, v), (dq, dq), lse, delta, causal, scale)
-    _launch(tile, True, (k, v), (q, dout), (dk, dv), lse, delta, causal, scale)
+    require(scale, dout=dout, q=q, k=k, v=v, out=out, dq=dq, dk=dk, dv=dv)
+    B, N, H, D = q.shape
+    tile = tiles.ATTENTION_HOPPER_BACKWARD[D]
+    tiles.require("attention_hopper_backward_kernel", tile, q, 2 * tile.BLOCK_N * D)
+    # lse and delta of every row of every tile: a block of them starts at 16 bytes, as a copy by TMA must.
+    TILES = triton.cdiv(N, tile.BLOCK_M)
+    statistics = torch.empty((2, B, H, TILES * tile.BLOCK_M), dtype=torch.float32, device=q.device)
 
+    def run(owned, streamed, grads, **arguments) -> None:
+        views = zip(("a", "b", "x", "y", "da", "db", "out"), (*owned, *streamed, *grads, out))
+        launch(
+            attention_hopper_backward_kernel, (min(multiprocessors(q.device), TILES * B * H),),
+            **{key: value for name, t in views for key, value in describe(name, t, ROWS).items()}, **arguments,
+            scale=scale, scale_log2=scale * LOG2E.value, N=N, H=H, TILES=TILES, HEADS=B * H,
+            GROUP=heads_in_group(q, tile), WORK=TILES * B * H, D=D, STAGES=tile.num_stages, IS_CAUSAL=causal,
+            CONSUMER_REGISTERS=CONSUMER_REGISTERS, PRODUCER_REGISTERS=PRODUCER_REGISTERS, num_warps=tile.num_warps,
+        )  # fmt: skip
 
-def _launch(tile, owns_keys: bool, owned, streamed, grads, lse, delta, causal: bool, scale: float) -> None:
-    B, N, H, D = owned[0].shape
-    D1, D2 = chunks(D)
-
-    def six(width):
-        rows = (*owned, TILE // 2), (*streamed, tile.BLOCK_N), (*grads, TILE // 2)
-        return [describe(t, height, width) for *pair, height in rows for t in pair]
-
-    # With two places a tile's rows come while the last tile's gradients leave; two accumulators of 128 columns leave
-    # no registers to tell them apart.
-    places = 1 if owns_keys and D == 128 else 2
-    TILES = N // TILE
-    launch(
-        attention_hopper_backward_kernel, (min(multiprocessors(lse.device), TILES * B * H),),
-        **dict(zip(("a_desc", "b_desc", "x_desc", "y_desc", "da_desc", "db_desc"), six(D1))),
-        **dict(zip(("a_tail", "b_tail", "x_tail", "y_tail", "da_tail", "db_tail"), six(D2 or D1))),
-        lse_desc=describe_flat(lse, tile.BLOCK_N), delta_desc=describe_flat(delta, tile.BLOCK_N), p_lse=lse,
-        p_delta=delta, scale=scale, scale_log2=scale * LOG2E.value, N=N, H=H, TILES=TILES, HEADS=B * H,
-        GROUP=heads_in_group(owned[0], tile),
-        D1=D1, D2=D2, TILE=TILE, BLOCK=tile.BLOCK_N, STAGES=tile.num_stages, PLACES=places,
-        IS_CAUSAL=causal, OWNS_KEYS=owns_keys,
-        CONSUMER_REGISTERS=CONSUMER_REGISTERS, PRODUCER_REGISTERS=PRODUCER_REGISTERS, num_warps=tile.num_warps,
+    run(
+        (q, dout), (k, v), (dq, dq), statistics_desc=None, p_lse=lse, p_statistics=statistics, PLACES=2,
+        IS_RAGGED=N % tile.BLOCK_M != 0, OWNS_KEYS=False,
+    )  # fmt: skip
+    # With two places a tile's rows come while the last tile's gradients leave; two accumulators of 128 columns leave no
+    # registers to tell them apart.
+    places = 1 if D == 128 else 2
+    run(
+        (k, v), (q, dout), (dk, dv), statistics_desc=describe_flat(statistics), p_lse=None, p_statistics=None,
+        PLACES=places, IS_RAGGED=False, OWNS_KEYS=True,
     )  # fmt: skip

@@ -82,7 +82,8 @@ def attention_kernel(
     i_bh, i_split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i_b, i_h = i_bh // H, i_bh % H
     o_n = tl.arange(0, BLOCK_N)
-    p = tl.load(position + i_b).to(tl.int32)
+    # Ahead of the wait nothing says that L1 knows what the last step wrote: these loads go past it, with ".cg".
+    p = tl.load(position + i_b, cache_modifier=".cg").to(tl.int32)
     is_inside = (p >= 0) & (p < n_ctx)
     p = tl.where(is_inside, p, 0)
     qkv += (i_b * 3 * H + i_h) * D
@@ -92,8 +93,8 @@ def attention_kernel(
     start = i_split * share
     end = tl.minimum(p, start + share)
     if maxima is not None:
-        b_k = load_tile((k_cache, D), start, end, BLOCK_N, D)  # [BLOCK_N, D]
-        b_v = load_tile((v_cache, D), start, end, BLOCK_N, D)
+        b_k = load_tile((k_cache, D), start, end, BLOCK_N, D, ".cg")
+        b_v = load_tile((v_cache, D), start, end, BLOCK_N, D, ".cg")
     wait(IS_EARLY, IS_CHAINED)
 
     # Scores in powers of two; NaN, and with it all that comes of it, for a position outside.
@@ -103,8 +104,8 @@ def attention_kernel(
     b_acc = zero_tile(BLOCK_N, D)
     for i_n in tl.range(start, end, BLOCK_N, num_stages=STAGES):
         if maxima is None or i_n > start:
-            b_k = load_tile((k_cache, D), i_n, end, BLOCK_N, D)
-            b_v = load_tile((v_cache, D), i_n, end, BLOCK_N, D)
+            b_k = load_tile((k_cache, D), i_n, end, BLOCK_N, D, ".cg")
+            b_v = load_tile((v_cache, D), i_n, end, BLOCK_N, D, ".cg")
         b_s = tl.where(i_n + o_n < end, row_dots(b_k, b_q), float("-inf"))
         b_new_max = tl.maximum(b_max, b_s)
         b_fade, b_p = tl.exp2(b_max - b_new_max), tl.exp2(b_s - b_new_max)
@@ -175,7 +176,7 @@ def decode_attention_parts_op(qkv, k_cache, v_cache, position, scale: float, par
 
 def check(qkv, k_cache, v_cache, position) -> None:
     checks.decode_attention(qkv, k_cache, v_cache)
-    B, _, H, D = qkv.shape
+    B, D = qkv.shape[0], qkv.shape[3]
     if D > 128:
         checks.refuse("decode_attention", "qkv", f"head dim {D}", "at most 128")
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
@@ -192,9 +193,9 @@ def decode_attention(qkv, k_cache, v_cache, position, scale: float | None = None
     """Attention of the new position: qkv (B, 3, H, D), caches (B, H, n_ctx, D) -> (B, H, D), or (rows, H, D) of which
     only the first B are written.
 
-    `position` (B,), integers on the device in [0, n_ctx), says how many keys the caches hold; k and v are written there.
-    scale defaults to 1/sqrt(D). A position outside gives NaN, and nothing is written. Raises ValueError for operands
-    that don't fit."""
+    `position` (B,), integers on the device in [0, n_ctx), says how many keys the caches hold; k and v are written
+    there. scale defaults to 1/sqrt(D). A position outside gives NaN, and nothing is written. Raises ValueError for
+    operands that don't fit."""
     check(qkv, k_cache, v_cache, position)
     scale = qkv.shape[3] ** -0.5 if scale is None else scale
     return decode_attention_op(qkv, k_cache, v_cache, position, scale, len(qkv) if rows is None else rows)

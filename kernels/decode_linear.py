@@ -6,12 +6,12 @@
 A program owns BLOCK_N output features and holds all K columns of their weights in registers, fetched before it waits
 for what the earlier kernels wrote (kernels/decode_chain.py); then it takes one picture after another. Weights are read
 once, whatever B, and 1 byte each in int8, with one fp32 scale an output channel; x and the partial sums come from L2.
-Products and sums are fp32 and the order is the same for every B: each lane's columns, up to three chunks and eight or
-sixteen columns of a vector, then lanes and warps in a tree; errors grow as the logarithm of K.
+Products and sums are fp32, in one order for every B: a lane's columns of each chunk, then lanes and warps in a tree, so
+that errors don't grow with K as those of one long sum do.
 
-The norm folds: rstd (x @ weight^T), with sum(x^2) of the program's own copy of x; its gain is in the weight. The centred
-norm subtracts the mean from that copy first. What attention left as parts (kernels/decode_attention.py) is joined by
-every program for itself.
+The norm folds: rstd (x @ weight^T), with sum(x^2) of the program's own copy of x; its gain is in the weight. The
+centred norm subtracts the mean from that copy first. What attention left as parts (kernels/decode_attention.py) every
+program joins for itself.
 
 Floor: O K bytes of weights (2 O K in 16 bits). No gradients.
 """
@@ -57,8 +57,8 @@ def load_joined(partial, maxima, sums, o_k, K: tl.constexpr, HEADS: tl.constexpr
 def linear_kernel(
     x, maxima, sums, weight, scale, bias, residual, y, B, eps,
     O: tl.constexpr, K: tl.constexpr, HEADS: tl.constexpr, SPLITS: tl.constexpr,
-    HAS_NORM: tl.constexpr, IS_CENTRED: tl.constexpr, HAS_GELU: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, IS_EARLY: tl.constexpr, IS_CHAINED: tl.constexpr,
+    HAS_NORM: tl.constexpr, IS_CENTRED: tl.constexpr, HAS_GELU: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, STAGES: tl.constexpr, IS_EARLY: tl.constexpr, IS_CHAINED: tl.constexpr,
 ):  # fmt: skip
     release(IS_EARLY, IS_CHAINED)
     o_o = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -88,8 +88,10 @@ def linear_kernel(
             if IS_CENTRED:
                 b_x = tl.where(o_k < K, b_x - mean, 0.0)
             b_wx = b_w[i_k // BLOCK_K].to(tl.float32) * b_x[None, :]
-            b_y = b_wx if i_k == 0 else b_y + b_wx
-            b_squares = b_x * b_x if i_k == 0 else b_squares + b_x * b_x
+            if i_k == 0:
+                b_y, b_squares = b_wx, b_x * b_x
+            else:
+                b_y, b_squares = b_y + b_wx, b_squares + b_x * b_x
         b_sum = tl.sum(b_y, 1)
         if HAS_NORM:
             b_sum *= tl.rsqrt(tl.sum(b_squares, 0) / K + eps)

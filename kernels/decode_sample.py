@@ -3,12 +3,12 @@
     x = wpe[p] + (wte[tokens[:, p - 1]] if p > 0 else sos)                                     decode_embed
     tokens[:, p] = argmax(truncate(logits / temperature, top_k, top_p) + gumbel)              decode_sample
 
-p is an integer of each picture in device memory; the draw, which ends a step, moves it on. gumbel = -log(-log(u)), u = tl.rand(seed, (picture << 32) + p V + k): noise by counter
-(Philox-4x32-10), the same for a picture whatever batch it is drawn in. truncate keeps a token while fewer than top_k
-are likelier, then while the likelier ones have less than top_p of the mass that is left; equal logits live or die
-together, and the likeliest live. temperature 0 takes the likeliest token, the lowest on ties. One program a picture;
-truncation counts by V^2 comparisons, which for the few hundred colours of a palette is no slower than a sort and needs
-no order.
+p is an integer of each picture in device memory, which the draw, a step's last kernel, moves on.
+gumbel = -log(-log(u)), u = tl.rand(seed, (picture << 32) + p V + k): noise by counter (Philox-4x32-10), the same for a
+picture whatever batch it is drawn in. truncate keeps a token while fewer than top_k are likelier, then while the
+likelier ones have less than top_p of the mass that is left; equal logits live or die together, and the likeliest live.
+temperature 0 takes the likeliest token, the lowest on ties. One program a picture; truncation counts by V^2
+comparisons, which for the few hundred colours of a palette is no slower than a sort and needs no order.
 """
 
 import torch
@@ -77,8 +77,8 @@ def sample_kernel(
 ):  # fmt: skip
     i_b = tl.program_id(0).to(tl.int64)
     o_v = tl.arange(0, BLOCK_V)
-    p = tl.load(position + i_b).to(tl.int64)
     wait(False, IS_CHAINED)
+    p = tl.load(position + i_b).to(tl.int64)
     logits += i_b * V
     b_scores = load_scores(logits, o_v, V, 1.0 if IS_GREEDY else temperature)
     if not IS_GREEDY:
@@ -128,8 +128,8 @@ def check(name: str, tokens, position, batch: int) -> None:
 
 
 def decode_embed(tokens, wte, wpe, sos, position, dtype: torch.dtype = torch.float32):
-    """The residual stream's start at `position` (B,): tokens (B, n_ctx) -> (B, d). A token outside [0, V), or a position
-    outside [0, n_ctx), gives NaN. Raises ValueError for operands that don't fit."""
+    """The residual stream's start at `position` (B,): tokens (B, n_ctx) -> (B, d). A token outside [0, V), or a
+    position outside [0, n_ctx), gives NaN. Raises ValueError for operands that don't fit."""
     check("decode_embed", tokens, position, tokens.shape[0])
     checks.operand("decode_embed", "wpe", wpe, (None, wte.shape[1]), wte.dtype)
     checks.operand("decode_embed", "sos", sos, (wte.shape[1],), wte.dtype)

@@ -191,7 +191,7 @@ def attention_tile(table: dict, q: torch.Tensor, aligned: bool) -> Tile:
 
 # The warp-specialised kernels of sm_90 (kernels/attention_hopper.py, attention_hopper_backward.py) by head dim: BLOCK_M
 # rows in two consumers, BLOCK_N streamed rows, num_stages of which are in shared memory.
-ATTENTION_HOPPER = {
+ATTENTION_HOPPER_FORWARD = {
     64: Tile(128, 128, num_stages=4, tma=True, evidence="H200 2026-11-27"),
     96: Tile(128, 128, num_stages=3, tma=True, evidence="H200 2026-11-27"),
     128: Tile(128, 128, num_stages=2, tma=True, group_bytes=32 << 20, evidence="H200 2026-11-27"),
@@ -224,9 +224,9 @@ def embedding_backward_tile(arch: str, element_bytes: int, d: int) -> Tile:
 # Up to how many pictures a decoding step's products are matrix-vector kernels; beyond, the vendor's.
 FEW_PICTURES = 8
 
-# One decoding step's products for few pictures (kernels/decode_linear.py): (what goes in or comes out, columns up to) ->
-# BLOCK_N output features a program. Nothing in them is one architecture's: what an H200 likes best is taken everywhere.
-# Wider rows than it measured keep to the 128 weights a thread that fit its registers even in fp32.
+# One decoding step's products for few pictures (kernels/decode_linear.py): (what goes in or comes out, columns up to)
+# -> BLOCK_N output features a program. Nothing in them is one architecture's: what an H200 likes best is taken
+# everywhere. The other widths keep to 128 weights a thread, which fit its registers even in fp32.
 DECODE_LINEAR = {
     ("norm", 256): Tile(1, 32, num_warps=4),
     ("norm", 512): Tile(1, 16, num_warps=8, early=False, evidence="H200 2026-11-27"),
@@ -260,7 +260,7 @@ def decode_linear_tile(form: str, K: int) -> Tile:
     """The tile of the narrowest class that holds K columns. BLOCK_K is K's power of two, or a quarter of it where three
     of those hold K (1536 = 3 x 512); at most 4096, and 1024 where each column of x is joined from DECODE_SPLITS."""
     whole = max(64, 1 << (K - 1).bit_length())
-    chunk = whole // 4 if 3 * whole >= 4 * K else whole
+    chunk = whole // (4 if 3 * whole >= 4 * K else 1)
     tile = DECODE_LINEAR[form, min(width for name, width in DECODE_LINEAR if name == form and width >= K)]
     return replace(tile, BLOCK_K=min(chunk, 1024 if form == "join" else 4096))
 

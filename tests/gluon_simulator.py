@@ -31,7 +31,7 @@ class Killed(BaseException):
     pass
 
 
-SHARED = "hopper"  # the module of jitted functions that the simulated ones import
+SHARED = "attention_hopper"  # the module of jitted functions that the simulated ones import
 # Whose turn it is among those who can move (0 and 1 the consumers, the last one the producer), which copy in flight
 # lands when one must, the oldest or the newest, and when that is: as late as can be, or at once.
 POLICIES = {
@@ -127,8 +127,15 @@ class Shared:
     def __init__(self, data, dtype, layout=None, stale=None):
         self.data, self.dtype, self.layout, self.stale = data, dtype, layout, stale if stale is not None else [False]
 
+    @property
+    def shape(self):
+        return self.data.shape
+
     def index(self, i):
         return Shared(self.data[int(i)], self.dtype, self.layout, self.stale)
+
+    def reshape(self, shape):
+        return Shared(self.data.view(shape), self.dtype, self.layout, self.stale)
 
     def permute(self, order):
         return Shared(self.data.permute(order), self.dtype, self.layout, self.stale)
@@ -146,6 +153,7 @@ class Barriers:
 
     def __init__(self, n):
         self.all = [types.SimpleNamespace(count=None, pending=None, bytes=0, phase=0) for _ in range(n)]
+        self.shape = [n, 1]
 
     def index(self, i):
         return self.all[int(i)]
@@ -158,17 +166,20 @@ def settle(bar):
 
 
 class Descriptor:
-    """A tensor descriptor over a view, whose every block lies inside of it."""
+    """A tensor descriptor over a view: what lies outside of it reads as zero and is not written."""
 
     def __init__(self, view, block, layout):
-        self.view, self.block, self.layout, self.dtype = view, block, layout, view.dtype
+        self.view, self.block_shape, self.layout, self.dtype = view, block, layout, view.dtype
 
     @classmethod
     def from_tensor(cls, view, block, layout):
         return cls(view, block, layout)
 
-    def box(self, at):
-        return tuple(slice(int(o), int(o) + b) for o, b in zip(at, self.block))
+    def inside(self, at, block):
+        """The part of the view at `at`, and the part of a block that it fills."""
+        ends = [min(int(o) + b, n) for o, b, n in zip(at, self.block_shape, self.view.shape, strict=True)]
+        there = self.view[tuple(slice(int(o), end) for o, end in zip(at, ends))]
+        return there, block[tuple(slice(0, n) for n in there.shape)]
 
 
 class Product:
@@ -220,7 +231,8 @@ def load(path, package: str, policy: str = "producer first", seed: int = 0, edit
         dest.data.fill_(float("nan"))
 
         def land():
-            dest.data.copy_(desc.view[desc.box(at)])
+            there, part = desc.inside(at, dest.data.zero_())
+            part.copy_(there)
             bar.bytes -= dest.data.numel() * dest.data.element_size()
             settle(bar)
 
@@ -233,7 +245,8 @@ def load(path, package: str, policy: str = "producer first", seed: int = 0, edit
 
         def land():
             if not store.done:
-                desc.view[desc.box(at)] = src.data
+                there, part = desc.inside(at, src.data)
+                there.copy_(part)
                 store.done = True
 
         state.machine.local.me.groups.append(land)
@@ -263,7 +276,7 @@ def load(path, package: str, policy: str = "producer first", seed: int = 0, edit
             product.complete()
             me.groups.remove(product)
         values = [d.value if isinstance(d, Product) and d.value is not None else d for d in deps]
-        return values[0] if len(values) == 1 else tuple(values)
+        return values[0] if len(values) == 1 else values
 
     def fence():
         for shared in state.shared:
@@ -297,11 +310,13 @@ def load(path, package: str, policy: str = "producer first", seed: int = 0, edit
         state.machine = Machine(policy, seed)
         state.machine.run(bodies)
 
-    def pointer_load(where):
-        return where.base.view(-1)[where.offset]
+    def pointer_load(where, mask=None, other=0.0):
+        if mask is None:
+            return where.base.view(-1)[where.offset]
+        return torch.full(mask.shape, other).masked_scatter(mask, where.base.view(-1)[where.offset[mask]])
 
-    def pointer_store(where, value):
-        where.base.view(-1)[where.offset] = value
+    def pointer_store(where, value, mask=slice(None)):
+        where.base.view(-1)[where.offset[mask]] = value[mask]
 
     class Layout:
         def __init__(self, *args, **kwargs):
@@ -315,7 +330,8 @@ def load(path, package: str, policy: str = "producer first", seed: int = 0, edit
     vars(gl).update(
         constexpr=None, float32=torch.float32, float16=torch.float16, bfloat16=torch.bfloat16, int64=torch.int64,
         program_id=lambda axis: state.program, num_programs=lambda axis: state.programs,
-        static_range=range, minimum=_minimum, maximum=torch.maximum, zeros=lambda s, d, l: torch.zeros(s, dtype=d),
+        static_range=range, minimum=_minimum, maximum=_maximum, zeros=lambda s, d, l: torch.zeros(s, dtype=d),
+        full=lambda s, x, d, l: torch.full(s, x, dtype=d),
         arange=lambda a, b, l: torch.arange(a, b), where=lambda c, a, b: torch.where(c, a, torch.tensor(b)),
         max=lambda x, axis: x.amax(axis), sum=lambda x, axis: x.sum(axis), exp2=torch.exp2, log2=torch.log2,
         convert_layout=lambda x, l: x, load=pointer_load, store=pointer_store, allocate_shared_memory=allocate,
@@ -334,6 +350,7 @@ def load(path, package: str, policy: str = "producer first", seed: int = 0, edit
     host.TensorDescriptor = Descriptor
     gluon = types.ModuleType("gluon")
     gluon.jit = lambda function=None, **options: Kernel(function) if function else Kernel
+    gluon.constexpr_function = lambda function: function
     gluon.language = gl
     root = "triton.experimental.gluon"
     experimental = types.ModuleType("triton.experimental")
@@ -381,8 +398,12 @@ def _minimum(a, b):
     return torch.minimum(torch.as_tensor(a), torch.as_tensor(b))
 
 
+def _maximum(a, b):
+    return torch.maximum(torch.as_tensor(a), torch.as_tensor(b))
+
+
 class Pointer:
-    """A tensor as a kernel's pointer argument: only `+ offsets`, for loads and stores without a mask."""
+    """A tensor as a kernel's pointer argument: only `+ offsets`."""
 
     def __init__(self, base, offset=0):
         self.base, self.offset = base, offset

@@ -40,7 +40,7 @@ def forward(D, causal, N=384, B=2, H=2, **how):
     """Whether out and lse of one simulated launch are right, by the budget and by fp64."""
     q, k, v = inputs(D, B, N, H)[0].unbind(2)
     out, lse = torch.full((B, N, H, D), float("nan")).bfloat16(), torch.full((B, H, N), float("nan"))
-    simulated("attention_hopper", **how)["attention_forward_hopper"](q, k, v, causal, D**-0.5, out, lse)
+    simulated("attention_hopper_forward", **how)["attention_forward_hopper"](q, k, v, causal, D**-0.5, out, lse)
     exact = reference.attention(q.double(), k.double(), v.double(), causal)
     errors = compare("out", out, reference.attention(q, k, v, causal), exact)
     # fp32 sums of some hundred exponentials of exact products.
@@ -54,15 +54,14 @@ def backward(D, causal, N=384, B=2, H=2, **how):
     def eager(dtype):
         x = qkv.detach().to(dtype, copy=True).requires_grad_()
         out = reference.attention(*x.unbind(2), causal)
-        return torch.autograd.grad(out, x, dout.to(dtype))[0], out.detach()
+        return torch.autograd.grad(out, x, dout.to(dtype))[0], out.detach().contiguous()
 
-    (exact, out), (plain, _) = eager(torch.double), eager(torch.bfloat16)
+    (exact, _), (plain, out) = eager(torch.double), eager(torch.bfloat16)
     q, k, v = qkv.unbind(2)
     lse = base_2_lse(q, k, causal).float()
-    delta = (dout.double() * out).sum(-1).transpose(1, 2).float().contiguous()
     dqkv = torch.full_like(qkv, float("nan"))
     module = simulated("attention_hopper_backward", **how)
-    module["attention_backward_hopper"](dout, q, k, v, lse, delta, *dqkv.unbind(2), causal, D**-0.5)
+    module["attention_backward_hopper"](dout, q, k, v, out, lse, *dqkv.unbind(2), causal, D**-0.5)
     return all(compare("dqkv"[i], dqkv[:, :, i], plain[:, :, i], exact[:, :, i]).ok for i in range(3))
 
 
@@ -153,19 +152,20 @@ def test_planted_faults_are_caught(monkeypatch, kernel, what, right, wrong):
 
 def test_a_tile_that_cannot_fit_is_refused(monkeypatch):
     q = torch.zeros(1, 128, 2, 64, dtype=torch.bfloat16)
-    for table in (tiles.ATTENTION_HOPPER, tiles.ATTENTION_HOPPER_BACKWARD):
+    for table in (tiles.ATTENTION_HOPPER_FORWARD, tiles.ATTENTION_HOPPER_BACKWARD):
         monkeypatch.setitem(table, 64, dataclasses.replace(table[64], num_stages=30))
-    with pytest.raises(ValueError, match=r"attention_hopper_kernel: Tile.*bytes in shared memory, sm_90 has"):
-        simulated("attention_hopper")["attention_forward_hopper"](q, q, q, True, 0.1, q, None)
+    with pytest.raises(ValueError, match=r"attention_hopper_forward_kernel: Tile.*bytes in shared memory, sm_90 has"):
+        simulated("attention_hopper_forward")["attention_forward_hopper"](q, q, q, True, 0.1, q, None)
     with pytest.raises(ValueError, match="attention_hopper_backward_kernel: Tile"):
         simulated("attention_hopper_backward")["attention_backward_hopper"](*[q] * 4, None, None, *[q] * 3, True, 1)
-    monkeypatch.setitem(tiles.ATTENTION_HOPPER, 64, dataclasses.replace(tiles.ATTENTION_HOPPER[64], num_stages=1))
+    shallow = dataclasses.replace(tiles.ATTENTION_HOPPER_FORWARD[64], num_stages=1)
+    monkeypatch.setitem(tiles.ATTENTION_HOPPER_FORWARD, 64, shallow)
     with pytest.raises(ValueError, match="has 1 stages, expected at least 2"):
-        simulated("attention_hopper")["attention_forward_hopper"](q, q, q, True, 0.1, q, None)
+        simulated("attention_hopper_forward")["attention_forward_hopper"](q, q, q, True, 0.1, q, None)
 
 
 def test_what_does_not_fit_is_refused():
-    forward, backward = simulated("attention_hopper"), simulated("attention_hopper_backward")
+    forward, backward = simulated("attention_hopper_forward"), simulated("attention_hopper_backward")
     for shape in ((1, 100, 3, 2, 64), (1, 128, 3, 2, 80)):
         q, k, v = torch.zeros(shape, dtype=torch.bfloat16).unbind(2)
         with pytest.raises(ValueError, match=r"q, k, v: got .*expected fp16 or bf16"):

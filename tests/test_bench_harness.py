@@ -309,11 +309,11 @@ def test_what_is_of_another_dtype_takes_no_speed_away():
 def test_a_tile_is_pasted_where_it_beats_the_table(monkeypatch):
     monkeypatch.setattr(tune, "stamp", lambda device: {"gpu": "NVIDIA H200"})
     assert "ATTENTION_FORWARD (64,)" in {s.name for s in tune.searches("sm_80")}
-    search = {s.name: s for s in tune.searches("sm_90")}["ATTENTION_HOPPER 128"]
+    search = {s.name: s for s in tune.searches("sm_90")}["ATTENTION_HOPPER_FORWARD 128"]
     now, *others = search.candidates("sm_90")
-    assert now == tiles.ATTENTION_HOPPER[128] and len(others) == 3
+    assert now == tiles.ATTENTION_HOPPER_FORWARD[128] and len(others) == 3
     with search.using(others[0], "sm_90"):
-        assert tiles.ATTENTION_HOPPER[128] == others[0]
+        assert tiles.ATTENTION_HOPPER_FORWARD[128] == others[0]
     row = tune.paste(search, "sm_90", [(1.0, others[-1]), (1.2, now)], "cuda")
     assert row.startswith(f"    128: Tile(128, 128, num_stages={others[-1].num_stages}, tma=True, ")
     assert "evidence='H200 2" in row

@@ -22,6 +22,7 @@ from igpt.kernels.launching import recording
 from igpt.model import ImageGPT
 from igpt.sample.draw import Sampler
 from igpt.sample.kernel_decoder import KernelDecoder
+from tests.test_compile import child
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -75,8 +76,9 @@ def test_norm_linear_hard_values(values, dtype, centred, device):
     else:  # x leaves fp16's range, norm(x) doesn't
         inputs["x"] *= 3e5
     budget(
-        lambda **k: decode_norm_linear(**k, centred=centred), lambda **k: eager_norm_linear(**k, centred=centred), inputs
-    )
+        lambda **k: decode_norm_linear(**k, centred=centred),
+        lambda **k: eager_norm_linear(**k, centred=centred), inputs,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -137,7 +139,8 @@ def test_many_pictures_norm_and_product(dtype, device, poison_empty):
         return F.linear(reference.norm(x + add[:B].to(x.dtype), gain).to(weight.dtype), weight, bias)
 
     budget(ours, eager, inputs)
-    assert torch.equal(ours(**inputs)[: ROWS + 1], torch.cat([ours(**inputs, count=ROWS), ours(**inputs, first=ROWS, count=1)]))
+    split = [ours(**inputs, first=first, count=count) for first, count in ((0, 1), (1, ROWS), (ROWS + 1, 2))]
+    assert torch.equal(ours(**inputs), torch.cat(split))
 
 
 @pytest.mark.parametrize("centred", [False, True], ids=["rms", "layer"])
@@ -214,8 +217,9 @@ def test_splitting_changes_nothing_but_rounding(ways, device, monkeypatch):
     monkeypatch.setattr(tiles, "DECODE_SPLITS", ways)
     qkv, k_cache, v_cache = cached(2, 2, 512, 32, torch.float32, device, written=277)
     expected = reference.attention(
-        qkv[:, 0][:, None].double(), torch.cat([k_cache[:, :, :277], qkv[:, 1][:, :, None]], 2).transpose(1, 2).double(),
-        torch.cat([v_cache[:, :, :277], qkv[:, 2][:, :, None]], 2).transpose(1, 2).double(), causal=True,
+        qkv[:, 0][:, None].double(),
+        *(torch.cat([cache[:, :, :277], qkv[:, i][:, :, None]], 2).transpose(1, 2).double()
+          for i, cache in ((1, k_cache), (2, v_cache))), causal=True,
     )  # fmt: skip
     assert decode_attention_parts(qkv, k_cache, v_cache, at(277, device, 2), 0.2)[0].shape[1] == ways
     out = in_parts(qkv, k_cache, v_cache, at(277, device, 2))
@@ -252,7 +256,8 @@ def test_embed_is_the_reference_at_one_position(device, poison_empty):
 def draw(logits, n_ctx, sampler, device):
     B = len(logits)
     tokens, position = torch.full((B, n_ctx), -1, device=device), at(0, device, B)
-    pictures, seed = torch.arange(sampler.first, sampler.first + B, device=device), torch.tensor(sampler.seed, device=device)
+    pictures = torch.arange(sampler.first, sampler.first + B, device=device)
+    seed = torch.tensor(sampler.seed, device=device)
     for p in range(n_ctx):
         assert (position == p).all()
         decode_sample(logits, tokens, position, pictures, seed, sampler.temperature, sampler.top_k, sampler.top_p)
@@ -312,7 +317,8 @@ def test_the_smallest_temperatures_and_masses_are_greedy(options, device):
 
 def small_model(D, device, **overrides):
     torch.manual_seed(0)
-    model = ImageGPT(Config(**{"n_layer": 2, "width": 2 * D, "heads": 2, "n_inner": 2 * D, "n_ctx": 3, "vocab": 32, **overrides})).to(device)
+    config = {"n_layer": 2, "width": 2 * D, "heads": 2, "n_inner": 2 * D, "n_ctx": 3, "vocab": 32, **overrides}
+    model = ImageGPT(Config(**config)).to(device)
     for parameter in model.parameters():
         parameter.data.copy_(torch.randn_like(parameter) * 0.1 + (parameter.dim() == 1))
     model.impl = "triton"
@@ -362,7 +368,10 @@ def recorded_step(preset, batch, arch):
                 found.append(("vendor", {}))
             return func(*args, **(kwargs or {}))
 
-    with torch.no_grad(), device_file.target(arch), recording(lambda kernel, _, options: found.append((kernel.__name__, options))):
+    def record(kernel, grid, options):
+        found.append((kernel.__name__, options))
+
+    with torch.no_grad(), device_file.target(arch), recording(record):
         model = ImageGPT.from_preset(preset, impl="triton", device="meta", dtype=torch.bfloat16)
         decoder = KernelDecoder(model, batch)
         with Vendor():
@@ -389,6 +398,49 @@ def test_chained_kernels_follow_a_plain_one(monkeypatch):
         chained = arch in ("sm_90", "sm_100")
         assert name == "embed_kernel" and "launch_pdl" not in first and len(rest) == 22
         assert all(options.get("launch_pdl", False) == options["IS_CHAINED"] == chained for _, options in rest)
+
+
+def test_weights_are_on_their_way_before_the_wait():
+    """In sm_90's PTX and SASS: all of a program's weights, or its keys and values, in loads of 16 bytes ahead of the
+    one wait, and no weight behind it; and as many sums and products for one picture as for each of several."""
+    script = r"""
+import re, subprocess, tempfile, triton
+from bench import compile as c
+from bench.compile_cases import decode_step
+
+def halves(text, wait, load):
+    before, after = text.split(wait)
+    return len(re.findall(load, before)), len(re.findall(load, after))
+
+for preset in "sl":
+    orders = {}
+    for B in (1, 4):
+        with c.capture("sm_90") as launches:
+            decode_step(preset, B)
+        assert len(launches) == 8, launches
+        for place, launch in enumerate(launches[1:-1]):
+            source = c.ASTSource(launch.function, launch.signature, launch.constexprs, launch.attrs)
+            kernel = triton.compile(source, target=c.TARGETS["sm_90"], options=launch.options)
+            with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+                file.write(kernel.asm["cubin"])
+                file.flush()
+                run = {"capture_output": True, "text": True, "check": True}
+                sass = subprocess.run([c._tool("cuobjdump"), "-sass", file.name], **run).stdout
+            v, threads = launch.values, 32 * launch.options["num_warps"]
+            if launch.name == "linear_kernel":
+                want = v["BLOCK_N"] * v["K"] * 2 // 16 // threads
+                found = halves(kernel.asm["ptx"], "griddepcontrol.wait", r"ld\.global\S*evict_first\S*\.v4\.b32")
+                machine = halves(sass, "ACQBULK", r"LDG\.E\.EF\.128")
+                order = [len(re.findall(op, sass)) for op in (r"\bFFMA", r"\bFADD", r"\bFMUL")]
+                assert orders.setdefault(place, order) == order, (launch.name, preset, B, orders[place], order)
+            else:
+                want = 2 * v["BLOCK_N"] * v["D"] * 2 // 16 // threads
+                found = (halves(kernel.asm["ptx"], "griddepcontrol.wait", r"ld\.global\S*\.v4\.b32")[0], 0)
+                machine = (halves(sass, "ACQBULK", r"LDG\.E\.128")[0], 0)
+            assert found == machine == (want, 0), (launch.name, launch.tile, preset, B, want, found, machine)
+"""
+    done = child("-c", script)
+    assert done.returncode == 0, done.stderr
 
 
 def test_opcheck(device):

@@ -82,26 +82,27 @@ def test_killed_at_random_points_it_resumes_bit_for_bit(tmp_path):
     whole, broken, kills, starts = tmp_path / "whole", tmp_path / "broken", 0, 0
 
     def start(run: Path) -> subprocess.Popen:
-        asked = ["--preset", "tiny", "--data", "builtin:emoji", "--run", str(run), "--steps", "60"]
+        asked = ["--preset", "tiny", "--data", "builtin:emoji", "--run", str(run), "--steps", "24"]
+        asked += ["--batch", "4", "--log-every", "1", "--valid-pictures", "16", "--sample-every", "0"]
         environment = {**os.environ, "OMP_NUM_THREADS": "2"}  # what threads share out must add up in one order
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         return subprocess.Popen([sys.executable, "-m", "igpt", "train", *asked], env=environment, **quiet)
 
     unbroken = start(whole)
-    while kills < 5:
+    while kills < 3:
         starts += 1
         assert starts < 20
         child = start(broken)
         while child.poll() is None and not (broken / "metrics.jsonl").is_file():  # before it there is nothing to lose
             time.sleep(0.01)
         try:
-            assert child.wait(dice.uniform(0, 20)) == 0
+            assert child.wait(dice.uniform(0, 12)) == 0
             shutil.rmtree(broken)  # it got to its end first: once more from the start
         except subprocess.TimeoutExpired:
             child.kill()
             kills += child.wait() == -signal.SIGKILL
     assert start(broken).wait() == unbroken.wait() == 0
-    assert curve(broken) == curve(whole) and len(curve(whole)) >= 17, f"dice of seed {seed}"
+    assert curve(broken) == curve(whole) and len(curve(whole)) >= 24, f"dice of seed {seed}"
 
 
 def test_killed_before_every_rename_it_resumes_bit_for_bit(unbroken, tmp_path):

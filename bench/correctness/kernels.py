@@ -109,9 +109,9 @@ def listed(name: str, device: str) -> list[tuple[object, Callable[[], Row]]]:
     whole = [ModelCase(*(("s", 2, 1024) if gpu else ("tiny", 2, 48)), dtype, "fwd+bwd") for dtype in dtypes]
     checked = [(case, functools.partial(check, case, device)) for case in found]
     checked += [(case, functools.partial(whole_model, case, device)) for case in whole]
-    for dtype, width in itertools.product(dtypes, widths):
-        case = sampling.DecodeCase(width, 3, 40, dtype)
-        checked.append((case, functools.partial(sampling.check, width, device, dtype)))
+    for dtype, width, B in itertools.product(dtypes, widths, (3, 16) if gpu else (3,)):  # the kernels' two forms
+        case = sampling.DecodeCase(width, B, 40, dtype)
+        checked.append((case, functools.partial(sampling.check, width, device, dtype, B)))
     checked += [(case, functools.partial(checks.determinism, case, device, 20 if gpu else 2)) for case in repeated]
     for way in ("compiled", "CUDA graph") if widths else ():
         checked.append((whole[0], functools.partial(checks.step, way, device, 1024 if gpu else 64)))

@@ -186,10 +186,10 @@ def launches(preset_name: str, B: int, arch: str = "sm_90") -> int:
     return len(found) + sum(name in ("mm", "addmm") for name, *_ in vendor.found)
 
 
-def check(name: str, device: str, dtype: str) -> Row:
+def check(name: str, device: str, dtype: str, B: int) -> Row:
     """Correctness of decoding at a preset's width: two layers, 40 positions, the log-likelihood of real pictures by
     decode and by the full forward of the same dtype, both against fp64; in fp32 greedy decoding must be the argmax."""
-    row = blank("correctness", "decode", DecodeCase(name, 3, 40, dtype), device)
+    row = blank("correctness", "decode", DecodeCase(name, B, 40, dtype), device)
 
     def compared() -> Row:
         torch.manual_seed(0)
@@ -197,14 +197,14 @@ def check(name: str, device: str, dtype: str) -> Row:
         torch.nn.init.normal_(model.head, std=0.1)
         exact = ImageGPT(model.config, impl="torch", device=device, dtype=torch.float64)
         exact.load_state_dict(model.to(DTYPES[dtype]).state_dict())
-        ids = tokens(3, 40, device)
+        ids = tokens(B, 40, device)
         with torch.no_grad():
             answers = [m(ids).to(torch.promote_types(m.wte.dtype, torch.float32)) for m in (model, exact)]
         eager, truth = (x.log_softmax(-1).gather(-1, ids[..., None])[..., 0] for x in answers)
         errors = compare("log-likelihood", sample.log_likelihood(model, ids), eager, truth)
         note = "" if errors.ok else str(errors)
         if dtype == "fp32":
-            greedy = model.generate(3, temperature=0.0)
+            greedy = model.generate(B, temperature=0.0)
             differ = int((model(greedy).argmax(-1) != greedy).sum())
             note += f" greedy decoding differs from the full forward's argmax at {differ} positions" if differ else ""
         return dataclasses.replace(
@@ -277,8 +277,9 @@ def groups(device: str, presets: Iterable[str]) -> Iterator[list[tuple[str, Deco
 def rows(wanted: Iterable[list[tuple[str, DecodeCase]]], run: Run, checked: Iterable[str] = "sml") -> Iterator[Row]:
     """Correctness at the widths of the presets `checked`, then the rows of each group, but those of a dtype whose
     correctness is red: int8 weights are multiplied in bf16."""
-    for preset_name, dtype in itertools.product(checked, ("fp32", "bf16")):
-        row = check(preset_name, run.device, dtype)
+    batches = (3, 16) if run.device == "cuda" else (3,)  # the kernels' two forms
+    for preset_name, dtype, B in itertools.product(checked, ("fp32", "bf16"), batches):
+        row = check(preset_name, run.device, dtype, B)
         run.red |= frozenset() if row.ok else {subject(row)}
         yield row
     asked = {"ours", *peers.chosen(BUILD, run.peers)}

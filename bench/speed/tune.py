@@ -74,7 +74,7 @@ def searches(arch: str) -> Iterator[Search]:
     for forward, backward in zip(*(sized("attention", PRESETS, (x,), 32768) for x in ("fwd", "bwd"))):
         D = forward.D
         if arch == "sm_90":
-            yield Search("ATTENTION_HOPPER", D, "attention_hopper_kernel", forward, stages)
+            yield Search("ATTENTION_HOPPER_FORWARD", D, "attention_hopper_forward_kernel", forward, stages)
             yield Search("ATTENTION_HOPPER_BACKWARD", D, "attention_hopper_backward_kernel", backward, stages)
         else:
             keys = blocks | {"BLOCK_M": (32, 64, 128)}

@@ -19,7 +19,9 @@ def complete(model, tokens_BN, keep: int, **options) -> torch.Tensor:
 
     temperature   divides the logits; 0 takes the likeliest token each time (greedy). Default 1.
     top_k, top_p  only the k likeliest tokens; only the likeliest that together reach the mass p. Default: all.
-    seed, first   picture i draws from the counters of (seed, first + i): the same pictures whatever the batch split.
+    seed, first   picture i draws from the counters of (seed, first + i): the same pictures whatever the batch split. On
+                  a GPU logits of up to 8 pictures and of more differ by roundings: a decoder made with `total`
+                  pictures in all keeps a split to one kind.
     weights       None (the parameters' dtype), "bf16", or "int8" with one scale an output channel.
     cache_dtype   None (fp32 on a CPU, the weights' dtype on a GPU), "fp32", "bf16" or "fp8".
     progress      called after each position with the number of pixels just drawn, B.

@@ -5,14 +5,18 @@ Up to tiles.FEW_PICTURES a step is five kernels a layer, chained, whose products
 qkv; attention in parts; their join, projection and residual; norm, fc and gelu; projection and residual. Beyond it is
 eight: the vendor's four products, two norms, attention and gelu. Embedding, head and draw are three more (and a norm).
 
-Prediction, us a token at window 512 in bf16 (nothing of it timed yet; int8 beside it at batch 1). A layer of few takes
-9.4 us and its bytes at 3.7 TB/s, as fitted to a prototype's 267 / 585 / 1190 us on an H200; of many the vendor's
-products as measured there, attention at 85% of its bytes' floor, and 3 us for each of the other three.
+Prediction for an H200, us a token at window 512 in bf16, none of it timed yet. Few: a layer takes 9.4 us and its
+weights at 3.7 TB/s, as fitted to a prototype's 267 / 585 / 1190, and the ends 8. Many: the vendor's products as
+measured, attention at 85% of its bytes' floor, 3 for each row kernel.
 
-              launches       bytes, batch 1 (int8)      batch 1 (int8)      batch 128: products + attention + rows
-    S         123 / 196      176 MB  (101 MB)           275 (255)           430 +  890 + 220 = 1540
-    M         183 / 292      983 MB  (530 MB)           595 (470)           900 + 2640 + 330 = 3870
-    L         243 / 388      2.9 GB  (1.5 GB)           1200 (830)         1640 + 5280 + 440 = 7360
+         launches      MB (int8)      1 picture (int8)     128: products + attention + rows
+    S    123 / 196     177 ( 101)      275 (255)            440 +  880 + 220 = 1540
+    M    183 / 292     983 ( 530)      590 (470)            910 + 2640 + 330 = 3880
+    L    243 / 388    2870 (1510)     1195 (825)           1650 + 5290 + 430 = 7370
+
+One persistent kernel was counted instead and not built: two barriers of a head's programs (0.7 us) and three of the
+grid (1.15) a layer and five phases of 0.9 are 9.4 us again. It gains what weights streamed through shared memory across
+the barriers hide, at best: S 225, M 375, L 700 to 750, which is 1.2, 1.55 and 1.6 times this.
 
 A picture's numbers are the same in any batch of one kind, to the bit; between the kinds they differ as roundings do. So
 the kind follows from how many pictures are drawn in all (`total`), and a batch of them is of the same kind.
