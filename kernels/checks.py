@@ -44,11 +44,15 @@ def integers(name: str, argument: str, t: torch.Tensor, vocab: int | None = None
     within = "" if vocab is None else f" in [0, {vocab})"
     if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
         refuse(name, argument, t.dtype, f"integers{within}")
-    is_readable = t.device.type == "cpu" and not torch.compiler.is_compiling() and not is_vmap()
-    if vocab is not None and is_readable and t.numel():
+    if vocab is not None and is_readable(t) and t.numel():
         low, high = (int(end) for end in torch.aminmax(t.long()))
         if low < 0 or high >= vocab:
             refuse(name, argument, f"values in [{low}, {high}]", f"integers{within}")
+
+
+def is_readable(t: torch.Tensor) -> bool:
+    """Whether values can be looked at here and now: on a CPU, in eager mode, outside of vmap."""
+    return t.device.type == "cpu" and not torch.compiler.is_compiling() and not is_vmap()
 
 
 def is_transformed() -> bool:

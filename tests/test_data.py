@@ -259,6 +259,18 @@ def test_tokens_stay_on_disk(tmp_path, palette):
     assert np.array_equal(kept.tokens[np.array([4, 1])], whole.tokens[rows[[4, 1]]])
 
 
+def test_tokens_are_judged_before_they_are_narrowed(tmp_path, palette):
+    ids = np.full((2, 4), 3, np.int64)
+    wide = data.Pictures(name="wide", size=(2, 2), tokens=ids, palette=palette, vocab=64)
+    data.save_tokens(wide, tmp_path / "a")
+    assert np.array_equal(data.load(str(tmp_path / "a"), "train+valid").tokens, ids)
+    for bad in (64, -1, 2**16, 2**32 + 3):
+        ids[1, 2] = bad
+        with pytest.raises(ValueError, match=r"picture 1 has tokens from .*, expected 0 to 63"):
+            data.save_tokens(wide, tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
 # --- folders
 
 

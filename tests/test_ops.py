@@ -11,7 +11,7 @@ import torch
 
 from bench.correctness.budget import against_fp64, compare
 from igpt import ops
-from igpt.kernels import choose, reference
+from igpt.kernels import checks, choose, reference
 from igpt.kernels.device import check_device
 from igpt.ops import cpu_attention
 
@@ -267,6 +267,23 @@ def test_a_colour_s_gradient_is_summed_in_fp32():
     wte = torch.zeros(2, 4, dtype=torch.bfloat16, requires_grad=True)
     h = ops.embed(torch.zeros(4, 1024, dtype=torch.long), wte, torch.zeros(1024, 4, dtype=torch.bfloat16))
     assert torch.autograd.grad(h.sum(), wte)[0].tolist() == [[4096.0] * 4, [0.0] * 4]
+
+
+def test_ids_that_nobody_could_read_are_nan_or_black(monkeypatch):
+    """As on a GPU, where reading would cost a synchronisation: no index leaves its table, and the rest is untouched."""
+    ids = torch.tensor([[0, 2**32, 3, -1, 9, 2**40 + 5, 1]])
+    inside = torch.tensor([[True, False, True, False, False, False, True]])
+    wte, wpe, palette = rand(9, 8), rand(7, 8), rand(9, 3).clamp(-1, 1)
+    x, gain, head = rand(1, 7, 8), rand(8), rand(9, 8)
+    kept = ids.where(inside, 0)
+    want = ops.embed(kept, wte, wpe), ops.head_loss(x, gain, head, kept), ops.palette_decode(kept, palette)
+    monkeypatch.setattr(checks, "is_readable", lambda t: False)
+    h, nll, colours = ops.embed(ids, wte, wpe), ops.head_loss(x, gain, head, ids), ops.palette_decode(ids, palette)
+    assert torch.equal(h[inside], want[0][inside]) and h[~inside].isnan().all()
+    assert torch.equal(nll[inside], want[1][inside]) and nll[~inside].isnan().all()
+    assert torch.equal(colours[inside], want[2][inside]) and not colours[~inside].any()
+    shifted = ops.embed(ids, wte, wpe, rand(8))
+    assert torch.equal(shifted.isnan().all(-1)[:, 1:], ~inside[:, :-1])
 
 
 def test_triton_never_falls_back():

@@ -81,8 +81,9 @@ def save_tokens(pictures: Pictures, folder, palette: Palette | None = None) -> d
         raise ValueError(f"palette: {pictures.name} has none of its own; expected the one that made its tokens")
     folder = Path(folder)
     check_room(folder, pictures.palette)
+    check_tokens(Path(pictures.name), pictures.tokens, pictures.vocab)
     folder.mkdir(parents=True, exist_ok=True)
-    np.save(folder / "tokens.npy", np.asarray(pictures.tokens), allow_pickle=False)
+    np.save(folder / "tokens.npy", np.asarray(pictures.tokens).astype(np.uint16, copy=False), allow_pickle=False)
     return finish(folder, pictures.size, len(pictures), pictures.labels, pictures.classes, pictures.palette,
                   {"source": pictures.name})
 

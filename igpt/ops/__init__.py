@@ -163,8 +163,8 @@ def embed(tokens, wte, wpe, sos=None, masked=None, *, dtype: torch.dtype | None 
         return embedding_kernel.embed(tokens, *tables, masked)
     checks.embed(tokens, wte, wpe, sos, masked)
     # Wide tables: a colour's gradient is a sum of thousands, which would stand still in half precision.
-    wide = _cast(torch.promote_types(wte.dtype, torch.float32), wte, wpe, sos)
-    return reference.embed(tokens, *wide, masked).to(tables[0].dtype)
+    wte, wpe, sos = _cast(torch.promote_types(wte.dtype, torch.float32), wte, wpe, sos)
+    return reference.embed(*_with_row_outside(tokens, wte, torch.nan), wpe, sos, masked).to(tables[0].dtype)
 
 
 def head_loss(x, norm_weight, head_weight, targets, *, eps: float = 1e-5, centred: bool = False, impl: str = "auto"):
@@ -176,8 +176,11 @@ def head_loss(x, norm_weight, head_weight, targets, *, eps: float = 1e-5, centre
         return head_loss_kernel.head_loss(x, norm_weight, head_weight, targets, eps, centred)
     checks.head_loss(x, norm_weight, head_weight, targets)
     n = norm(x, norm_weight, eps=eps, centred=centred, impl="torch")
-    logits = reference.wide(linear(n, head_weight)).flatten(0, -2)
-    return F.cross_entropy(logits, targets.long().flatten(), reduction="none").view(targets.shape)
+    logits, targets = reference.wide(linear(n, head_weight)), targets.long()
+    is_outside = (targets < 0) | (targets >= head_weight.shape[0])  # only where nobody could read them
+    inside = targets.masked_fill(is_outside, 0)
+    nll = F.cross_entropy(logits.flatten(0, -2), inside.flatten(), reduction="none").view(targets.shape)
+    return nll.masked_fill(is_outside, torch.nan)
 
 
 def palette_encode(pixels, palette, *, impl: str = "auto"):
@@ -192,12 +195,13 @@ def palette_encode(pixels, palette, *, impl: str = "auto"):
 
 
 def palette_decode(tokens, palette, *, impl: str = "auto"):
-    """Colours of tokens: int (...), palette fp32 (k, 3) -> uint8 (..., 3)."""
+    """Colours of tokens: int (...), palette fp32 (k, 3) -> uint8 (..., 3). Tokens outside of [0, k) raise on a CPU; on
+    a GPU they are black."""
     checks.integers("palette_decode", "tokens", tokens, palette.shape[0])
     if choose.kernels(impl, tokens):
         return palette_kernel.palette_decode(tokens, palette)
     checks.palette_decode(tokens, palette)
-    return reference.palette_decode(tokens, palette)
+    return reference.palette_decode(*_with_row_outside(tokens, palette, -1.0))
 
 
 def palette_sums(colours, weight, palette, *, impl: str = "auto"):
@@ -213,6 +217,14 @@ def palette_sums(colours, weight, palette, *, impl: str = "auto"):
 
 def _pixels_at_once(palette) -> int:
     return max(1, DISTANCES // palette.shape[0])
+
+
+def _with_row_outside(ids, table, value: float):
+    """Where ids could not be read, without a synchronisation: those outside of the table mean one more row of it."""
+    if checks.is_readable(ids):
+        return ids, table
+    ids, count = ids.long(), len(table)
+    return torch.where((ids >= 0) & (ids < count), ids, count), F.pad(table, (0, 0, 0, 1), value=value)
 
 
 def _rows(function, x, *args):

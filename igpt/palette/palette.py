@@ -100,18 +100,21 @@ class Palette:
         return torch.from_numpy(self.table(images).astype(np.int64)).flatten(1)
 
     def decode(self, tokens, size: tuple[int, int]) -> torch.Tensor:
-        """Colours of integer tokens (B, H*W) as pictures uint8 (B, H, W, 3), on the tokens' device."""
+        """Colours of integer tokens (B, H*W) as pictures uint8 (B, H, W, 3), on the tokens' device. A token that the
+        palette doesn't have raises ValueError on a CPU and is black on a GPU."""
         tokens = torch.as_tensor(tokens)
         if tokens.is_floating_point() or tokens.dtype == torch.bool or tokens.dim() != 2:
             raise ValueError(f"tokens: got {tokens.dtype} {tuple(tokens.shape)}, expected integers (B, H*W)")
         if tokens.shape[1] != size[0] * size[1]:
             raise ValueError(f"tokens: got {tokens.shape[1]} a picture, expected {size[0]} * {size[1]} = H * W")
+        if not tokens.is_cpu:
+            return ops.palette_decode(tokens, self.centres.to(tokens.device)).unflatten(1, tuple(size))
         tokens = tokens.long()
-        if tokens.is_cpu and tokens.numel() and not 0 <= tokens.min() <= tokens.max() < len(self):
+        if tokens.numel() and not 0 <= tokens.min() <= tokens.max() < len(self):
             raise ValueError(
                 f"tokens: got values from {tokens.min()} to {tokens.max()}, expected 0 to {len(self) - 1}"
             )
-        return self.colours.to(tokens.device)[tokens].unflatten(1, tuple(size))
+        return self.colours[tokens].unflatten(1, tuple(size))
 
     def require(self, vocab: int) -> "Palette":
         """Itself, or ValueError if a model of `vocab` tokens cannot use this palette."""

@@ -22,7 +22,8 @@ class Linear:
 
     def predict(self, x) -> torch.Tensor:
         """The likeliest class of each row of x (n, d): int64 (n,)."""
-        return F.linear((x.to(self.mean) - self.mean) / self.std, self.weight, self.bias).argmax(-1)
+        z = (x.to(self.mean) - self.mean) / self.std
+        return F.linear(z.to(self.weight.dtype), self.weight, self.bias).argmax(-1)
 
     def accuracy(self, x, y) -> float:
         """Share of rows predicted right, in [0, 1]."""
@@ -34,13 +35,18 @@ def _prepared(x, y, classes, standardise):
         raise ValueError(f"x, y: got shapes {tuple(x.shape)}, {tuple(y.shape)}, expected (n, d), (n,)")
     if y.numel() and not 0 <= int(y.min()) <= int(y.max()) < classes:
         raise ValueError(f"y: got classes from {int(y.min())} to {int(y.max())}, expected 0 to {classes - 1}")
-    x = x.float()
-    if not x.isfinite().all():
-        raise ValueError("x: got NaN or infinite features")
-    mean = x.mean(0) if standardise else torch.zeros_like(x[0])
-    # A constant feature says nothing: whatever it is divided by, it is zero.
-    std = x.std(0, correction=0).clamp(min=1e-6) if standardise else torch.ones_like(x[0])
-    return (x - mean) / std, y.long().to(x.device), mean, std
+    x, y = x.to(torch.promote_types(x.dtype, torch.float32)), y.long().to(x.device)
+    if not len(x) or not x.isfinite().all():
+        raise ValueError("x: got NaN or infinite features" if len(x) else "x: got no rows")
+    if not standardise:
+        return x.float(), y, torch.zeros_like(x[0]), torch.ones_like(x[0])
+    # Divided by their largest first, features of any scale have squares that floats can hold.
+    tiny = torch.finfo(x.dtype).tiny
+    scale = x.abs().amax(0).clamp(min=tiny)
+    shares = x / scale
+    # A constant feature says nothing: whatever it is divided by, it is about zero.
+    mean, std = shares.mean(0), shares.std(0, correction=0).clamp(min=1e-6)
+    return ((shares - mean) / std).float(), y, scale * mean, (scale * std).clamp(min=tiny)
 
 
 def fit(x, y, classes: int, C: float = 1.0, *, standardise: bool = True, max_iter: int = 300) -> Linear:
