@@ -20,18 +20,18 @@ test: $(VENV)/.ready
 
 # On a machine with a GPU and its own torch and triton: no environment is made, nothing is installed.
 gpu:
-	$(PYTHON) -m bench.gpu --out bench/out
+	$(PYTHON) -m bench.gpu $(if $(HALF),--half $(HALF)) --out bench/out
 
 # The readers of checkpoints against 5,000 mutated files, new ones each time.
 fuzz: $(VENV)/.ready
 	IGPT_FUZZ=5000 $(BIN)/python -m pytest -q tests/test_fuzz_readers.py
 
-# Renews bench/compile_baseline.jsonl: on purpose, and looking at its diff.
+# Renews bench/compiled/baseline.jsonl: on purpose, and looking at its diff.
 compile-baseline: $(VENV)/.ready
-	$(BIN)/python -m bench.gate
+	$(BIN)/python -m bench.compiled.gate
 
 demo: $(VENV)/.ready
-	$(BIN)/python -m igpt.demo
+	$(BIN)/python -m igpt demo
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info bench/out

@@ -5,7 +5,7 @@ real pictures: emoji as tokens of a colour cube, embedded and projected by rando
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,10 +76,15 @@ class Case:
         return OPS[self.op].inputs(self, Draw(self, device))
 
     def ours(self, impl: str = "auto") -> Callable:
-        return OPS[self.op].ours(self, impl)
+        if self.op == "attention":
+            return lambda qkv: ops.attention(qkv, causal=self.causal, impl=impl)
+        return functools.partial(getattr(ops, self.op), impl=impl)
 
     def reference(self) -> Callable:
-        return OPS[self.op].reference(self)
+        if self.op == "attention":
+            return lambda qkv: reference.attention(*qkv.unbind(2), self.causal)
+        spec = getattr(reference, self.op)
+        return lambda **inputs: spec(*inputs.values())
 
     @property
     def diff(self) -> tuple[str, ...]:
@@ -104,14 +109,10 @@ class Draw:
         return (torch.randn(shape, generator=self.generator, device=self.device) * std + mean).to(self.dtype)
 
     def tokens(self) -> torch.Tensor:
-        c = self.case
-        return torch.empty(c.B, c.N, dtype=torch.int64, device="meta") if self.meta else tokens(c.B, c.N, self.device)
+        return tokens(self.case.B, self.case.N, self.device)
 
     def pixels(self) -> torch.Tensor:
-        n = self.case.B * self.case.N
-        if self.meta:
-            return torch.empty(n, 3, dtype=torch.uint8, device="meta")
-        return pixels()[torch.arange(n) % len(pixels())].to(self.device)
+        return pixels()[torch.arange(self.case.B * self.case.N) % len(pixels())].to(self.device)
 
     def palette(self) -> torch.Tensor:
         return palette_cube().to(self.device)
@@ -128,105 +129,73 @@ class Draw:
     def weight(self, d_out: int, d_in: int) -> torch.Tensor:
         return self.normal(d_out, d_in, std=d_in**-0.5)
 
+    def qkv(self) -> torch.Tensor:
+        c = self.case
+        return F.linear(self.stream(), self.weight(3 * c.d, c.d)).view(c.B, c.N, 3, c.H, c.D)
+
 
 @dataclass(frozen=True)
 class Op:
-    inputs: Callable
-    ours: Callable
-    reference: Callable
-    cost: Callable
+    """Its inputs, named and ordered as the functions of its name in igpt.ops and reference take them; its cost; and the
+    inputs with a gradient."""
+
+    inputs: Callable[[Case, Draw], dict]
+    cost: Callable[[Case, int], cost.Cost]
     diff: tuple[str, ...] = ()
-
-
-def _same(name: str) -> dict:
-    """An operation whose ops function and reference take the same tensors by the same names."""
-    ours, spec = getattr(ops, name), getattr(reference, name)
-    return {
-        "ours": lambda case, impl: functools.partial(ours, impl=impl),
-        "reference": lambda case: spec,
-    }
-
-
-def _qkv(c: Case, draw: Draw) -> dict:
-    qkv = F.linear(draw.stream(), draw.weight(3 * c.d, c.d))
-    return {"qkv": qkv.view(c.B, c.N, 3, c.H, c.D)}
 
 
 OPS = {
     "attention": Op(
-        inputs=_qkv,
-        ours=lambda c, impl: lambda qkv: ops.attention(qkv, causal=c.causal, impl=impl),
-        reference=lambda c: lambda qkv: reference.attention(*qkv.unbind(2), c.causal),
-        cost=lambda c, e: cost.attention(c.B, c.N, c.H, c.D, e, c.causal, c.direction),
+        lambda c, draw: {"qkv": draw.qkv()},
+        lambda c, e: cost.attention(c.B, c.N, c.H, c.D, e, c.causal, c.direction),
         diff=("qkv",),
     ),
     "norm": Op(
-        inputs=lambda c, draw: {"x": draw.stream(), "weight": draw.gain()},
-        **_same("norm"),
-        cost=lambda c, e: cost.norm(c.B * c.N, c.d, e, c.direction),
+        lambda c, draw: {"x": draw.stream(), "weight": draw.gain()},
+        lambda c, e: cost.norm(c.B * c.N, c.d, e, c.direction),
         diff=("x", "weight"),
     ),
     "norm_linear": Op(
-        inputs=lambda c, draw: {
-            "x": draw.stream(), "norm_weight": draw.gain(), "weight": draw.weight(3 * c.d, c.d),
-        },
-        **_same("norm_linear"),
-        cost=lambda c, e: cost.norm_linear(c.B * c.N, c.d, 3 * c.d, e, c.direction),
+        lambda c, draw: {"x": draw.stream(), "norm_weight": draw.gain(), "weight": draw.weight(3 * c.d, c.d)},
+        lambda c, e: cost.norm_linear(c.B * c.N, c.d, 3 * c.d, e, c.direction),
         diff=("x", "norm_weight", "weight"),
     ),
-    "linear_residual": Op(
-        inputs=lambda c, draw: {
-            "a": draw.normal(c.B, c.N, c.d), "weight": draw.weight(c.d, c.d), "residual": draw.stream(),
-        },
-        **_same("linear_residual"),
-        cost=lambda c, e: cost.linear_residual(c.B * c.N, c.d, c.d, e, c.direction),
-        diff=("a", "weight", "residual"),
-    ),
     "norm_mlp": Op(
-        inputs=lambda c, draw: {
+        lambda c, draw: {
             "x": draw.stream(), "norm_weight": draw.gain(),
             "w_fc": draw.weight(4 * c.d, c.d), "w_proj": draw.weight(c.d, 4 * c.d),
         },
-        **_same("norm_mlp"),
-        cost=lambda c, e: cost.norm_mlp(c.B * c.N, c.d, 4 * c.d, e, c.direction),
+        lambda c, e: cost.norm_mlp(c.B * c.N, c.d, 4 * c.d, e, c.direction),
         diff=("x", "norm_weight", "w_fc", "w_proj"),
     ),
     "head_loss": Op(
-        inputs=lambda c, draw: {
+        lambda c, draw: {
             "x": draw.stream(), "norm_weight": draw.gain(),
             "head_weight": draw.weight(VOCAB, c.d), "targets": draw.tokens(),
         },
-        ours=lambda c, impl: functools.partial(ops.head_loss, reduction="none", impl=impl),
-        reference=lambda c: reference.head_loss,
-        cost=lambda c, e: cost.head_loss(c.B * c.N, c.d, VOCAB, e, c.direction),
+        lambda c, e: cost.head_loss(c.B * c.N, c.d, VOCAB, e, c.direction),
         diff=("x", "norm_weight", "head_weight"),
     ),
     "embed": Op(
-        inputs=lambda c, draw: {
+        lambda c, draw: {
             "tokens": draw.tokens(), "wte": draw.normal(VOCAB, c.d), "wpe": draw.normal(c.N, c.d), "sos": draw.gain(),
         },
-        ours=lambda c, impl: lambda tokens, wte, wpe, sos: ops.embed(tokens, wte, wpe, sos, impl=impl),
-        reference=lambda c: lambda tokens, wte, wpe, sos: reference.embed(tokens, wte, wpe, sos),
-        cost=lambda c, e: cost.embed(c.B * c.N, c.d, VOCAB, c.N, e, c.direction),
+        lambda c, e: cost.embed(c.B * c.N, c.d, VOCAB, c.N, e, c.direction),
         diff=("wte", "wpe", "sos"),
     ),
     "palette_encode": Op(
-        inputs=lambda c, draw: {"pixels": draw.pixels(), "palette": draw.palette()},
-        ours=lambda c, impl: lambda pixels, palette: ops.palette_encode(pixels, palette, impl=impl),
-        reference=lambda c: lambda pixels, palette: reference.palette_encode(pixels, palette),
-        cost=lambda c, e: cost.palette_encode(c.B * c.N, VOCAB),
+        lambda c, draw: {"pixels": draw.pixels(), "palette": draw.palette()},
+        lambda c, e: cost.palette_encode(c.B * c.N, VOCAB),
     ),
     "palette_decode": Op(
-        inputs=lambda c, draw: {"tokens": draw.tokens(), "palette": draw.palette()},
-        ours=lambda c, impl: lambda tokens, palette: ops.palette_decode(tokens, palette, impl=impl),
-        reference=lambda c: lambda tokens, palette: reference.palette_decode(tokens, palette),
-        cost=lambda c, e: cost.palette_decode(c.B * c.N, VOCAB),
+        lambda c, draw: {"tokens": draw.tokens(), "palette": draw.palette()},
+        lambda c, e: cost.palette_decode(c.B * c.N, VOCAB),
     ),
 }  # fmt: skip
 
-WIDTH_OPS = ("norm_mlp", "norm_linear", "linear_residual", "head_loss", "norm")
-ROW_OPS = (*WIDTH_OPS, "embed")
+ROW_OPS = ("norm_mlp", "norm_linear", "head_loss", "norm", "embed")
 PIXEL_OPS = ("palette_encode", "palette_decode")
+PIXELS = [Case(op, 4096, 1024, 1, 64, "fp32") for op in PIXEL_OPS]
 
 
 def correctness(quick: bool, gpu: bool) -> list[Case]:
@@ -252,19 +221,23 @@ def shapes(preset: str) -> tuple[int, int]:
     return PRESETS[preset].heads, PRESETS[preset].head_dim
 
 
-def speed(presets, lengths, dtypes, directions, T: int, every: bool = True) -> list[Case]:
-    """Operations at the presets' shapes with T tokens a call; every=False leaves only attention, MLP and head."""
+def sized(
+    op: str, presets: Iterable[str], directions: Iterable[str], T: int, N: int = 1024, dtype="bf16", causal: bool = True
+) -> list[Case]:
+    """One operation at the presets' shapes, T tokens a call in pictures of N."""
+    return [
+        Case(op, max(1, T // N), N, *shapes(preset), dtype, causal, direction, preset)
+        for direction in directions for preset in presets
+    ]  # fmt: skip
+
+
+def speed(presets, lengths, dtypes, directions, T: int) -> list[Case]:
+    """Every operation at the presets' shapes, T tokens a call; attention at every length, and full at the first."""
     found = []
-    for preset in presets:
-        H, D = shapes(preset)
-        for dtype in dtypes:
-            for direction in directions:
-                for N in lengths:
-                    found.append(Case("attention", max(1, T // N), N, H, D, dtype, True, direction, preset))
-                N = lengths[0]
-                row_ops = ROW_OPS if every else ("norm_mlp", "head_loss")
-                found += [Case(op, max(1, T // N), N, H, D, dtype, True, direction, preset) for op in row_ops]
-            if every:
-                N = lengths[0]
-                found += [Case("attention", max(1, T // N), N, H, D, dtype, False, x, preset) for x in directions]
+    for dtype in dtypes:
+        for N in lengths:
+            found += sized("attention", presets, directions, T, N, dtype)
+        for op in ROW_OPS:
+            found += sized(op, presets, directions, T, lengths[0], dtype)
+        found += sized("attention", presets, directions, T, lengths[0], dtype, causal=False)
     return found

@@ -76,11 +76,6 @@ def norm_linear(T, d, d_out, e, direction: str) -> Cost:
     return linear(T, d, d_out, e, direction)
 
 
-def linear_residual(T, d_in, d_out, e, direction: str) -> Cost:
-    """The product and one more read of (T, d_out); the residual's gradient is dy itself."""
-    return linear(T, d_in, d_out, e, direction) + by_direction(direction, Cost(0, T * d_out * e), Cost(0, 0))
-
-
 def norm_mlp(T, d, inner, e, direction: str) -> Cost:
     """x + act(norm(x) fc) proj: (T, inner) is written once (kept for backward) and read once by the second product,
     since both products in one kernel do not fit a multiprocessor. Backward reads it, and writes and reads its
@@ -121,7 +116,8 @@ def model(config, B, N, e, direction: str) -> Cost:
     layer = (
         norm_linear(T, c.width, 3 * c.width, e, direction)
         + attention(B, N, c.heads, c.head_dim, e, c.causal, direction)
-        + linear_residual(T, c.width, c.width, e, direction)
+        + linear(T, c.width, c.width, e, direction)
+        + by_direction(direction, Cost(0, T * c.width * e), Cost(0, 0))  # the residual, read by whoever adds it
         + norm_mlp(T, c.width, c.inner, e, direction)
     )
     ends = embed(T, c.width, c.vocab, N, e, direction) + head_loss(T, c.width, c.vocab, e, direction)
@@ -134,27 +130,28 @@ def logits(config, B, N, e) -> Cost:
     return model(config, B, N, e, "fwd") + Cost(0, T * config.vocab * e)
 
 
-def pairs(v: dict) -> float:
-    """Pairs of positions in one of our attention launches, by its arguments' names."""
-    return v["HEADS"] * (v["N"] * (v["N"] + 1) / 2 if v["IS_CAUSAL"] else v["N"] ** 2)
+def attention_products(n: int, v: dict) -> float:
+    """FLOPs of n products of (pairs of positions, head dim) in one launch of attention, by its arguments' names."""
+    head_dim = v["D"] if "D" in v else v["D1"] + v["D2"]
+    return 2 * n * head_dim * v["HEADS"] * (v["N"] * (v["N"] + 1) / 2 if v["IS_CAUSAL"] else v["N"] ** 2)
 
 
-def head_dim(v: dict) -> int:
-    return v["D"] if "D" in v else v["D1"] + v["D2"]
-
-
-# Attention's kernels: how many products of (pairs, D) each makes, by its arguments' names.
-ATTENTION_PRODUCTS = {
-    "attention_forward_kernel": lambda v: 2,
-    "attention_hopper_forward_kernel": lambda v: 2,
-    "attention_dq_kernel": lambda v: 3,
-    "attention_dkdv_kernel": lambda v: 4,
-    "attention_hopper_backward_kernel": lambda v: 4 if v["OWNS_KEYS"] else 3,
-}
-# The other kernels with products.
-PRODUCTS = {
-    "head_loss.head_loss_kernel": lambda v: 2 * v["T"] * v["d"] * v["V"],
-}
+# FLOPs of one launch by its arguments' names, for every kernel: those without a product have none.
+FLOPS = {
+    "attention_forward_kernel": lambda v: attention_products(2, v),
+    "attention_hopper_forward_kernel": lambda v: attention_products(2, v),
+    "attention_dq_kernel": lambda v: attention_products(3, v),
+    "attention_dkdv_kernel": lambda v: attention_products(4, v),
+    "attention_hopper_backward_kernel": lambda v: attention_products(4 if v["OWNS_KEYS"] else 3, v),
+    "head_loss_kernel": lambda v: 2 * v["T"] * v["d"] * v["V"],
+    "table_backward_kernel": lambda v: 2 * v["R"] * v["V"] * v["d"],
+    "linear_kernel": lambda v: 2 * v["B"] * v["O"] * v["K"],
+    "attention_kernel": lambda v: 4 * v["k_cache"].numel(),  # of a full cache: how full it is, the device alone knows
+} | dict.fromkeys((
+    "decode_kernel", "dlogits_kernel", "embed_kernel", "encode_kernel",
+    "norm_backward_kernel", "norm_forward_kernel", "position_backward_kernel", "quick_gelu_backward_kernel",
+    "quick_gelu_kernel", "sample_kernel", "sum_partials_kernel", "sums_kernel",
+), lambda v: 0.0)  # fmt: skip
 
 
 def moved(values: Iterable) -> float:
@@ -168,9 +165,9 @@ def moved(values: Iterable) -> float:
     return float(sum(min(n, held[key]) for key, n in shown.items()))
 
 
-def launch(name: str, values: dict) -> Cost:
-    """One launch of ours, "file.function", by its arguments: the products' FLOPs, and each tensor's bytes once."""
-    flops = PRODUCTS[name](values) if name in PRODUCTS else 0.0
-    if products := ATTENTION_PRODUCTS.get(name.rsplit(".", 1)[-1]):
-        flops = 2 * products(values) * head_dim(values) * pairs(values)
-    return Cost(float(flops), moved(values.values()))
+def launch(kernel: str, values: dict) -> Cost:
+    """One launch of ours by its arguments: the products' FLOPs, and each tensor's bytes once. Raises ValueError for a
+    kernel that FLOPS doesn't know."""
+    if kernel not in FLOPS:
+        raise ValueError(f"kernel: got {kernel!r}, expected one of bench.cost.FLOPS: say what it multiplies")
+    return Cost(float(FLOPS[kernel](values)), moved(values.values()))

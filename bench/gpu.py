@@ -1,30 +1,35 @@
-"""Everything that needs a GPU, in under nine minutes, most valuable first: `make gpu`, or `python -m bench.gpu`.
+"""Everything that needs a GPU, in two halves of at most four minutes each: `make gpu`, or `python -m bench.gpu`.
 
-Each stage is a process of its own with a share of the time: one that crashes or hangs costs its share and no more, and
-rows are in rows.jsonl as soon as they are measured. First all kernels are compiled, on every core: that fills Triton's
-cache, so that the GPU waits for no compiler. `--rehearse` runs every stage on a CPU, small, with a clock that lies.
+The first half says whether the kernels are right and attention is quick, the second times the rest; a repair fits
+between them. Each stage is a process of its own with a share of the time: one that crashes or hangs costs its share and
+no more, and rows are in rows.jsonl as soon as they are measured. First all kernels are compiled, on every core; what
+compiled travels as one file, to the next half or the next machine. `--rehearse` runs the same stages on a CPU, small.
 """
 
 import argparse
 import dataclasses
-import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from bench import cases, checks, correctness, measure, report, sampling, tune, whole
-from bench.cases import Case
+from bench import cases
+from bench.cases import Case, sized
+from bench.compiled import step
+from bench.correctness import checks
+from bench.log import Log
 from bench.machine import ROOT
-from bench.models import ModelCase
-from bench.run import Log, failures, prepared
+from bench.rows import Row
+from bench.speed import measure, models, sampling, tune
+from bench.speed.models import ModelCase
 from igpt.kernels.interpreter import INTERPRETED
 
 PRESETS, LENGTHS = ("s", "m", "l"), (1024, 2304, 4096)
@@ -35,33 +40,36 @@ GRACE_S = 10.0  # past its time before a stage is ended
 
 @dataclass(frozen=True)
 class Job:
-    """What a stage gets: where its rows go, its seconds, and whether this is a rehearsal."""
+    """What a stage gets: where its rows go, its seconds, and how things are done on a GPU."""
 
     log: Log
     seconds: float
-    rehearse: bool
+    device: str = "cuda"
+    presets: tuple[str, ...] = PRESETS
+    checks: str = "gpu"  # bench.correctness's list
+    binaries: tuple[str, ...] = ("--cases", "bench.compiled.gpu_cases")
+    sanitizer: str | None = shutil.which("compute-sanitizer")
 
     @property
-    def device(self) -> str:
-        return "cpu" if self.rehearse else "cuda"
+    def workers(self) -> int:
+        return min(12, os.cpu_count() or 1)
 
-    def run(self, peers: str = "all") -> measure.Run:
-        run = prepared(self.log, self.device, self.seconds, peers)
-        return dataclasses.replace(run, case_s=0.3, least=5) if not self.rehearse else rehearsed(run)
+    def run(self, peers: str, case_s: float = 0.3, least: int = 5) -> measure.Run:
+        return self.log.prepared(self.device, self.seconds, peers=peers, case_s=case_s, least=least)
 
-    def operations(self, chosen: list[Case], peers: str = "all") -> None:
-        if self.rehearse:
-            small = {"B": 1, "N": 16, "H": 1, "D": 16, "dtype": "fp32", "preset": ""}
-            chosen = list(dict.fromkeys(dataclasses.replace(c, **small) for c in chosen))
-        self.log.take(measure.operations(chosen, self.run(peers)))
+    def small(self, chosen: Iterable) -> list:
+        """The cases, which a rehearsal makes small."""
+        return list(chosen)
 
-    def models(self, chosen: list[ModelCase], peers: str) -> None:
-        run = self.run(peers)
-        if self.rehearse:
-            chosen = [ModelCase("tiny", 1, 64, "fp32", c.direction) for c in chosen[:1]]
-        else:
-            run = dataclasses.replace(run, case_s=2.0, least=3)
-        self.log.take(whole.whole(chosen, run))
+    def operations(self, chosen: Iterable[Case], peers: str) -> None:
+        self.log.take(measure.operations(self.small(chosen), self.run(peers)))
+
+    def search(self, only: str) -> None:
+        """Tiles, with the time that is left: the rows to paste are in tiles.txt."""
+        tune.main(["--seconds", str(self.seconds), "--only", only, "--out", str(self.log.path.with_name("tiles.txt"))])
+
+    def models(self, chosen: Iterable[ModelCase], peers: str) -> None:
+        self.log.take(models.rows(self.small(chosen), self.run(peers, case_s=2.0, least=3)))
 
 
 class LyingTimer:
@@ -79,149 +87,160 @@ class LyingTimer:
         return 1.0
 
 
-def rehearsed(run: measure.Run) -> measure.Run:
-    return dataclasses.replace(run, timer=LyingTimer(), step_timer=LyingTimer(), case_s=0.0, least=2)
+SMALL = {
+    Case: {"B": 1, "N": 16, "H": 1, "D": 16, "dtype": "fp32", "preset": ""},
+    ModelCase: {"preset": "tiny", "B": 1, "N": 64, "dtype": "fp32"},
+    sampling.DecodeCase: {"preset": "tiny", "B": 1, "N": 24, "dtype": "fp32", "steps": 8},
+}
+
+
+@dataclass(frozen=True)
+class Rehearsal(Job):
+    """The same on a CPU: small cases, one of each, and a clock that lies."""
+
+    device: str = "cpu"
+    presets: tuple[str, ...] = ("tiny",)
+    checks: str = "rehearsal"
+    binaries: tuple[str, ...] = ("--quick", "--case", "palette")
+    sanitizer: str | None = "true"
+
+    def run(self, peers: str, case_s: float = 0.0, least: int = 2) -> measure.Run:
+        run = super().run(peers, case_s=0.0, least=2)
+        return dataclasses.replace(run, timer=LyingTimer(), step_timer=LyingTimer())
+
+    def search(self, only: str) -> None:
+        *_, last = (search for search in tune.searches("portable") if only in search.name)
+        last = dataclasses.replace(last, case=self.small([last.case])[0], values={"num_warps": (4, 8)})
+        out = self.log.path.with_name("tiles.txt")
+        tune.run([last], "portable", self.device, lambda name: True, LyingTimer(), self.seconds, out)
+
+    def small(self, chosen: Iterable) -> list:
+        return list(dict.fromkeys(dataclasses.replace(case, **SMALL[type(case)]) for case in chosen))
 
 
 def compiled(job: Job) -> None:
     """Fill Triton's cache with what the stages below launch on this GPU; the binaries' evidence comes with it."""
-    arch = "sm_90" if job.rehearse else tune.this_arch()
-    quick = ["--quick", "--case", "palette"] if job.rehearse else ["--cases", "bench.gpu_cases"]
-    command = [sys.executable, "-m", "bench.compile", "--arch", arch, "--workers", str(os.cpu_count() or 1)]
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    subprocess.run([*command, *quick, "--out", str(job.log.path)], cwd=ROOT, env=env, stdout=sys.stderr)
+    arch = tune.this_arch() if job.device == "cuda" else "sm_90"
+    flags = ["--arch", arch, "--workers", str(os.cpu_count() or 1), *job.binaries]
+    job.log.finish("compiled", job.log.begin("compiled", *flags))
 
 
 def correct(job: Job) -> None:
-    chosen = cases.correctness(quick=job.rehearse, gpu=not job.rehearse)
-    if job.rehearse:
-        chosen = [dataclasses.replace(c, N=16) for c in chosen if c.D == 64 and c.causal]
-    job.log.take(correctness.run(chosen, job.device, job.seconds - 20))
-    size = (48, "tiny") if job.rehearse else (1024, "s")
-    job.log.take([correctness.whole_model(job.device, "bf16", *size)])
-
-
-def deterministic(job: Job) -> None:
-    sizes = (1, 32, 1, 64) if job.rehearse else (4, 1024, 8, 64)
-    chosen = [Case(op, *sizes, "bf16") for op in ("attention", *cases.ROW_OPS)]
-    job.log.take(checks.determinism(chosen, job.device, runs=2 if job.rehearse else 20))
-    job.log.take(checks.step(job.device))
-
-
-def cold(job: Job) -> None:
-    job.log.take(checks.first_step(job.device, "tiny" if job.rehearse else "s"))
-
-
-def sanitized(job: Job) -> None:
-    job.log.take(checks.sanitizer(job.seconds, "true" if job.rehearse else shutil.which("compute-sanitizer")))
+    """Every check of bench.correctness, in processes side by side."""
+    flags = ["--device", job.device, "--list", job.checks, "--workers", str(job.workers)]
+    limit = ["--limit", str(job.seconds - 15)]
+    job.log.finish("correctness", job.log.begin("correctness", *flags, *limit, interpret=job.device == "cpu"))
 
 
 def attention(job: Job) -> None:
     """Every head dim, forward and backward, at each length causal, then full. torch.compile adds nothing to SDPA."""
-    sizes = [(N, True) for N in LENGTHS] + [(LENGTHS[0], False)]
-    job.operations([
-        Case("attention", max(1, TOKENS // N), N, *cases.shapes(preset), "bf16", causal, direction, preset)
-        for N, causal in sizes for direction in ("fwd", "bwd") for preset in PRESETS
-    ], "sdpa,sdpa cudnn,sdpa flash,sdpa efficient,flash-attn 4")  # fmt: skip
+    chosen = [c for N in LENGTHS for c in sized("attention", PRESETS, ("fwd", "bwd"), TOKENS, N)]
+    chosen += sized("attention", PRESETS, ("fwd", "bwd"), TOKENS, causal=False)
+    job.operations(chosen, "sdpa,sdpa cudnn,sdpa flash,sdpa efficient,flash-attn 4")
 
 
-def others(job: Job) -> None:
-    """MLP, head, palette and the rest, against everything but torch.compile, whose autotuning takes its time."""
-    size = TOKENS // 1024, 1024
-    ops = ("norm_mlp", "head_loss", "norm_linear", "linear_residual", "embed", "norm")
-    chosen = [
-        Case(op, *size, *cases.shapes(preset), "bf16", True, direction, preset)
-        for op in ops for preset in PRESETS for direction in ("fwd", "bwd", *(["fwd+bwd"] if op == "head_loss" else []))
-    ]  # fmt: skip
-    pixels = [Case(op, 4096, 1024, 1, 64, "fp32") for op in cases.PIXEL_OPS]
-    job.operations([*chosen, *pixels], "torch path,liger")
-
-
-def autotuned(job: Job) -> None:
-    """What compiles for long: torch.compile max-autotune on the operations it could win, M first; FlexAttention."""
-    size = TOKENS // 1024, 1024
-
-    def chosen(ops: tuple[str, ...], presets: tuple[str, ...]) -> list[Case]:
-        return [
-            Case(op, *size, *cases.shapes(preset), "bf16", True, direction, preset)
-            for preset in presets for op in ops for direction in ("fwd", "bwd")
-        ]  # fmt: skip
-
-    job.operations(chosen(("norm_mlp", "head_loss"), ("m",)), "torch.compile")
-    job.operations(chosen(("attention",), PRESETS), "flex")
-    job.operations(chosen(("norm_mlp", "head_loss"), ("s", "l")), "torch.compile")
+def profiled(job: Job) -> None:
+    """What a step's time is made of, kernel by kernel: profile.txt."""
+    for case in job.small(ModelCase(preset, STEP_TOKENS // 1024, 1024, "bf16", "step") for preset in PRESETS):
+        text = step.profile(models.build("ours", case, job.device))
+        with job.log.path.with_name("profile.txt").open("a") as file:
+            print(f"{case.preset}, {case.B} x {case.N}, {case.dtype}\n{text}\n", file=file)
 
 
 def steps(job: Job) -> None:
-    """Whole training steps against Hugging Face, the presets at 1024 first; then, at 1024, against torch.compile."""
+    """Whole training steps against Hugging Face and, at 1024, torch.compile; the presets at 1024 first."""
     chosen = [ModelCase(preset, max(1, STEP_TOKENS // N), N, "bf16", "step") for N in LENGTHS for preset in PRESETS]
-    job.models(chosen, "hugging face")
-    if not job.rehearse:  # torch.compile would wait for a C++ compiler
-        job.models(chosen[: len(PRESETS)], "torch.compile")
+    job.models(chosen[: len(PRESETS)], "hugging face")
+    job.models(chosen[: len(PRESETS)], "torch.compile,torch.compile graphed")
+    job.models(chosen[len(PRESETS) :], "hugging face")
 
 
 def sampled(job: Job) -> None:
     """Decoding: the ends of the range of batches first, against Hugging Face's generate."""
-    chosen = sampling.groups("cuda", PRESETS)
-    if job.rehearse:
-        chosen = [[(name, sampling.DecodeCase("tiny", 1, 24, "fp32", steps=8)) for name in sampling.BUILD]]
-    run = job.run("hugging face")
-    if not job.rehearse:
-        run = dataclasses.replace(run, case_s=1.0, least=2)
-    job.log.take(sampling.rows(chosen, run, ("tiny",) if job.rehearse else PRESETS))
+    groups = [[(name, *job.small([case])) for name, case in group] for group in sampling.groups("cuda", PRESETS)]
+    groups = groups if job.device == "cuda" else [list(dict.fromkeys(groups[0]))]
+    known = any(isinstance(row, Row) and (row.suite, row.op) == ("correctness", "decode") for row in job.log.rows())
+    job.log.take(sampling.rows(groups, job.run("hugging face", case_s=1.0, least=2), () if known else job.presets))
 
 
-def searched(job: Job) -> None:
-    """Tiles, with the time that is left."""
-    argv = ["--seconds", str(job.seconds), *(["--rehearse"] if job.rehearse else [])]
-    tune.main([*argv, "--out", str(job.log.path.with_name("tiles.txt"))])
+def others(job: Job) -> None:
+    """MLP, head, palette and the rest, against everything but torch.compile, whose autotuning takes its time."""
+    chosen = [case for op in cases.ROW_OPS for case in sized(op, PRESETS, ("fwd", "bwd"), TOKENS)]
+    job.operations([*chosen, *sized("head_loss", PRESETS, ("fwd+bwd",), TOKENS), *cases.PIXELS], "torch path,liger")
 
 
-@dataclass(frozen=True)
-class Stage:
-    run: Callable[[Job], None]
-    seconds: float
+def cold(job: Job) -> None:
+    job.log.take(checks.first_step(job.device, job.presets[0]))
 
 
-# Seconds a stage may take; what one leaves, the later ones have.
-STAGES = {
-    "compiled": Stage(compiled, 50),
-    "correct": Stage(correct, 70),
-    "deterministic": Stage(deterministic, 20),
-    "attention": Stage(attention, 75),
-    "steps": Stage(steps, 95),
-    "sampled": Stage(sampled, 45),
-    "others": Stage(others, 35),
-    "cold": Stage(cold, 35),
-    "sanitized": Stage(sanitized, 25),
-    "autotuned": Stage(autotuned, 45),
-    "searched": Stage(searched, 1000),
+def sanitized(job: Job) -> None:
+    job.log.take(checks.sanitizer(job.device, job.seconds, job.sanitizer))
+
+
+def autotuned(job: Job) -> None:
+    """What compiles for long: torch.compile on the operations it could win, M first; FlexAttention."""
+    for presets in (("m",), ("s", "l")):
+        chosen = [c for op in ("norm_mlp", "head_loss") for c in sized(op, presets, ("fwd", "bwd"), TOKENS)]
+        job.operations(chosen, "torch.compile")
+    job.operations(sized("attention", PRESETS, ("fwd", "bwd"), TOKENS), "flex")
+
+
+def attention_tiles(job: Job) -> None:
+    job.search("ATTENTION")
+
+
+def other_tiles(job: Job) -> None:
+    job.search("")
+
+
+# Seconds a stage may take; what one leaves, the later ones have, and REST all that is left.
+REST = 1000
+HALVES = {
+    "first": {compiled: 50, correct: 70, attention: 75, profiled: 30, attention_tiles: REST},
+    "second": {steps: 75, sampled: 45, others: 35, cold: 30, sanitized: 20, autotuned: 30, other_tiles: REST},
 }
+STAGES = {stage.__name__: (stage, seconds) for half in HALVES.values() for stage, seconds in half.items()}
+HALF_S = 225.0
 
 
 def stage(name: str, log: Log, seconds: float) -> None:
     """One stage in its own process, ended when its time is over; its death is a line in the report."""
-    flags = ["--stage", name, "--seconds", str(seconds), "--out", str(log.path.parent)]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "bench.gpu", *flags], cwd=ROOT, stdout=sys.stderr, start_new_session=True
-    )
+    command = [sys.executable, "-m", "bench.gpu", "--stage", name, "--seconds", str(seconds), "--out", log.path.parent]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=sys.stderr, start_new_session=True)
     try:
-        code = process.wait(timeout=seconds + GRACE_S)
-        if code:
-            log.broken.append(f"stage {name} ended with exit code {code}")
+        if code := process.wait(timeout=seconds + GRACE_S):
+            log.event(f"stage {name}", f"ended with exit code {code}")
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        log.notes.append(f"stage {name}: ended at its time limit; its rows so far are kept")
-        log.say(log.notes[-1])
+        log.event(f"stage {name}", "ended at its time limit; its rows so far are kept", ok=True)
+
+
+def unpack(archive: Path) -> None:
+    """Triton's cache for this run, beside the archive, with what an earlier run or another machine compiled."""
+    folder = archive.with_suffix("").with_suffix("")
+    if archive.exists() and not folder.exists():
+        with tarfile.open(archive) as tar:
+            tar.extractall(folder, filter="data")
+    os.environ["TRITON_CACHE_DIR"] = str(folder)
+
+
+def pack(archive: Path) -> None:
+    folder, part = Path(os.environ["TRITON_CACHE_DIR"]), archive.with_suffix(".part")
+    if folder.exists():
+        with tarfile.open(part, "w:gz", compresslevel=3) as tar:
+            tar.add(folder, ".")
+        part.replace(archive)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=520.0, help="of everything, or of the one stage")
-    parser.add_argument("--stage", choices=list(STAGES), help="only this one, here; appends to --out's rows")
-    parser.add_argument("--only", nargs="+", choices=list(STAGES), default=list(STAGES), help="some stages, in order")
+    parser.add_argument("--half", choices=list(HALVES), help="one half; the second reads the first's rows in --out")
+    parser.add_argument("--only", nargs="+", choices=list(STAGES), help="some stages, whose rows are appended")
+    parser.add_argument("--seconds", type=float, default=HALF_S, help="of a half, or of the stages named")
+    parser.add_argument("--stage", choices=list(STAGES), help="this one, in this process")
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, small, with a clock that lies")
+    parser.add_argument("--cache", type=Path, help="Triton's cache as a file, read and written; default: in --out")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "out")
     args = parser.parse_args(argv)
     if not args.rehearse and not torch.cuda.is_available():
@@ -229,26 +248,25 @@ def main(argv: list[str] | None = None) -> int:
     if args.rehearse and not INTERPRETED:
         parser.error("--rehearse: expected TRITON_INTERPRET=1 in the environment, for it runs kernels")
     if args.stage:
-        STAGES[args.stage].run(Job(Log(args.out, fresh=False), args.seconds, args.rehearse))
+        STAGES[args.stage][0](Job(Log(args.out, fresh=False), args.seconds))
         return 0
-    log = Log(args.out)
-    end = time.monotonic() + args.seconds
-    for name in args.only:
-        seconds = min(STAGES[name].seconds, end - time.monotonic())
-        log.say(f"stage {name}: {seconds:.0f} s")
-        if seconds < 5:
-            log.broken.append(f"stage {name}: no time was left")
-        elif args.rehearse:
-            STAGES[name].run(Job(log, seconds, True))
-        else:
-            stage(name, log, seconds)
-        report.write(log.rows(), failures(log), args.out, "\n\n".join(log.notes))
-    found, failed = log.rows(), failures(log)
-    for title, text in report.sections(found, markdown=False):
-        print(f"\n{title}\n{text}")
-    path = report.write(found, failed, args.out, "\n\n".join(log.notes))
-    print(json.dumps({"ok": not failed, "rows": len(found), "failed": failed, "report": str(path)}))
-    return 1 if failed else 0
+    log = Log(args.out, fresh=not args.only and args.half != "second")
+    archive = args.cache or args.out / "triton_cache.tar.gz"
+    unpack(archive)
+    halves = [args.only] if args.only else [[s.__name__ for s in HALVES[h]] for h in HALVES if args.half in (None, h)]
+    for names in halves:
+        end = time.monotonic() + args.seconds
+        for name in names:
+            seconds = min(STAGES[name][1], end - time.monotonic())
+            log.say(f"stage {name}: {seconds:.0f} s")
+            if args.rehearse:
+                STAGES[name][0](Rehearsal(log, 1000.0))  # nothing is late by a clock that lies
+            elif seconds < 5:
+                log.event(f"stage {name}", "no time was left", ok=STAGES[name][1] == REST)
+            else:
+                stage(name, log, seconds)
+        pack(archive)
+    return log.report()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What ran the rows: the device, the versions, the commit; and its ceilings, looked up or measured."""
 
+import dataclasses
 import datetime
 import functools
 import platform
@@ -20,6 +21,19 @@ FAULTS = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, NotImplementedError,
     OSError, RuntimeError, TritonError, TypeError, ValueError,
 )  # fmt: skip
+
+
+def attempted(row, check):
+    """The row that check() makes of this one, or this one, red, with what was raised."""
+    try:
+        return check()
+    except FAULTS as fault:
+        return dataclasses.replace(row, ok=False, note=raised(fault))
+
+
+def raised(fault: BaseException) -> str:
+    """What a row says of it."""
+    return f"raised {type(fault).__name__}: {' '.join(str(fault).split())[:300]}"
 
 
 def _ask(*command: str) -> str:

@@ -91,7 +91,8 @@ class CompileRow:
     spill_loads and spill_stores count instructions (LDL, STL; on AMD spilled registers), stack and shared are bytes,
     occupancy is resident warps over the machine's limit, waits are the wgmma wait depths in program order: a 0 waits
     for every product in flight, so nothing overlaps there. exp2_under: how many of the exp2 exponentials are issued
-    with a product in flight. variant: the constants that tell one binary of a function from another."""
+    with a product in flight. variant: the constants that tell one binary of a function from another. rings: what
+    asynchronous products read in shared memory, races: what is wrong with it (bench/compiled/rings.py)."""
 
     suite: str
     kernel: str
@@ -115,6 +116,8 @@ class CompileRow:
     exp2_under: int = 0
     instructions: int = 0
     dots: int = 0
+    rings: str = ""
+    races: str = ""
     ok: bool = False
     note: str = ""
 

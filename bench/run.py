@@ -6,12 +6,9 @@ if every correctness row holds and everything that sm_90 would run compiles clea
 
 import argparse
 import itertools
-import json
 import os
-import subprocess
 import sys
 import time
-from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,123 +18,59 @@ if not __package__:
 
 import torch  # noqa: E402
 
-from bench import cases, gate, measure, peers, pictures, report, rows, whole  # noqa: E402
-from bench.models import ModelCase  # noqa: E402
+from bench import cases, rows  # noqa: E402
+from bench.log import Log  # noqa: E402
+from bench.speed import measure, models, peers, pictures  # noqa: E402
+from bench.speed.models import ModelCase  # noqa: E402
 
 SUITES = ("quick", "kernels", "model", "sampling", "compile", "full")
-FATAL_ARCHS = ("sm_90",)
+TIMED = ("quick", "kernels", "model", "full")  # operations or models, whose correctness is checked first
 
 
-class Log:
-    """The run's rows: appended to rows.jsonl as they come, and progress on stderr."""
-
-    def __init__(self, out: Path, fresh: bool = True):
-        out.mkdir(parents=True, exist_ok=True)
-        self.path, self.start = out / "rows.jsonl", time.monotonic()
-        self.path.open("w" if fresh else "a").close()
-        self.broken: list[str] = []
-        self.notes: list[str] = []
-
-    def say(self, text: str) -> None:
-        print(f"[{time.monotonic() - self.start:4.0f} s] {text}", file=sys.stderr, flush=True)
-
-    def take(self, found: Iterable) -> None:
-        for row in found:
-            with self.path.open("a") as file:
-                print(rows.to_json(row), file=file)
-            took = f"{row.median_ms:.3g} ms" if row.median_ms else row.note
-            against = "".join(f", {ratio:.2f}x {peer}" for peer, ratio in row.ratios.items())
-            self.say(f"{row.op} {row.case} {row.impl}: {took}{against}")
-
-    def rows(self) -> list:
-        return rows.read(self.path)
-
-
-def start(log: Log, module: str, *arguments: str, interpret: bool = False) -> subprocess.Popen:
-    """`python -m bench.<module>` beside us, appending its rows to ours: kernels decide at import whether they are to
-    be interpreted or compiled, so each needs a process of its own. What it prints goes to stderr."""
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    env |= {"TRITON_INTERPRET": "1"} if interpret else {}
-    log.say(f"bench.{module} {' '.join(arguments)}")
-    command = [sys.executable, "-m", f"bench.{module}", *arguments, "--out", str(log.path)]
-    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=sys.stderr)
-
-
-def finish(log: Log, module: str, process: subprocess.Popen) -> None:
-    """0 is green and 1 is red, which its rows say; anything else is a death that left no row."""
-    if (code := process.wait()) not in (0, 1):
-        log.broken.append(f"bench.{module} ended with exit code {code}")
-
-
-def evidence(log: Log, device: str, quick: bool, correct: bool, compiled: bool) -> None:
+def evidence(log: Log, device: str, suite: str) -> None:
     """Correctness and compilation, side by side on a CPU's two cores: neither is timed."""
-    running, cores = [], os.cpu_count() or 1
-    flags = ["--quick"] if quick else []
-    if correct:
-        process = start(log, "correctness", "--device", device, *flags, interpret=device == "cpu")
-        running.append(("correctness", process))
-    if compiled:
-        workers = max(1, min(8, cores - 1 if correct else cores))
-        chosen = ["--arch", "sm_90"] if quick else []
-        running.append(("compile", start(log, "compile", "--workers", str(workers), *chosen, *flags)))
+    running, cores, quick = [], os.cpu_count() or 1, suite == "quick"
+    if suite in TIMED:
+        flags = ["--device", device, *(["--list", "quick"] if quick else [])]
+        running.append(("correctness", log.begin("correctness", *flags, interpret=device == "cpu")))
+    if suite in ("quick", "compile", "full"):
+        flags = ["--workers", str(max(1, min(8, cores - len(running))))]
+        flags += ["--arch", "sm_90", "--quick"] if quick else []
+        running.append(("compiled", log.begin("compiled", *flags)))
     for module, process in running:
-        finish(log, module, process)
+        log.finish(module, process)
 
 
-def prepared(log: Log, device: str, seconds: float, peers: str, quick: bool = False) -> measure.Run:
-    """A Run of so many seconds that knows which operations are red, and how far each is from fp64."""
-    red, errors = set(), {}
-    for row in log.rows():
-        if isinstance(row, rows.Row) and row.suite == "correctness":
-            if not row.ok:
-                red.add(measure.subject(row))
-            elif row.err_vs_fp64 is not None:
-                known = errors.get((row.op, row.dtype), (0.0, 0.0))
-                errors[row.op, row.dtype] = max(known, (row.err_vs_fp64, row.eager_err_vs_fp64))
-    if any(name.startswith("bench.correctness") for name in log.broken):
-        red |= set(itertools.product(cases.OPS, cases.DTYPES))
-    return measure.Run(
-        device, *measure.timers(device), peers=peers, case_s=2.0 if quick or device == "cuda" else 5.0,
-        deadline=time.monotonic() + seconds, red=frozenset(red), errors=errors, least=2 if quick else 3,
-    )  # fmt: skip
-
-
-def speeds(args, device: str, log: Log) -> None:
+def speeds(args, log: Log) -> None:
     """Operations and whole models, as the suite wants them."""
-    gpu, quick = device == "cuda", args.suite == "quick"
-    run = prepared(log, device, args.budget - (time.monotonic() - log.start), args.peers, quick)
-    presets, lengths, dtypes = args.preset, args.seq, args.dtype
-    if args.suite in ("quick", "model", "full"):
-        if not gpu:
-            for rows_of in pictures.QUICK if quick else pictures.ALL:
-                log.take(rows_of(run))
-        chosen = models(presets, lengths, dtypes, gpu, quick)
+    gpu, quick = args.device == "cuda", args.suite == "quick"
+    left = args.budget - (time.monotonic() - log.start)
+    case_s, least = 2.0 if quick or gpu else 5.0, 2 if quick else 3
+    run = log.prepared(args.device, left, peers=args.peers, case_s=case_s, least=least)
+    if args.suite != "kernels":
+        for rows_of in () if gpu else pictures.QUICK if quick else pictures.ALL:
+            log.take(rows_of(run))
         # In bf16 the quick suite compares with Hugging Face alone, to end in time.
         keep = (lambda name, c: c.dtype == "fp32" or name in ("ours", "hugging face")) if quick else (lambda *_: True)
-        log.take(whole.whole(chosen, run, keep))
-    if args.suite in ("quick", "kernels", "full"):
+        log.take(models.rows(whole(args), run, keep))
+    if args.suite != "model":
+        presets, lengths, dtypes = args.preset, args.seq, args.dtype
+        directions, T = ("fwd", "bwd") if gpu else ("fwd", "fwd+bwd"), 65536 if gpu else lengths[0]
         if quick:
-            run.peers = "eager" if not gpu else run.peers
-            chosen = cases.speed(presets[:1], lengths[:1], dtypes[:1], ("fwd",), 65536 if gpu else 1024)
-        else:
-            directions = ("fwd", "bwd") if gpu else ("fwd", "fwd+bwd")
-            chosen = cases.speed(presets, lengths, dtypes, directions, 65536 if gpu else lengths[0])
-        log.take(measure.operations(chosen, run))
+            run.peers = run.peers if gpu else "eager"
+            presets, lengths, dtypes, directions = presets[:1], lengths[:1], dtypes[:1], ("fwd",)
+        log.take(measure.operations(cases.speed(presets, lengths, dtypes, directions, T), run))
 
 
-def models(presets, lengths, dtypes, gpu: bool, quick: bool) -> list[ModelCase]:
+def whole(args) -> list[ModelCase]:
     """Whole-model cases: on a GPU forward and training step; on a CPU of one picture forward and loss with gradients,
     and, but in the quick suite, a training step of the tiny preset."""
-    directions = ("fwd", "step") if gpu else ("fwd", "fwd+bwd")
-    T = 32768 if gpu else 0
-    steps = [] if gpu or quick else [ModelCase("tiny", 16, N, dtype, "step") for N in lengths for dtype in dtypes]
+    gpu, sizes = args.device == "cuda", list(itertools.product(args.seq, args.dtype))
+    steps = [] if gpu or args.suite == "quick" else [ModelCase("tiny", 16, N, dtype, "step") for N, dtype in sizes]
     return steps + [
-        ModelCase(preset, max(1, T // N), N, dtype, direction)
-        for preset in presets
-        for N in lengths
-        for direction in directions
-        for dtype in dtypes
-    ]
+        ModelCase(preset, max(1, 32768 // N) if gpu else 1, N, dtype, direction)
+        for preset in args.preset for direction in ("fwd", "step" if gpu else "fwd+bwd") for N, dtype in sizes
+    ]  # fmt: skip
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -177,53 +110,25 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def failures(log: Log) -> list[str]:
-    """What makes the run red, by name."""
-    found = list(log.broken)
-    for row in log.rows():
-        if isinstance(row, rows.CompileRow):
-            if not row.ok and (row.arch in FATAL_ARCHS or "failed" in row.note or "raised" in row.note):
-                found.append(f"compile {row.function} {row.case} {row.arch} {row.tile}: {row.note}")
-        elif isinstance(row, rows.Row) and not row.ok:
-            found.append(f"{row.suite} {row.op} {row.case} {row.impl}: {row.note}")
-    compiled = [row for row in log.rows() if isinstance(row, rows.CompileRow)]
-    return found + (gate.compare(compiled, gate.read()) if compiled else [])
-
-
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    log = Log(args.out)
-    suite, device = args.suite, args.device
-    if suite != "compile":
-        log.say(f"suite {suite} on {device}")
-    wants = {
-        "correct": suite in ("quick", "kernels", "model", "full"),
-        "compiled": suite in ("quick", "compile", "full"),
-    }
-    evidence(log, device, suite == "quick", **wants)
-    if suite in ("quick", "kernels", "model", "full"):
-        speeds(args, device, log)
+    log, suite, device, extra = Log(args.out), args.suite, args.device, ""
+    log.say(f"suite {suite} on {device}")
+    evidence(log, device, suite)
+    if suite in TIMED:
+        speeds(args, log)
     if suite in ("sampling", "full"):
         left = max(0.0, args.budget - (time.monotonic() - log.start))
         flags = ["--device", device, "--peers", args.peers, "--budget", str(left), "--preset", *args.preset]
-        finish(log, "sampling", start(log, "sampling", *flags))
+        log.finish("speed.sampling", log.begin("speed.sampling", *flags))
     if suite in ("quick", "full"):
-        flags = ["--preset", "s"] if suite == "quick" else []
-        finish(log, "step", start(log, "step", *flags))
-    found, failed = log.rows(), failures(log)
-    extra = ""
+        log.finish("compiled.step", log.begin("compiled.step", *(["--preset", "s"] if suite == "quick" else [])))
     if args.baseline:
-        ratios, slower = rows.regressions(found, rows.read(args.baseline))
+        ratios, slower = rows.regressions(log.rows(), rows.read(args.baseline))
         lines = [f"{' '.join(key)}: {ratio:.2f}x the earlier time" for key, ratio in ratios.items()]
         extra = "\n".join(["## Against the baseline", "", *(f"- {line}" for line in lines or ["no row in common"]), ""])
         extra += "\n".join(["Regressions:", *(f"- {line}" for line in slower)]) if slower else "No regression."
-    path = report.write(found, failed, args.out, extra)
-    for title, text in report.sections(found, markdown=False):
-        print(f"\n{title}\n{text}")
-    if extra:
-        print(f"\n{extra}")
-    print(json.dumps({"ok": not failed, "rows": len(found), "failed": failed, "report": str(path)}))
-    return 1 if failed else 0
+    return log.report(extra)
 
 
 if __name__ == "__main__":

@@ -3,14 +3,18 @@
     pytest bench --benchmark-only --benchmark-autosave
     pytest bench --benchmark-only --benchmark-compare
 
-Kernels run on a GPU; without one, the torch path. Correctness is bench/run.py's business and the tests'.
+Kernels run on a GPU; without one, the torch path; the host's time for a block is always a CPU's (speed/host.py).
+Correctness is bench/run.py's business and the tests'.
 """
+
+import time
 
 import pytest
 import torch
 
-from bench import cases, models
-from bench.measure import call
+from bench import cases
+from bench.speed import host, models
+from bench.speed.measure import call
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE, TOKENS = ("bf16", 65536) if DEVICE == "cuda" else ("fp32", 1024)
@@ -45,3 +49,11 @@ def test_model(benchmark, case):
     run = synchronised(models.build("ours", case, DEVICE))
     benchmark.extra_info.update(case.labels, flops=case.cost().flops)
     benchmark.pedantic(run, warmup_rounds=1, rounds=3)
+
+
+@pytest.mark.benchmark(timer=time.thread_time)
+@pytest.mark.parametrize("direction", host.DIRECTIONS)
+@pytest.mark.parametrize("arch", ["sm_90", "portable"])
+def test_host_time_of_a_block(benchmark, arch, direction):
+    with host.unlaunched(arch):
+        benchmark(host.block(direction))

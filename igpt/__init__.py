@@ -8,11 +8,14 @@ Submodules load on first use, so that importing one kernel (`igpt.kernels.attent
 
 import importlib
 
+__version__ = "0.2.0"
+
 _EXPORTS = {
     "Config": "config",
     "PRESETS": "config",
     "ImageGPT": "model",
     "Palette": "palette",
+    "graphed": "training.graphed",
 }
 _MODULES = ("config", "convert", "data", "hf", "model", "ops", "palette", "sample")
 

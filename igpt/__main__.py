@@ -1,3 +1,3 @@
-from igpt.cli import main
+from igpt.programs.cli import main
 
 raise SystemExit(main())

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from igpt import ops
+from igpt import convert, ops, sample
 from igpt.config import Config, preset
+from igpt.kernels import checks
 
 MASK_PROBABILITY = 0.15
 RECOMPUTE = ("none", "mlp", "block")
@@ -94,6 +95,8 @@ class ImageGPT(nn.Module):
             raise ValueError(f"impl: got {impl!r}, expected one of {ops.IMPLS}")
         self.config, self.impl, self.recompute = config, impl, "none"
         self.palette = None  # the Palette that came with the weights, if one did; save_pretrained passes it on
+        self.trained = None  # where in its run they were made, if we know: convert.runs.Trained
+        self.class_names = ()  # what the classifier's rows are called, if we know; save_pretrained passes them on
         d = config.width
         with torch.device(device if device is not None else torch.get_default_device()):
             self.wte = nn.Parameter(torch.empty(config.vocab, d))
@@ -115,16 +118,25 @@ class ImageGPT(nn.Module):
         return cls(preset(name, **overrides), impl=impl, device=device, dtype=dtype)
 
     @classmethod
-    def from_pretrained(cls, source, *, impl: str = "auto", device=None, dtype=None) -> "ImageGPT":
-        """A model from our directory, a Hugging Face directory or hub id, or an OpenAI TF1 checkpoint prefix."""
-        from igpt import convert
-
-        return convert.load(source, impl=impl, device=device, dtype=dtype)
+    def from_pretrained(
+        cls, source, *, step=None, impl: str = "auto", device=None, dtype=None, attn_scale: str = "exact"
+    ) -> "ImageGPT":
+        """A model from our directory, a run's, a Hugging Face directory or hub id ("org/name" or "org/name@revision"),
+        or an OpenAI TF1 checkpoint prefix; the checkpoint's dtype unless `dtype` is given. `step`: which checkpoint of
+        a run, a number or "last"; default: the best by validation loss. `attn_scale`: of Hugging Face's, "exact", or
+        "hf" for 1/int(sqrt(head dim)). `palette` is the one beside the weights, or None, `class_names` are the
+        classifier's. Raises ValueError naming what is wrong, before anything is allocated."""
+        checkpoint = convert.open_checkpoint(source, step, attn_scale)
+        model = cls(checkpoint.config, impl=impl, device="meta", dtype=dtype or checkpoint.dtype)
+        model.to_empty(device=device if device is not None else torch.get_default_device())
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(checkpoint.tensors[name].read())
+        model.palette, model.trained, model.class_names = checkpoint.palette, checkpoint.trained, checkpoint.classes
+        return model
 
     def save_pretrained(self, path, format: str = "igpt") -> None:
         """Write model.safetensors and config.json, ours ("igpt") or Hugging Face's ("hf")."""
-        from igpt import convert
-
         convert.save(self, path, format=format)
 
     @torch.no_grad()
@@ -173,6 +185,8 @@ class ImageGPT(nn.Module):
         `each(h)` is called with every block's input: the hook of `features`."""
         if self.recompute not in RECOMPUTE:
             raise ValueError(f"recompute: got {self.recompute!r}, expected one of {RECOMPUTE}")
+        if self.recompute != "none" and checks.is_transformed():
+            raise ValueError(f"recompute: got {self.recompute!r} under torch.func, which cannot: expected 'none'")
         device = tokens_BN.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.wte.dtype
         # Every op casts its parameters to the stream's dtype; autocast's own casts would only do it twice.
@@ -184,7 +198,8 @@ class ImageGPT(nn.Module):
                     h, add = total(h, add), None
                     each(h, block.attn.norm)
                 if self.recompute == "block" and torch.is_grad_enabled():
-                    h, add = checkpoint(block, h, add, self.impl, use_reentrant=False)
+                    # A block draws nothing, and a CUDA graph cannot read a generator's state.
+                    h, add = checkpoint(block, h, add, self.impl, use_reentrant=False, preserve_rng_state=False)
                 else:
                     h, add = block(h, add, self.impl, self.recompute == "mlp")
             return total(h, add)
@@ -207,6 +222,8 @@ class ImageGPT(nn.Module):
 
         AR: mean cross-entropy of all B N pixels. BERT: each picture's mean over its masked pixels (0 if it has none),
         then the mean over pictures; masked_BN defaults to independent draws with probability 0.15."""
+        if tokens_BN.shape[:1] == (0,):
+            raise ValueError("tokens_BN: got no pictures, expected at least one: the loss is a mean")
         if self.config.causal and masked_BN is not None:
             raise ValueError("masked_BN: got a mask, expected None for objective 'ar'")
         if not self.config.causal and masked_BN is None:
@@ -250,16 +267,13 @@ class ImageGPT(nn.Module):
         """Class logits (B, classes) from the trunk's output: wclf on the mean-pooled final features."""
         if self.classifier is None:
             raise ValueError("classes: got 0 in this model's config, expected a model with a classifier (classes > 0)")
-        return F.linear(self.pool(h_BNd, self.norm_f), self.classifier.float())
+        pooled = self.pool(h_BNd, self.norm_f)
+        return F.linear(pooled, self.classifier.to(pooled.dtype))
 
     def generate(self, batch: int = 1, *, temperature: float = 1.0, top_k: int | None = None, seed: int = 0, **options):
         """Sample whole pictures: tokens (batch, n_ctx). Options as in igpt.sample.generate."""
-        from igpt import sample
-
         return sample.generate(self, batch, temperature=temperature, top_k=top_k, seed=seed, **options)
 
     def complete(self, tokens_BN, keep: int, *, temperature: float = 1.0, top_k=None, seed: int = 0, **options):
         """Keep the first `keep` pixels of each picture and sample the rest: tokens (B, n_ctx)."""
-        from igpt import sample
-
         return sample.complete(self, tokens_BN, keep, temperature=temperature, top_k=top_k, seed=seed, **options)

@@ -22,6 +22,7 @@ import triton.language as tl
 
 from . import checks, tiles
 from .attention_backward import attention_backward
+from .choose import MAX_HEAD_DIM, takes_head_dim
 from .device import arch, check_device
 from .heads import (
     HEAD_COUNTS,
@@ -38,11 +39,9 @@ from .heads import (
     zero_tile,
 )
 from .interpreter import INTERPRETED
-from .launching import launch
+from .launching import blocks, launch
 from .primitives import LOG2E
 from .registration import differentiable, operation
-
-MAX_HEAD_DIM = 128  # wider accumulators would not fit the registers
 
 
 @triton.jit(do_not_specialize=HEAD_COUNTS)
@@ -99,7 +98,7 @@ def attention_forward(q, k, v, causal: bool, scale: float, out, lse) -> None:
     tile = tiles.attention_tile(tiles.ATTENTION_FORWARD, q, all(map(is_aligned, (q, k, v))))
     tiles.require("attention_forward_kernel", tile, q, 2 * tile.BLOCK_N * D)
     launch(
-        attention_forward_kernel, (triton.cdiv(N, tile.BLOCK_M) * B * H,),
+        attention_forward_kernel, (blocks(N, tile.BLOCK_M) * B * H,),
         **view_args("q", q, tile.BLOCK_M, tile.tma),
         **view_args("k", k, tile.BLOCK_N, tile.tma),
         **view_args("v", v, tile.BLOCK_N, tile.tma),
@@ -194,7 +193,7 @@ def _scale(name: str, x: torch.Tensor, scale: float | None) -> float:
     D = x.shape[-1]
     if x.dtype not in tiles.FLOATS:
         checks.refuse("attention", name, x.dtype, "fp32, fp16 or bf16")
-    if D % 16 or not 0 < D <= MAX_HEAD_DIM:
+    if not takes_head_dim(D):
         checks.refuse("attention", name, f"head dim {D}", f"a multiple of 16 up to {MAX_HEAD_DIM}")
     scale = D**-0.5 if scale is None else float(scale)
     # The maximum of s is scale times that of q k^T only for a positive scale.

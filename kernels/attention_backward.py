@@ -34,7 +34,7 @@ from .heads import (
     zero_tile,
 )
 from .interpreter import INTERPRETED
-from .launching import launch
+from .launching import blocks, launch
 from .primitives import LOG2E
 
 
@@ -138,7 +138,7 @@ def attention_backward(dout, q, k, v, out, lse, dq, dk, dv, causal: bool, scale:
     tile = tiles.attention_tile(tiles.ATTENTION_DQ, q, aligned)
     tiles.require("attention_dq_kernel", tile, q, 2 * tile.BLOCK_N * q.shape[3])
     launch(
-        attention_dq_kernel, (triton.cdiv(q.shape[1], tile.BLOCK_M) * lse.shape[0] * lse.shape[1],),
+        attention_dq_kernel, (blocks(q.shape[1], tile.BLOCK_M) * lse.shape[0] * lse.shape[1],),
         **_views(dout, q, k, v, tile), **view_args("out", out, tile.BLOCK_M, tile.tma),
         lse=lse, delta=delta, dq=dq, dq_strides=dq.stride()[:3], **_shape(q, scale, tile),
         IS_CAUSAL=causal, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N,
@@ -147,7 +147,7 @@ def attention_backward(dout, q, k, v, out, lse, dq, dk, dv, causal: bool, scale:
     tile = tiles.attention_tile(tiles.ATTENTION_DKDV, q, aligned)
     tiles.require("attention_dkdv_kernel", tile, q, 2 * tile.BLOCK_M * q.shape[3])
     launch(
-        attention_dkdv_kernel, (triton.cdiv(q.shape[1], tile.BLOCK_N) * lse.shape[0] * lse.shape[1],),
+        attention_dkdv_kernel, (blocks(q.shape[1], tile.BLOCK_N) * lse.shape[0] * lse.shape[1],),
         **_views(dout, q, k, v, tile),
         lse=lse, delta=delta, dk=dk, dk_strides=dk.stride()[:3], dv=dv, dv_strides=dv.stride()[:3],
         **_shape(q, scale, tile), IS_CAUSAL=causal, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N,

@@ -6,6 +6,8 @@ that all operands must share: the kernels ask for it, the torch path (igpt/ops.p
 
 import torch
 
+COLDEST = 1e-30  # temperature
+
 
 def refuse(name: str, argument: str, got, expected: str) -> None:
     raise ValueError(f"{name}: {argument}: got {got}, expected {expected}")
@@ -42,10 +44,28 @@ def integers(name: str, argument: str, t: torch.Tensor, vocab: int | None = None
     within = "" if vocab is None else f" in [0, {vocab})"
     if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
         refuse(name, argument, t.dtype, f"integers{within}")
-    if vocab is not None and t.device.type == "cpu" and t.numel() and not torch.compiler.is_compiling():
+    if vocab is not None and is_readable(t) and t.numel():
         low, high = (int(end) for end in torch.aminmax(t.long()))
         if low < 0 or high >= vocab:
             refuse(name, argument, f"values in [{low}, {high}]", f"integers{within}")
+
+
+def is_readable(t: torch.Tensor) -> bool:
+    """Whether values can be looked at here and now: on a CPU, in eager mode, outside of vmap."""
+    return t.device.type == "cpu" and not torch.compiler.is_compiling() and not is_vmap()
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func is at work, in eager mode."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def is_vmap() -> bool:
+    """Whether torch.func.vmap is: one call stands for many, and no value can be read."""
+    functorch = torch._C._functorch
+    return is_transformed() and any(
+        level.key() == functorch.TransformType.Vmap for level in functorch.get_interpreter_stack()
+    )
 
 
 def attention(q, k, v) -> None:
@@ -111,6 +131,13 @@ def embed(tokens, wte, wpe, sos, masked, dtype=None) -> None:
     if tokens.dim() != 2 or not 1 <= tokens.shape[1] <= wpe.shape[0]:
         refuse("embed", "tokens", f"shape {tuple(tokens.shape)}", f"(B, N) with 1 <= N <= {wpe.shape[0]}")
     operand("embed", "masked", masked, tuple(tokens.shape), torch.bool)
+
+
+def temperature(name: str, value: float) -> float:
+    """Itself, or 0 (greedy) where logits divided by it would be infinite: no noise makes up for such differences."""
+    if not 0 <= value < float("inf"):
+        refuse(name, "temperature", value, "a finite number >= 0 (0: greedy)")
+    return 0.0 if value < COLDEST else float(value)
 
 
 def palette(name: str, palette) -> None:

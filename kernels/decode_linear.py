@@ -1,17 +1,19 @@
-"""One decoding step's products: few rows against every weight, at the speed the weights arrive from memory.
+"""One decoding step's products for few pictures: matrix times vector, at the speed the weights arrive from memory.
 
     y = act(norm(x) @ weight^T + bias)                decode_norm_linear     (B, K), (O, K) -> (B, O)
     y = residual + a @ weight^T + bias                decode_linear_residual
 
-A program owns BLOCK_N output features and all of K for BLOCK_M pictures; the rows of a small batch are padded to the 16
-that a matrix instruction takes, whose cost is nothing beside the weights' bytes. The residual stream x is fp32 or the
-weights' dtype; products take operands in the weights' dtype and accumulate in fp32, as do norm, bias, activation and
-residual. int8 weights carry one fp32 scale an output channel, are exact in bf16 and are scaled after the sum.
+A program owns BLOCK_N output features and holds all K columns of their weights in registers, fetched before it waits
+for what the earlier kernels wrote (kernels/decode_chain.py); then it takes one picture after another. Weights are read
+once, whatever B, and 1 byte each in int8, with one fp32 scale an output channel; x and the partial sums come from L2.
+Products and sums are fp32, in one order for every B: a lane's columns of each chunk, then lanes and warps in a tree, so
+that errors don't grow with K as those of one long sum do.
 
-The released norm folds: rstd * ((x * gain) @ weight^T), sum(x^2) from the same loop over x. The centred one, and fp16
-whose range x * gain might leave, take their statistics in loops over x beforehand. gain None: already in the weight.
+The norm folds: rstd (x @ weight^T), with sum(x^2) of the program's own copy of x; its gain is in the weight. The
+centred norm subtracts the mean from that copy first. What attention left as parts (kernels/decode_attention.py) every
+program joins for itself.
 
-Floor: O K bytes of weights (2 O K in 16 bits) once; each program reads x again from L2. No gradients.
+Floor: O K bytes of weights (2 O K in 16 bits). No gradients.
 """
 
 import torch
@@ -19,137 +21,149 @@ import triton
 import triton.language as tl
 
 from . import checks, tiles
-from .device import arch, check_device
-from .launching import launch
+from .decode_chain import launch_chained, release, wait
+from .device import check_device
 from .primitives import quick_gelu
 from .registration import operation
 
 
 @triton.jit
-def load_x(x, o_b, o_k, B, K):
-    m = (o_b < B)[:, None] & (o_k < K)[None, :]
-    return tl.load(x + o_b[:, None].to(tl.int64) * K + o_k[None, :], mask=m, other=0.0)
+def load_weights(weight, o_o, O: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Rows o_o in chunks of columns: a tuple of [BLOCK_N, BLOCK_K]. No other program reads them: first out of L2."""
+    p = weight + o_o[:, None].to(tl.int64) * K
+    chunks = ()
+    for i_k in tl.static_range(0, K, BLOCK_K):
+        o_k = (i_k + tl.arange(0, BLOCK_K))[None, :]
+        if O % BLOCK_N == 0 and K % BLOCK_K == 0:
+            b_w = tl.load(p + o_k, eviction_policy="evict_first")
+        else:
+            b_w = tl.load(p + o_k, mask=(o_o < O)[:, None] & (o_k < K), other=0, eviction_policy="evict_first")
+        chunks = chunks + (b_w,)
+    return chunks
 
 
 @triton.jit
-def statistics(x, o_b, B, K, eps, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, IS_CENTRED: tl.constexpr):
-    """mean (0 unless centred) and rstd of whole rows, [BLOCK_M] each."""
-    b_mean = tl.zeros([BLOCK_M], tl.float32)
-    if IS_CENTRED:
-        for i_k in range(0, K, BLOCK_K):
-            b_mean += tl.sum(load_x(x, o_b, i_k + tl.arange(0, BLOCK_K), B, K).to(tl.float32), 1)
-        b_mean /= K
-    b_var = tl.zeros([BLOCK_M], tl.float32)
-    for i_k in range(0, K, BLOCK_K):
-        o_k = i_k + tl.arange(0, BLOCK_K)
-        b_x = load_x(x, o_b, o_k, B, K).to(tl.float32) - b_mean[:, None]
-        b_var += tl.sum(tl.where((o_k < K)[None, :], b_x * b_x, 0.0), 1)
-    return b_mean, tl.rsqrt(b_var / K + eps)
+def load_joined(partial, maxima, sums, o_k, K: tl.constexpr, HEADS: tl.constexpr, SPLITS: tl.constexpr):
+    """Columns of attention's output from the parts [SPLITS, K] of a picture's splits of keys."""
+    o_s, m = tl.arange(0, SPLITS)[:, None], (o_k < K)[None, :]
+    o_h = o_s * HEADS + (o_k // (K // HEADS))[None, :]
+    b_max = tl.load(maxima + o_h, mask=m, other=0.0)
+    b_fade = tl.exp2(b_max - tl.max(b_max, 0)[None, :])
+    b_sum = tl.sum(tl.load(sums + o_h, mask=m, other=1.0) * b_fade, 0)
+    return tl.sum(tl.load(partial + o_s * K + o_k[None, :], mask=m, other=0.0) * b_fade, 0) / b_sum
 
 
 @triton.jit
 def linear_kernel(
-    x, gain, weight, scale, bias, residual, y, B, O, K, eps,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OPERAND: tl.constexpr,
-    HAS_NORM: tl.constexpr, IS_CENTRED: tl.constexpr, IS_FOLDED: tl.constexpr, HAS_GAIN: tl.constexpr,
-    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_GELU: tl.constexpr,
-    PRECISION: tl.constexpr,
+    x, maxima, sums, weight, scale, bias, residual, y, B, eps,
+    O: tl.constexpr, K: tl.constexpr, HEADS: tl.constexpr, SPLITS: tl.constexpr,
+    HAS_NORM: tl.constexpr, IS_CENTRED: tl.constexpr, HAS_GELU: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, STAGES: tl.constexpr, IS_EARLY: tl.constexpr, IS_CHAINED: tl.constexpr,
 ):  # fmt: skip
-    o_b = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    release(IS_EARLY, IS_CHAINED)
     o_o = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    if HAS_NORM and not IS_FOLDED:
-        b_mean, b_rstd = statistics(x, o_b, B, K, eps, BLOCK_M, BLOCK_K, IS_CENTRED)
-    b_squares = tl.zeros([BLOCK_M], tl.float32)
-    b_y = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for i_k in range(0, K, BLOCK_K):
-        o_k = i_k + tl.arange(0, BLOCK_K)
-        m_w = (o_o < O)[:, None] & (o_k < K)[None, :]
-        b_w = tl.load(weight + o_o[:, None].to(tl.int64) * K + o_k[None, :], mask=m_w, other=0)  # [BLOCK_N, BLOCK_K]
-        b_x = load_x(x, o_b, o_k, B, K)  # [BLOCK_M, BLOCK_K]
-        if HAS_NORM:
-            b_x = b_x.to(tl.float32)
-            if IS_FOLDED:
-                b_squares += tl.sum(b_x * b_x, 1)
+    m_o = o_o < O
+    b_w = load_weights(weight, o_o, O, K, BLOCK_N, BLOCK_K)
+    if scale is not None:
+        b_scale = tl.load(scale + o_o, mask=m_o, other=0.0)
+    if bias is not None:
+        b_bias = tl.load(bias + o_o, mask=m_o, other=0.0).to(tl.float32)
+    wait(IS_EARLY, IS_CHAINED)
+    for i_b in tl.range(0, B, num_stages=STAGES):
+        if residual is not None:
+            b_residual = tl.load(residual + i_b * O + o_o, mask=m_o, other=0.0).to(tl.float32)
+        if IS_CENTRED:
+            b_total = tl.zeros([BLOCK_K], tl.float32)
+            for i_k in tl.static_range(0, K, BLOCK_K):
+                o_k = i_k + tl.arange(0, BLOCK_K)
+                b_total += tl.load(x + i_b * K + o_k, mask=o_k < K, other=0.0).to(tl.float32)
+            mean = tl.sum(b_total, 0) / K
+        for i_k in tl.static_range(0, K, BLOCK_K):
+            o_k = i_k + tl.arange(0, BLOCK_K)
+            if SPLITS > 0:
+                i_part = i_b * SPLITS
+                b_x = load_joined(x + i_part * K, maxima + i_part * HEADS, sums + i_part * HEADS, o_k, K, HEADS, SPLITS)
             else:
-                b_x = (b_x - b_mean[:, None]) * b_rstd[:, None]
-            if HAS_GAIN:
-                b_x *= tl.load(gain + o_k, mask=o_k < K, other=0.0).to(tl.float32)[None, :]
-        b_y = tl.dot(b_x.to(OPERAND), b_w.to(OPERAND).T, b_y, input_precision=PRECISION)
-    if IS_FOLDED:
-        b_y *= tl.rsqrt(b_squares / K + eps)[:, None]
-    if HAS_SCALE:
-        b_y *= tl.load(scale + o_o, mask=o_o < O, other=0.0)[None, :]
-    if HAS_BIAS:
-        b_y += tl.load(bias + o_o, mask=o_o < O, other=0.0).to(tl.float32)[None, :]
-    if HAS_GELU:
-        b_y = quick_gelu(b_y)
-    o_y = o_b[:, None].to(tl.int64) * O + o_o[None, :]
-    m_y = (o_b < B)[:, None] & (o_o < O)[None, :]
-    if HAS_RESIDUAL:
-        b_y += tl.load(residual + o_y, mask=m_y, other=0.0).to(tl.float32)
-    tl.store(y + o_y, b_y.to(y.dtype.element_ty), mask=m_y)
-
-
-OPERANDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+                b_x = tl.load(x + i_b * K + o_k, mask=o_k < K, other=0.0).to(tl.float32)
+            if IS_CENTRED:
+                b_x = tl.where(o_k < K, b_x - mean, 0.0)
+            b_wx = b_w[i_k // BLOCK_K].to(tl.float32) * b_x[None, :]
+            if i_k == 0:
+                b_y, b_squares = b_wx, b_x * b_x
+            else:
+                b_y, b_squares = b_y + b_wx, b_squares + b_x * b_x
+        b_sum = tl.sum(b_y, 1)
+        if HAS_NORM:
+            b_sum *= tl.rsqrt(tl.sum(b_squares, 0) / K + eps)
+        if scale is not None:
+            b_sum *= b_scale
+        if bias is not None:
+            b_sum += b_bias
+        if HAS_GELU:
+            b_sum = quick_gelu(b_sum)
+        if residual is not None:
+            b_sum += b_residual
+        tl.store(y + i_b * O + o_o, b_sum.to(y.dtype.element_ty), mask=m_o)
 
 
 @operation(
-    "decode_linear(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, Tensor? residual, str norm, Tensor? gain, "
-    "float eps, bool gelu, ScalarType dtype) -> Tensor",
-    lambda x, weight, *options: x.new_empty((x.shape[0], weight.shape[0]), dtype=options[-1]),
+    "decode_linear(Tensor x, Tensor? maxima, Tensor? sums, Tensor weight, Tensor? scale, Tensor? bias, "
+    "Tensor? residual, str norm, float eps, bool gelu, ScalarType dtype) -> Tensor",
+    lambda x, maxima, sums, weight, *options: x.new_empty((x.shape[0], weight.shape[0]), dtype=options[-1]),
 )
-def decode_linear_op(x, weight, scale, bias, residual, norm: str, gain, eps: float, gelu: bool, dtype, y) -> None:
-    """y (B, O) in `dtype`. norm: "" (none), "rms" or "layer"."""
-    (B, K), O = x.shape, weight.shape[0]
-    operand = torch.bfloat16 if weight.dtype == torch.int8 else weight.dtype
-    tile = tiles.decode_linear_tile(arch(x.device), operand.itemsize, B)
-    launch(
-        linear_kernel, (triton.cdiv(O, tile.BLOCK_N), triton.cdiv(B, tile.BLOCK_M)),
-        x=x.contiguous(), gain=gain, weight=weight.contiguous(), scale=scale, bias=bias,
-        residual=None if residual is None else residual.contiguous(), y=y, B=B, O=O, K=K, eps=eps,
-        BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_K=tile.BLOCK_K, OPERAND=OPERANDS[operand],
-        HAS_NORM=norm != "", IS_CENTRED=norm == "layer", IS_FOLDED=norm == "rms" and operand != torch.float16,
-        HAS_GAIN=gain is not None, HAS_SCALE=scale is not None, HAS_BIAS=bias is not None,
-        HAS_RESIDUAL=residual is not None, HAS_GELU=gelu, PRECISION="ieee" if operand == torch.float32 else "tf32",
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+def decode_linear_op(x, maxima, sums, weight, scale, bias, residual, norm: str, eps, gelu: bool, dtype, y) -> None:
+    """y (B, O) in `dtype` of x (B, K), or of attention's parts (B, splits, H, D) with their maxima and sums (B, splits,
+    H). norm: "" (none), "rms" or "layer"."""
+    O, K = weight.shape
+    splits, heads = maxima.shape[1:] if maxima is not None else (0, 1)
+    tile = tiles.decode_linear_tile("join" if splits else "gelu" if gelu else "norm" if norm else "add", K)
+    launch_chained(
+        x.device, linear_kernel, (triton.cdiv(O, tile.BLOCK_N),),
+        x=x.contiguous(), maxima=maxima, sums=sums, weight=weight.contiguous(), scale=scale, bias=bias,
+        residual=None if residual is None else residual.contiguous(), y=y, B=x.shape[0], eps=eps,
+        O=O, K=K, HEADS=heads, SPLITS=splits, HAS_NORM=norm != "", IS_CENTRED=norm == "layer", HAS_GELU=gelu,
+        BLOCK_N=tile.BLOCK_N, BLOCK_K=tile.BLOCK_K, STAGES=tile.num_stages, IS_EARLY=tile.early,
+        num_warps=tile.num_warps,
     )  # fmt: skip
 
 
-def check(name: str, x, weight, scale, vectors: dict) -> None:
-    if x.dim() != 2 or x.dtype not in OPERANDS:
-        raise ValueError(f"{name}: x: got {x.dtype} {tuple(x.shape)}, expected fp32, fp16 or bf16 (B, K)")
-    if weight.dim() != 2 or weight.shape[1] != x.shape[1] or weight.dtype not in (*OPERANDS, torch.int8):
-        got = f"{weight.dtype} {tuple(weight.shape)}"
-        raise ValueError(f"{name}: weight: got {got}, expected floats or int8 (O, {x.shape[1]})")
+def check(name: str, K: int, weight, scale, bias) -> None:
+    if weight.dim() != 2 or weight.shape[1] != K or weight.dtype not in (*tiles.FLOATS, torch.int8):
+        checks.refuse(name, "weight", checks.said(weight), f"fp32, fp16, bf16 or int8 (any, {K})")
+    if K > tiles.MAX_COLUMNS:
+        checks.refuse(name, "weight", f"{K} columns", f"at most {tiles.MAX_COLUMNS}: a program holds them in registers")
     if (scale is None) == (weight.dtype == torch.int8):
-        raise ValueError(f"{name}: scale: got {'None' if scale is None else 'one'} for {weight.dtype} weights")
-    checks.operand(name, "scale", scale, (weight.shape[0],), torch.float32)
-    for argument, (vector, size) in vectors.items():
-        if vector is not None and vector.shape != (size,):
-            raise ValueError(f"{name}: {argument}: got {tuple(vector.shape)}, expected ({size},)")
+        checks.refuse(name, "scale", scale if scale is None else checks.said(scale), "one for int8 weights, else None")
+    checks.operand(name, "scale", scale, (len(weight),), torch.float32)
+    checks.operand(name, "bias", bias, (len(weight),))
 
 
 def decode_norm_linear(
-    x, norm_weight, weight, bias=None, *, scale=None, eps: float = 1e-5, centred: bool = False, gelu: bool = False,
+    x, weight, bias=None, *, scale=None, eps: float = 1e-5, centred: bool = False, gelu: bool = False,
     dtype: torch.dtype | None = None,
 ):  # fmt: skip
-    """norm(x) @ weight^T + bias, then quick_gelu if `gelu`: x (B, K), weight (O, K) -> (B, O).
+    """norm(x) @ weight^T + bias, then quick_gelu if `gelu`: x (B, K), weight (O, K) -> (B, O). The norm's gain is the
+    weight's business.
 
-    norm_weight (K) may be None (folded into the weight). int8 weights need `scale` (O) fp32. dtype: of the result;
-    default the weights', bf16 for int8. Raises ValueError for operands that don't fit."""
-    vectors = {"norm_weight": (norm_weight, x.shape[-1]), "bias": (bias, len(weight))}
-    check("decode_norm_linear", x, weight, scale, vectors)
+    int8 weights need `scale` (O) fp32. dtype: of the result; default the weights', bf16 for int8. Raises ValueError for
+    operands that don't fit."""
+    if x.dim() != 2 or x.dtype not in tiles.FLOATS:
+        checks.refuse("decode_norm_linear", "x", checks.said(x), "fp32, fp16 or bf16 (B, K)")
+    check("decode_norm_linear", x.shape[1], weight, scale, bias)
     dtype = dtype or (torch.bfloat16 if weight.dtype == torch.int8 else weight.dtype)
-    norm = "layer" if centred else "rms"
-    check_device("decode_linear", x, weight)
-    return decode_linear_op(x, weight, scale, bias, None, norm, norm_weight, eps, gelu, dtype)
+    check_device("decode_norm_linear", x, weight)
+    return decode_linear_op(x, None, None, weight, scale, bias, None, "layer" if centred else "rms", eps, gelu, dtype)
 
 
 def decode_linear_residual(a, weight, residual, bias=None, *, scale=None):
-    """residual + a @ weight^T + bias: a (B, K), weight (O, K), residual (B, O) -> (B, O) in the residual's dtype.
+    """residual + a @ weight^T + bias: weight (O, K), residual (B, O) -> (B, O) in the residual's dtype. a: (B, K), or
+    the three tensors of `decode_attention_parts`.
 
     int8 weights need `scale` (O) fp32. Raises ValueError for operands that don't fit."""
-    check("decode_linear_residual", a, weight, scale, {"bias": (bias, len(weight))})
-    checks.operand("decode_linear_residual", "residual", residual, (a.shape[0], len(weight)), residual.dtype)
-    check_device("decode_linear", a, weight)
-    return decode_linear_op(a, weight, scale, bias, residual, "", None, 0.0, False, residual.dtype)
+    x, maxima, sums = a if isinstance(a, tuple) else (a, None, None)
+    if x.dim() != (2 if maxima is None else 4) or x.dtype not in tiles.FLOATS:
+        checks.refuse("decode_linear_residual", "a", checks.said(x), "floats (B, K), or attention's parts")
+    check("decode_linear_residual", x.shape[1] if maxima is None else x[0, 0].numel(), weight, scale, bias)
+    checks.operand("decode_linear_residual", "residual", residual, (len(x), len(weight)))
+    check_device("decode_linear_residual", x, weight, residual)
+    return decode_linear_op(x, maxima, sums, weight, scale, bias, residual, "", 0.0, False, residual.dtype)

@@ -3,10 +3,11 @@
     x = wpe[p] + (wte[tokens[:, p - 1]] if p > 0 else sos)                                     decode_embed
     tokens[:, p] = argmax(truncate(logits / temperature, top_k, top_p) + gumbel)              decode_sample
 
-p is an integer in device memory. gumbel = -log(-log(u)), u = tl.rand(seed, (picture << 32) + p V + k): noise by counter
-(Philox-4x32-10), the same for a picture whatever batch it is drawn in. truncate keeps a token while fewer than top_k
-are likelier, then while the likelier ones have less than top_p of the mass that is left; equal logits live or die
-together. temperature 0 takes the likeliest token, the lowest on ties. One program a picture; truncation counts by V^2
+p is an integer of each picture in device memory, which the draw, a step's last kernel, moves on.
+gumbel = -log(-log(u)), u = tl.rand(seed, (picture << 32) + p V + k): noise by counter (Philox-4x32-10), the same for a
+picture whatever batch it is drawn in. truncate keeps a token while fewer than top_k are likelier, then while the
+likelier ones have less than top_p of the mass that is left; equal logits live or die together, and the likeliest live.
+temperature 0 takes the likeliest token, the lowest on ties. One program a picture; truncation counts by V^2
 comparisons, which for the few hundred colours of a palette is no slower than a sort and needs no order.
 """
 
@@ -15,6 +16,7 @@ import triton
 import triton.language as tl
 
 from . import checks
+from .decode_chain import launch_chained, wait
 from .device import check_device
 from .launching import launch
 from .registration import operation
@@ -25,7 +27,7 @@ def embed_kernel(tokens, wte, wpe, sos, position, x, n_ctx, V, d, BLOCK_D: tl.co
     i_b = tl.program_id(0).to(tl.int64)
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = o_d < d
-    p = tl.load(position).to(tl.int64)
+    p = tl.load(position + i_b).to(tl.int64)
     is_inside = (p >= 0) & (p < n_ctx)
     token = tl.load(tokens + i_b * n_ctx + p - 1, mask=(p > 0) & is_inside, other=0).to(tl.int64)
     is_token = (token >= 0) & (token < V) & is_inside
@@ -62,7 +64,8 @@ def truncate(
             b_other = load_scores(logits, i_v + o_chunk, V, temperature)[None, :]
             b_mass = tl.where(b_other >= least, tl.exp(b_other - top), 0.0)
             b_likelier += tl.sum(tl.where(b_other > b_scores[:, None], b_mass, 0.0), 1)
-        b_scores = tl.where(b_likelier < top_p * tl.sum(tl.exp(b_scores - top), 0), b_scores, float("-inf"))
+        is_kept = (b_likelier < top_p * tl.sum(tl.exp(b_scores - top), 0)) | (b_scores == top)
+        b_scores = tl.where(is_kept, b_scores, float("-inf"))
     return b_scores
 
 
@@ -70,18 +73,21 @@ def truncate(
 def sample_kernel(
     logits, tokens, position, pictures, seed, n_ctx, V, temperature, top_k, top_p,
     BLOCK_V: tl.constexpr, CHUNK: tl.constexpr,
-    IS_GREEDY: tl.constexpr, HAS_TOP_K: tl.constexpr, HAS_TOP_P: tl.constexpr,
+    IS_GREEDY: tl.constexpr, HAS_TOP_K: tl.constexpr, HAS_TOP_P: tl.constexpr, IS_CHAINED: tl.constexpr,
 ):  # fmt: skip
     i_b = tl.program_id(0).to(tl.int64)
     o_v = tl.arange(0, BLOCK_V)
-    p = tl.load(position).to(tl.int64)
+    wait(False, IS_CHAINED)
+    p = tl.load(position + i_b).to(tl.int64)
     logits += i_b * V
     b_scores = load_scores(logits, o_v, V, 1.0 if IS_GREEDY else temperature)
     if not IS_GREEDY:
         b_scores = truncate(logits, b_scores, V, temperature, top_k, top_p, HAS_TOP_K, HAS_TOP_P, BLOCK_V, CHUNK)
         b_u = tl.rand(tl.load(seed), (tl.load(pictures + i_b) << 32) + p * V + o_v)
         b_scores += -tl.log(-tl.log(b_u))
-    tl.store(tokens + i_b * n_ctx + p, tl.argmax(b_scores, 0).to(tokens.dtype.element_ty), mask=(p >= 0) & (p < n_ctx))
+    is_inside = (p >= 0) & (p < n_ctx)
+    tl.store(tokens + i_b * n_ctx + p, tl.argmax(b_scores, 0).to(tokens.dtype.element_ty), mask=is_inside)
+    tl.store(position + i_b, (p + 1).to(position.dtype.element_ty), mask=is_inside)
 
 
 @operation(
@@ -91,7 +97,7 @@ def sample_kernel(
 def decode_embed_op(tokens, wte, wpe, sos, position, dtype, x) -> None:
     (B, n_ctx), (V, d) = tokens.shape, wte.shape
     BLOCK_D = 256
-    launch(
+    launch(  # plainly: the first kernel of a step
         embed_kernel, (B, triton.cdiv(d, BLOCK_D)),
         tokens=tokens, wte=wte.contiguous(), wpe=wpe.contiguous(), sos=sos, position=position, x=x,
         n_ctx=n_ctx, V=V, d=d, BLOCK_D=BLOCK_D, num_warps=2,
@@ -99,14 +105,14 @@ def decode_embed_op(tokens, wte, wpe, sos, position, dtype, x) -> None:
 
 
 @operation(
-    "decode_sample(Tensor logits, Tensor(a!) tokens, Tensor position, Tensor pictures, Tensor seed, "
+    "decode_sample(Tensor logits, Tensor(a!) tokens, Tensor(b!) position, Tensor pictures, Tensor seed, "
     "float temperature, int top_k, float top_p) -> ()",
     lambda *_: None,
 )
 def decode_sample_op(logits, tokens, position, pictures, seed, temperature: float, top_k: int, top_p: float) -> None:
     B, V = logits.shape
-    launch(
-        sample_kernel, (B,),
+    launch_chained(
+        logits.device, sample_kernel, (B,),
         logits=logits.contiguous(), tokens=tokens, position=position, pictures=pictures, seed=seed,
         n_ctx=tokens.shape[1], V=V, temperature=temperature, top_k=top_k, top_p=top_p,
         BLOCK_V=triton.next_power_of_2(V), CHUNK=16,
@@ -116,15 +122,14 @@ def decode_sample_op(logits, tokens, position, pictures, seed, temperature: floa
 
 def check(name: str, tokens, position, batch: int) -> None:
     if tokens.dim() != 2 or tokens.shape[0] != batch or tokens.is_floating_point() or not tokens.is_contiguous():
-        got = f"{tokens.dtype} {tuple(tokens.shape)}"
-        raise ValueError(f"{name}: tokens: got {got}, expected contiguous integers ({batch}, n_ctx)")
-    if position.numel() != 1 or position.is_floating_point():
-        raise ValueError(f"{name}: position: got {position.dtype} {tuple(position.shape)}, expected an integer")
+        checks.refuse(name, "tokens", checks.said(tokens), f"contiguous integers ({batch}, n_ctx)")
+    if position.shape != (batch,) or position.is_floating_point() or not position.is_contiguous():
+        checks.refuse(name, "position", checks.said(position), f"contiguous integers ({batch},)")
 
 
 def decode_embed(tokens, wte, wpe, sos, position, dtype: torch.dtype = torch.float32):
-    """The residual stream's start at `position`: tokens (B, n_ctx) -> (B, d). A token outside [0, V), or a position
-    outside [0, n_ctx), gives NaN. Raises ValueError for operands that don't fit."""
+    """The residual stream's start at `position` (B,): tokens (B, n_ctx) -> (B, d). A token outside [0, V), or a
+    position outside [0, n_ctx), gives NaN. Raises ValueError for operands that don't fit."""
     check("decode_embed", tokens, position, tokens.shape[0])
     checks.operand("decode_embed", "wpe", wpe, (None, wte.shape[1]), wte.dtype)
     checks.operand("decode_embed", "sos", sos, (wte.shape[1],), wte.dtype)
@@ -135,8 +140,8 @@ def decode_embed(tokens, wte, wpe, sos, position, dtype: torch.dtype = torch.flo
 
 
 def decode_sample(logits, tokens, position, pictures, seed, temperature=1.0, top_k=None, top_p=None) -> None:
-    """Draw tokens[:, position] from logits (B, V). pictures (B) int64 and seed (one int64) key the noise; they and
-    `position` live on the device. A position outside [0, n_ctx) draws nothing.
+    """Draw tokens[i, position[i]] from logits (B, V), and add 1 to position (B,). pictures (B) int64 and seed (one
+    int64) key the noise; they and `position` live on the device. A position outside [0, n_ctx) draws nothing and stays.
 
     Raises ValueError for operands that don't fit or values that draw nothing."""
     B, V = logits.shape
@@ -144,12 +149,11 @@ def decode_sample(logits, tokens, position, pictures, seed, temperature=1.0, top
     checks.operand("decode_sample", "pictures", pictures, (B,), torch.int64)
     if seed.numel() != 1 or seed.dtype != torch.int64:
         raise ValueError(f"decode_sample: seed: got {seed.dtype} {tuple(seed.shape)}, expected one int64")
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"decode_sample: temperature: got {temperature}, expected a finite number >= 0 (0: greedy)")
+    temperature = checks.temperature("decode_sample", temperature)
     if top_k is not None and not 1 <= top_k <= V:
         raise ValueError(f"decode_sample: top_k: got {top_k}, expected None or 1 to {V}")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"decode_sample: top_p: got {top_p}, expected None or a number in (0, 1]")
     top_p = 1.0 if top_p is None else float(top_p)
     check_device("decode_sample", logits, tokens, position, pictures, seed)
-    decode_sample_op(logits, tokens, position, pictures, seed, float(temperature), top_k or 0, top_p)
+    decode_sample_op(logits, tokens, position, pictures, seed, temperature, top_k or 0, top_p)

@@ -67,16 +67,17 @@ def pointers(head, start, N, ROWS: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.
 
 
 @triton.jit
-def load_tile(head, start, N, ROWS: tl.constexpr, D: tl.constexpr):
-    """Rows from `start` on of a head: ([ROWS, head_width(D)],) or with a second chunk [ROWS, tail_width(D)]."""
+def load_tile(head, start, N, ROWS: tl.constexpr, D: tl.constexpr, CACHE: tl.constexpr = ""):
+    """Rows from `start` on of a head: ([ROWS, head_width(D)],) or with a second chunk [ROWS, tail_width(D)]. CACHE: the
+    cache modifier of loads through pointers."""
     HEAD: tl.constexpr = head_width(D)
     TAIL: tl.constexpr = tail_width(D)
     if len(head) == 2:
         p, m = pointers(head, start, N, ROWS, 0, HEAD, D)
-        tile = (tl.load(p, mask=m, other=0.0),)
+        tile = (tl.load(p, mask=m, other=0.0, cache_modifier=CACHE),)
         if TAIL > 0:
             p, m = pointers(head, start, N, ROWS, HEAD, TAIL, D)
-            tile = (tile[0], tl.load(p, mask=m, other=0.0))
+            tile = (tile[0], tl.load(p, mask=m, other=0.0, cache_modifier=CACHE))
     else:
         tile = (head[2].load([head[0], head[1], start, 0]).reshape(ROWS, HEAD),)
         if TAIL > 0:

@@ -18,6 +18,11 @@ def launch(kernel, grid: tuple[int, ...], **arguments) -> None:
         _record(kernel, grid, arguments)
 
 
+def blocks(n: int, size: int) -> int:
+    """How many blocks of `size` hold n: what triton.cdiv says, 2 us later."""
+    return -(-n // size)
+
+
 def is_recording() -> bool:
     return _record is not None
 

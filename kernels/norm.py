@@ -25,7 +25,7 @@ import triton.language as tl
 
 from . import checks, tiles
 from .device import arch, check_device, multiprocessors
-from .launching import launch
+from .launching import blocks, launch
 from .registration import differentiable, operation
 from .rows import as_rows, load_rows, store_rows, sum_partials
 
@@ -100,7 +100,7 @@ def norm_op(x, add, gain, eps: float, centred: bool, n, stats, s) -> None:
     tile = tiles.row_tile(tiles.NORM_FORWARD, arch(x.device), d)
     if M:
         launch(
-            norm_forward_kernel, (triton.cdiv(M, tile.BLOCK_M),),
+            norm_forward_kernel, (blocks(M, tile.BLOCK_M),),
             x=x, add=add, gain=gain, n=n, stats=stats, s=s, M=M, d=d,
             stride_x=x.stride(0), stride_add=0 if add is None else add.stride(0), eps=eps,
             HAS_ADD=add is not None, IS_CENTRED=centred, BLOCK_M=tile.BLOCK_M, BLOCK_D=tile.BLOCK_N,
@@ -122,7 +122,7 @@ def norm_backward_op(dn, x, gain, stats, dres, write_n: bool, dx, dgain, n) -> N
     """dn, x, dres [M, d] -> dx [M, d], dgain [d], n [M, d] (empty unless `write_n`)."""
     M, d = x.shape
     tile = tiles.row_tile(tiles.NORM_BACKWARD, arch(x.device), d)
-    programs = min(triton.cdiv(M, tile.BLOCK_M), tile.programs * multiprocessors(x.device))
+    programs = min(blocks(M, tile.BLOCK_M), tile.programs * multiprocessors(x.device))
     partials = torch.empty((programs, d), dtype=torch.float32, device=x.device)
     if M:
         launch(

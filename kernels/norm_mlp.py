@@ -20,7 +20,7 @@ import triton.language as tl
 
 from . import checks, tiles
 from .device import arch, check_device
-from .launching import launch
+from .launching import blocks, launch
 from .norm import norm_backward_op, norm_op
 from .primitives import quick_gelu, quick_gelu_grad
 from .registration import differentiable, operation
@@ -49,7 +49,7 @@ def quick_gelu_op(u, h) -> None:
     tile = tiles.elementwise_tile(arch(u.device))
     if u.numel():
         launch(
-            quick_gelu_kernel, (triton.cdiv(u.numel(), tile.BLOCK_N),),
+            quick_gelu_kernel, (blocks(u.numel(), tile.BLOCK_N),),
             u=u, h=h, numel=u.numel(), BLOCK=tile.BLOCK_N, num_warps=tile.num_warps, num_stages=tile.num_stages
         )
 
@@ -64,7 +64,7 @@ def quick_gelu_backward_op(u, dh, write_h: bool, h) -> None:
     tile = tiles.elementwise_tile(arch(u.device))
     if u.numel():
         launch(
-            quick_gelu_backward_kernel, (triton.cdiv(u.numel(), tile.BLOCK_N),),
+            quick_gelu_backward_kernel, (blocks(u.numel(), tile.BLOCK_N),),
             u=u, dh=dh, du=dh, h=h, numel=u.numel(), HAS_H=write_h, BLOCK=tile.BLOCK_N,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip

@@ -71,7 +71,7 @@ def embed(tokens_BN, wte_Vd, wpe_Nd, sos_d=None, masked_BN=None):
 
     With `sos_d` (AR): position 0 reads sos and position i reads token i-1 [code]; the last token is not read.
     With `masked_BN` (BERT, bool): the token embedding of masked positions is multiplied by 0; the position stays."""
-    h = wte_Vd[tokens_BN.long()]
+    h = F.embedding(tokens_BN.long(), wte_Vd)  # whose backward, unlike indexing's, adds in one order
     if sos_d is not None:
         h = torch.cat([sos_d.expand(h.shape[0], 1, -1), h[:, :-1]], dim=1)
     if masked_BN is not None:

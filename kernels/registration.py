@@ -21,7 +21,7 @@ from collections.abc import Callable
 import torch
 from torch.autograd.function import once_differentiable
 
-from . import launching
+from . import checks, launching
 
 LIBRARY = torch.library.Library("igpt", "FRAGMENT")
 
@@ -64,7 +64,7 @@ def differentiable(function: type[torch.autograd.Function]) -> Callable:
     Quick.__name__ = Quick.__qualname__ = function.__name__  # the name that profiles and grad_fn show
 
     def apply(*inputs):
-        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        if checks.is_transformed():
             return function.apply(*inputs)
         return Quick.apply(*inputs)
 

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launching import launch
+from .launching import blocks, launch
 
 
 @triton.jit
@@ -33,7 +33,7 @@ def sum_partials(partials, out) -> None:
     P, d = partials.shape
     BLOCK_D = 32
     launch(
-        sum_partials_kernel, (triton.cdiv(d, BLOCK_D),),
+        sum_partials_kernel, (blocks(d, BLOCK_D),),
         partials=partials, out=out, P=P, d=d, BLOCK_P=64, BLOCK_D=BLOCK_D, num_warps=4, num_stages=2,
     )  # fmt: skip
 

@@ -1,9 +1,11 @@
 """Launch parameters as data: for each kernel a table from (architecture, shape class) to a tile.
 
-Each row says where it was measured ("H200 2026-12-01") or "compiled only". `bench/tune.py` searches and prints rows;
-nothing searches in the call path. Architectures that no row names use "portable", and say so once.
+Each row says where it was measured ("H200 2026-12-01") or "compiled only". `bench/speed/tune.py` searches and
+prints rows; nothing searches in the call path. Architectures that no row names use "portable", and say so once.
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,7 +20,8 @@ MAX_WIDTH = 8192  # columns of a row, which lives in the registers of one progra
 class Tile:
     """Block sizes and launch options of one kernel. `tma`: loads through tensor descriptors (sm_90 and later).
     `programs`: of a persistent kernel, how many a multiprocessor. `group_bytes`: of attention, what the rows that one
-    group of heads streams may take of L2 (40 MB on A100, 50 on H100 and H200)."""
+    group of heads streams may take of L2 (40 MB on A100, 50 on H100 and H200). `early`: of a chained kernel
+    (kernels/decode_chain.py), whether the next may start before this one has waited."""
 
     BLOCK_M: int
     BLOCK_N: int
@@ -28,7 +31,22 @@ class Tile:
     tma: bool = False
     programs: int = 1
     group_bytes: int = 16 << 20
+    early: bool = True
     evidence: str = "compiled only"
+
+
+@contextlib.contextmanager
+def using(table: dict, key, tile: Tile) -> Iterator[None]:
+    """Within this context the table's row `key` is `tile`, whether it had one or not: for searches and tests."""
+    before = table.get(key)
+    table[key] = tile
+    try:
+        yield
+    finally:
+        if before is None:
+            del table[key]
+        else:
+            table[key] = before
 
 
 def require(kernel: str, tile: Tile, x: torch.Tensor, elements: int, stages: int = 1) -> None:
@@ -71,8 +89,9 @@ NORM_BACKWARD = {
 def row_tile(table: dict, arch: str, d: int) -> Tile:
     """The tile of a row kernel for d columns: of the narrowest class that holds them."""
     width = max(16, 1 << (d - 1).bit_length())
-    widest = min(w for a, w in table if a == "portable" and w >= width)
-    return replace(table.get((arch, widest), table["portable", widest]), BLOCK_N=width)
+    widest = max(512, width)
+    tile = table.get((arch, widest), table["portable", widest])
+    return tile if width == tile.BLOCK_N else replace(tile, BLOCK_N=width)
 
 
 def check_kernel_rows(name: str, x: torch.Tensor) -> None:
@@ -202,21 +221,63 @@ def embedding_backward_tile(arch: str, element_bytes: int, d: int) -> Tile:
     return EMBEDDING_BACKWARD.get((arch, element_bytes), EMBEDDING_BACKWARD["portable", element_bytes])
 
 
-# One decoding step's products (kernels/decode_linear.py): (architecture, bytes of an operand, rows up to) -> BLOCK_M
-# rows, BLOCK_N output features, BLOCK_K columns a step. Few features a program, so that every multiprocessor has one.
+# Up to how many pictures a decoding step's products are matrix-vector kernels; beyond, the vendor's.
+FEW_PICTURES = 8
+
+# One decoding step's products for few pictures (kernels/decode_linear.py): (what goes in or comes out, columns up to)
+# -> BLOCK_N output features a program. Nothing in them is one architecture's: what an H200 likes best is taken
+# everywhere. The other widths keep to 128 weights a thread, which fit its registers even in fp32.
 DECODE_LINEAR = {
-    ("portable", 2, 16): Tile(16, 16, 128, num_warps=4, num_stages=4),
-    ("sm_90", 2, 16): Tile(16, 16, 256, num_warps=4, num_stages=3),
-    ("portable", 2, 32): Tile(32, 32, 128, num_warps=4, num_stages=3),
-    ("portable", 2, 64): Tile(64, 32, 64, num_warps=4, num_stages=3),
-    ("sm_90", 2, 64): Tile(64, 32, 128, num_warps=4, num_stages=3),
-    ("sm_100", 2, 16): Tile(16, 32, 128, num_warps=4, num_stages=3),
-    ("portable", 4, 64): Tile(16, 16, 64, num_warps=4, num_stages=2),
-    ("gfx942", 2, 64): Tile(64, 32, 64, num_warps=4, num_stages=2),
+    ("norm", 256): Tile(1, 32, num_warps=4),
+    ("norm", 512): Tile(1, 16, num_warps=8, early=False, evidence="H200 2026-11-27"),
+    ("norm", 1024): Tile(1, 8, num_warps=2, evidence="H200 2026-11-27"),
+    ("norm", 1536): Tile(1, 8, num_warps=4, evidence="H200 2026-11-27"),
+    ("norm", 4096): Tile(1, 4, num_warps=4),
+    ("norm", 32768): Tile(1, 1, num_warps=8),
+    ("gelu", 256): Tile(1, 32, num_warps=4),
+    ("gelu", 512): Tile(1, 4, num_warps=4, early=False, evidence="H200 2026-11-27"),
+    ("gelu", 1024): Tile(1, 4, num_warps=4, evidence="H200 2026-11-27"),
+    ("gelu", 1536): Tile(1, 2, num_warps=1, evidence="H200 2026-11-27"),
+    ("gelu", 4096): Tile(1, 4, num_warps=4),
+    ("gelu", 32768): Tile(1, 1, num_warps=8),
+    ("join", 256): Tile(1, 32, num_warps=4, num_stages=1),
+    ("join", 512): Tile(1, 16, num_warps=4, num_stages=1, early=False, evidence="H200 2026-11-27"),
+    ("join", 1024): Tile(1, 4, num_warps=4, num_stages=1, evidence="H200 2026-11-27"),
+    ("join", 1536): Tile(1, 16, num_warps=8, num_stages=1, evidence="H200 2026-11-27"),
+    ("join", 4096): Tile(1, 4, num_warps=8, num_stages=1),
+    ("join", 32768): Tile(1, 1, num_warps=8, num_stages=1),
+    ("add", 1024): Tile(1, 16, num_warps=4),
+    ("add", 2048): Tile(1, 8, num_warps=4, early=False, evidence="H200 2026-11-27"),
+    ("add", 4096): Tile(1, 4, num_warps=4, evidence="H200 2026-11-27"),
+    ("add", 6144): Tile(1, 2, num_warps=4, evidence="H200 2026-11-27"),
+    ("add", 16384): Tile(1, 2, num_warps=8),
+    ("add", 32768): Tile(1, 1, num_warps=8),
 }
+MAX_COLUMNS = 32768
 
 
-def decode_linear_tile(arch: str, element_bytes: int, batch: int) -> Tile:
-    """The tile of the narrowest class that holds the batch; 64 rows a program beyond."""
-    rows = min(r for a, b, r in DECODE_LINEAR if a == "portable" and b == element_bytes and r >= min(batch, 64))
-    return DECODE_LINEAR.get((arch, element_bytes, rows), DECODE_LINEAR["portable", element_bytes, rows])
+def decode_linear_tile(form: str, K: int) -> Tile:
+    """The tile of the narrowest class that holds K columns. BLOCK_K is K's power of two, or a quarter of it where three
+    of those hold K (1536 = 3 x 512); at most 4096, and 1024 where each column of x is joined from DECODE_SPLITS."""
+    whole = max(64, 1 << (K - 1).bit_length())
+    chunk = whole // (4 if 3 * whole >= 4 * K else 1)
+    tile = DECODE_LINEAR[form, min(width for name, width in DECODE_LINEAR if name == form and width >= K)]
+    return replace(tile, BLOCK_K=min(chunk, 1024 if form == "join" else 4096))
+
+
+# One decoding step's attention (kernels/decode_attention.py): (in parts or whole, head dim up to) -> BLOCK_N keys, half
+# of them in fp32. Parts: all of a split's keys at window 512 in registers at once. Whole: two tiles on their way to
+# shared memory, and as many programs a multiprocessor as 128 pictures of 8 heads need to run all at once (at 128 eight
+# warps also keep q's row from being a tile of its own, whose layout Triton would then give to the keys).
+DECODE_ATTENTION = {
+    ("parts", 64): Tile(1, 64, num_warps=4, num_stages=1, early=False, evidence="H200 2026-11-27"),
+    ("parts", 128): Tile(1, 64, num_warps=4, num_stages=1, evidence="H200 2026-11-27"),
+    ("whole", 96): Tile(1, 32, num_warps=4, num_stages=3),
+    ("whole", 128): Tile(1, 32, num_warps=8, num_stages=3),
+}
+DECODE_SPLITS = 8  # of the keys, in parts
+
+
+def decode_attention_tile(form: str, D: int, element_bytes: int) -> Tile:
+    tile = DECODE_ATTENTION[form, min(width for name, width in DECODE_ATTENTION if name == form and width >= D)]
+    return replace(tile, BLOCK_N=tile.BLOCK_N // 2) if element_bytes == 4 else tile

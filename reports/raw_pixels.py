@@ -4,8 +4,9 @@ import sys
 
 import torch
 
-from igpt import data, logistic
-from igpt.source import spread
+from igpt import data
+from igpt.programs import logistic
+from igpt.programs.source import spread
 
 
 def split(name, count=None):

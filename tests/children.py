@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
-from igpt import train
+from igpt.programs import train
 
 FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["igpt.train", "tests.children"])
+FORK.set_forkserver_preload(["igpt.programs.train", "tests.children"])
 
 
 def options(run: Path, **changes) -> train.Options:

@@ -4,7 +4,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from bench.compile_cases import CompileCase, meta
+from bench.compiled.cases import CompileCase, meta
+from igpt.kernels.launching import launch
 
 
 @triton.jit
@@ -33,17 +34,18 @@ def broken(a, BLOCK_M: tl.constexpr):
 
 def run_product(m, n, k, warps):
     a, b, c = meta(m, 512), meta(n, 512), meta(m, n)
-    product[(1,)](a, b, c, K=512, stride=512, BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, num_warps=warps, num_stages=2)
+    sizes = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}
+    launch(product, (1,), a=a, b=b, c=c, K=512, stride=512, **sizes, num_warps=warps, num_stages=2)
 
 
 def run_tma():
     a, b, c = (TensorDescriptor.from_tensor(meta(128, 512), [128, 64]) for _ in range(3))
     c = TensorDescriptor.from_tensor(meta(128, 128), [128, 128])
-    product_tma[lambda bound: (bound["BLOCK_M"],)](a, b, c, K=512, BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8)
+    launch(product_tma, (1,), a=a, b=b, c=c, K=512, BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8)
 
 
 def run_broken():
-    broken[(1,)](meta(96), BLOCK_M=96, num_warps=4)
+    launch(broken, (1,), a=meta(96), BLOCK_M=96, num_warps=4)
 
 
 def run_refused():

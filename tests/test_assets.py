@@ -12,7 +12,7 @@ import pytest
 
 import igpt.data
 
-ASSETS = Path(igpt.data.__file__).with_name("assets")
+ASSETS = Path(igpt.__file__).with_name("assets")
 
 
 @pytest.fixture(scope="module")

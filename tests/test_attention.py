@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from bench.budget import against_fp64
+from bench.correctness.budget import against_fp64
 from igpt.kernels import reference, tiles
 from igpt.kernels.attention import attention, attention_op, attention_packed
 from igpt.kernels.device import ARCHS, target

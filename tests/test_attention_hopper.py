@@ -9,7 +9,7 @@ import pytest
 import torch
 from gluon_simulator import POLICIES, caught, load
 
-from bench.budget import compare
+from bench.correctness.budget import compare
 from igpt.kernels import device, reference, tiles
 
 

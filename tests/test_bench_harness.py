@@ -1,17 +1,22 @@
 """The harness that times: rehearsed on a CPU with clocks that lie, so that a GPU's first run dies of no typo."""
 
-import itertools
 import json
+import tarfile
 
 import pytest
 import torch
 
-from bench import checks, correctness, gpu, measure, pictures, report, rows, run, timing, tune, whole
-from bench.cases import DTYPES, OPS, Case
+from bench import gpu, rows, run
+from bench.cases import OPS, Case
+from bench.correctness import checks
+from bench.correctness import kernels as correctness
 from bench.cost import Ceilings
-from bench.models import PEERS, ModelCase, build
-from bench.peers import Absent, chosen
-from bench.timing import CpuTimer, CudaTimer, interleaved
+from bench.log import Log
+from bench.report import report
+from bench.speed import measure, models, pictures, sampling, timing, tune
+from bench.speed.models import NOTES, ModelCase, build
+from bench.speed.peers import Absent, chosen
+from bench.speed.timing import CpuTimer, CudaTimer, interleaved
 from igpt.kernels import tiles
 
 SMALL = Case("norm", 1, 16, 1, 32, "fp32")
@@ -21,10 +26,10 @@ SMALL = Case("norm", 1, 16, 1, 32, "fp32")
 def given_ceilings(monkeypatch):
     """No ceiling is measured here, and torch.compile hands back what it got: no C++ compiler."""
     roof = Ceilings("a machine", dict.fromkeys(("fp32", "bf16", "fp16"), 1e12), 1e11)
-    for module in (measure, whole, pictures):
+    for module in (measure, models):
         monkeypatch.setattr(module, "ceilings", lambda device: roof)
-    monkeypatch.setattr("bench.peers.compiled", lambda fn, device: fn)
-    monkeypatch.setattr("bench.models.compiled", lambda fn, device: fn)
+    monkeypatch.setattr("bench.speed.peers.compiled", lambda fn, device: fn)
+    monkeypatch.setattr("bench.speed.models.compiled", lambda fn, device: fn)
 
 
 def lying_run(**options) -> measure.Run:
@@ -83,8 +88,8 @@ def test_operations_have_ratios_floors_and_reasons():
 
 def test_red_correctness_shows_no_speed():
     (row,) = measure.operations([SMALL], lying_run(red=frozenset([("norm", "fp32")])))
-    assert row.median_ms is None and row.flops == 0 and "correctness is red" in row.note
-    (row,) = whole.whole([ModelCase("tiny", 1, 32, "fp32", "fwd")], lying_run(red=frozenset([("norm", "fp32")])))
+    assert row.median_ms is None and row.flops == 0 and "correctness of norm fp32 is red" in row.note
+    (row,) = models.rows([ModelCase("tiny", 1, 32, "fp32", "fwd")], lying_run(red=frozenset([("norm", "fp32")])))
     assert row.median_ms is None
 
 
@@ -104,15 +109,16 @@ def test_a_model_that_does_not_fit_halves_its_batch(monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return lambda: None
 
-    monkeypatch.setattr(whole.models, "build", fake)
-    made, case = whole.fitting("ours", ModelCase("tiny", 16, 32, "fp32", "fwd"), "cpu")
+    monkeypatch.setattr(models, "build", fake)
+    made, case = models.fitting("ours", ModelCase("tiny", 16, 32, "fp32", "fwd"), "cpu")
     assert case.B == 2 and not isinstance(made, Absent)
 
 
 @pytest.mark.parametrize("direction", ["fwd", "fwd+bwd", "step"])
 def test_every_whole_model_runs(direction):
-    found = {r.impl: r for r in whole.whole([ModelCase("tiny", 1, 32, "fp32", direction)], lying_run())}
-    assert set(found) == {"ours", *PEERS}
+    found = {r.impl: r for r in models.rows([ModelCase("tiny", 1, 32, "fp32", direction)], lying_run())}
+    assert set(found) == set(NOTES)
+    assert found.pop("torch.compile graphed").note.startswith("absent: ")
     assert all(r.median_ms and r.mfu for r in found.values()), {n: r.note for n, r in found.items()}
     assert found["ours"].ratios["hugging face"] == 1.0
 
@@ -121,6 +127,27 @@ def test_eager_and_ours_are_one_model():
     case = ModelCase("tiny", 2, 48, "fp32", "fwd")
     ours, eager = build("ours", case, "cpu")(), build("eager", case, "cpu")()
     torch.testing.assert_close(ours, eager, rtol=2e-5, atol=2e-5)
+
+
+def test_hugging_face_on_a_device_that_is_not_the_cpu():
+    """Built under `with torch.device("cuda")` its constructor left it on two devices: no row had this peer."""
+    for direction in ("fwd", "step"):
+        build("hugging face", ModelCase("tiny", 2, 32, "bf16", direction), "meta")()
+    case = sampling.DecodeCase("tiny", 1, 24, "bf16", steps=8)
+    model = models.hugging_face(ModelCase("tiny", case.B, 24, case.activations, "fwd"), "meta")
+    assert {t.device.type for t in (*model.parameters(), *model.buffers())} == {"meta"}
+
+
+def test_decoding_is_red_by_dtype(monkeypatch):
+    def check(name, device, dtype):
+        return rows.Row("correctness", "decode", "decode", dtype, "token", ok=dtype != "bf16")
+
+    monkeypatch.setattr(sampling, "check", check)
+    group = [("ours", sampling.DecodeCase("tiny", 1, 24, dtype, steps=8)) for dtype in ("fp32", "bf16", "int8")]
+    found = {r.dtype: r for r in sampling.rows([group], lying_run(peers="eager"), ("tiny",)) if r.suite == "sampling"}
+    assert found["fp32"].median_ms
+    for dtype in ("bf16", "int8"):
+        assert found[dtype].median_ms is None and "decode bf16 is red" in found[dtype].note
 
 
 def test_pictures_against_the_processor():
@@ -138,20 +165,28 @@ def test_a_palette_fit_says_how_good_it_is():
 
 def test_correctness_rows_can_be_red(monkeypatch):
     assert correctness.check(SMALL, "cpu", "torch").ok
-    spec = OPS["norm"].reference
     wrong = Case("norm", 1, 16, 1, 32, "fp32")
-    monkeypatch.setattr(type(wrong), "ours", lambda self, impl: lambda **k: 1.01 * spec(self)(**k))
+    monkeypatch.setattr(Case, "ours", lambda self, impl: lambda **k: 1.01 * self.reference()(**k))
     row = correctness.check(wrong, "cpu")
     assert not row.ok and "OVER BUDGET" in row.note
-    monkeypatch.setattr(type(wrong), "ours", lambda self, impl: lambda **k: 1 / 0)
+    monkeypatch.setattr(Case, "ours", lambda self, impl: lambda **k: 1 / 0)
     assert "ZeroDivisionError" in correctness.check(wrong, "cpu").note
 
 
 def test_determinism_rows_can_be_red(monkeypatch):
     case = Case("norm", 1, 8, 1, 16, "fp32")
-    assert next(checks.determinism([case], "cpu", 2)).ok
+    assert checks.determinism(case, "cpu", 2).ok
     monkeypatch.setattr(Case, "ours", lambda self, impl: lambda x, weight: x * weight * torch.rand(1))
-    assert not next(checks.determinism([case], "cpu", 3)).ok
+    assert checks.determinism(case, "cpu", 3).note == "2 of 2 differ"
+
+
+def test_correctness_runs_as_processes_side_by_side(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    argv = ["--device", "cpu", "--list", "rehearsal", "--op", "norm", "--workers", "2", "--out", str(tmp_path / "rows")]
+    assert correctness.main(argv) == 0
+    assert [row.op for row in rows.read(tmp_path / "rows")] == ["norm"] * 2
+    assert correctness.main([*argv, "--part", "0", "--limit", "-1"]) == 1
+    assert rows.read(tmp_path / "rows")[-1].note == "out of time"
 
 
 def test_unknown_peers_and_options_are_refused(capsys):
@@ -165,17 +200,12 @@ def test_unknown_peers_and_options_are_refused(capsys):
 
 def quiet(monkeypatch, correct_rows):
     """run.py with its children replaced: correctness says what it is told, nothing is compiled."""
-
-    def evidence(log, *_, **__):
-        with log.path.open("a") as file:
-            file.writelines(rows.to_json(r) + "\n" for r in correct_rows)
-
-    monkeypatch.setattr(run, "evidence", evidence)
-    monkeypatch.setattr(run, "start", lambda *_, **__: None)
-    monkeypatch.setattr(run, "finish", lambda *_: None)
-    monkeypatch.setattr(run.measure, "timers", lambda device: (gpu.LyingTimer(), gpu.LyingTimer()))
-    monkeypatch.setattr(run, "models", lambda *_: [ModelCase("tiny", 1, 32, "fp32", "fwd")])
-    monkeypatch.setattr(run.pictures, "QUICK", ())
+    monkeypatch.setattr(run, "evidence", lambda log, *_: log.take(correct_rows))
+    monkeypatch.setattr(Log, "begin", lambda *_, **__: None)
+    monkeypatch.setattr(Log, "finish", lambda *_: None)
+    monkeypatch.setattr(measure, "timers", lambda device: (gpu.LyingTimer(), gpu.LyingTimer()))
+    monkeypatch.setattr(run, "whole", lambda args: [ModelCase("tiny", 1, 32, "fp32", "fwd")])
+    monkeypatch.setattr(pictures, "QUICK", ())
     monkeypatch.setattr(run.cases, "speed", lambda *_: [SMALL])
 
 
@@ -195,16 +225,16 @@ def test_last_line_is_json_and_red_exits_1(monkeypatch, tmp_path, capsys):
     assert all(r.median_ms is None for r in rows.read(tmp_path / "b" / "rows.jsonl"))
 
 
-def test_a_child_that_dies_is_a_failure(tmp_path):
-    log = run.Log(tmp_path)
-
+def test_a_child_that_dies_is_a_failure_that_later_stages_know_of(tmp_path):
     class Died:
         def wait(self):
             return -11
 
-    run.finish(log, "correctness", Died())
-    assert "exit code -11" in run.failures(log)[0]
-    assert run.prepared(log, "cpu", 1.0, "all").red == set(itertools.product(OPS, DTYPES))
+    Log(tmp_path).finish("correctness", Died())
+    log = Log(tmp_path, fresh=False)
+    assert "exit code -11" in log.failures()[0]
+    run = log.prepared("cpu", 1.0)
+    assert run.refusal(("norm", "bf16")) and set(OPS) < {op for op, _ in run.red}
 
 
 def test_report_has_every_section(tmp_path):
@@ -225,11 +255,39 @@ interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU k
 
 
 @interpreted
-@pytest.mark.parametrize("name", sorted(gpu.STAGES.keys() - {"searched"}))
-def test_gpu_stages_are_rehearsed(name, tmp_path, capfd):
-    assert gpu.main(["--rehearse", "--only", name, "--out", str(tmp_path)]) == 0
+@pytest.mark.parametrize("half", gpu.HALVES)
+def test_both_halves_are_rehearsed(half, tmp_path, capfd):
+    assert gpu.main(["--rehearse", "--half", half, "--out", str(tmp_path)]) == 0
     last = json.loads(capfd.readouterr().out.splitlines()[-1])
-    assert last["ok"] and last["rows"] > 0
+    found = [row for row in rows.read(tmp_path / "rows.jsonl") if isinstance(row, rows.Row)]
+    assert last["ok"] and not [row for row in found if row.suite == "harness"]
+    seen = {(row.suite, row.op, row.impl) for row in found if row.median_ms or row.suite == "correctness"}
+    if half == "first":
+        assert {("correctness", "step", "triton, compiled"), ("kernels", "attention", "sdpa")} <= seen
+        assert {row.op for row in found if row.suite == "correctness"} >= {"norm", "model", "decode", "palette_encode"}
+        assert "launches" in (tmp_path / "profile.txt").read_text()
+        assert "ATTENTION_DQ  ('portable', 96): Tile(" in (tmp_path / "tiles.txt").read_text()
+        with tarfile.open(tmp_path / "triton_cache.tar.gz") as tar:
+            assert any(name.endswith(".cubin") for name in tar.getnames())
+    else:
+        assert {("model", "model", "hugging face"), ("model", "model", "torch.compile"),
+                ("sampling", "decode", "hugging face"), ("model", "first step", "ours")} <= seen  # fmt: skip
+        assert "NORM_BACKWARD  ('portable', 2048): Tile(" in (tmp_path / "tiles.txt").read_text()
+
+
+def test_what_compiled_travels_as_one_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")
+    archive = tmp_path / "here" / "cache.tar.gz"
+    gpu.unpack(archive)  # nothing there yet
+    folder = tmp_path / "here" / "cache"
+    folder.mkdir(parents=True)
+    (folder / "kernel.cubin").write_text("binary")
+    gpu.pack(archive)
+    there = tmp_path / "there" / "cache.tar.gz"
+    there.parent.mkdir()
+    there.write_bytes(archive.read_bytes())
+    gpu.unpack(there)
+    assert (tmp_path / "there" / "cache" / "kernel.cubin").read_text() == "binary"
 
 
 def test_a_sanitizer_that_fails_is_red_and_one_that_hangs_leaves_nothing_behind(tmp_path):
@@ -237,7 +295,7 @@ def test_a_sanitizer_that_fails_is_red_and_one_that_hangs_leaves_nothing_behind(
     for script, ok, said in (("exit 1", False, ""), ("exit 9", False, ""), ("sleep 60 & wait", True, "not finished")):
         tool.write_text(f"#!/bin/sh\n{script}\n")
         tool.chmod(0o755)
-        found = list(checks.sanitizer(1.0, str(tool)))
+        found = list(checks.sanitizer("cpu", 1.0, str(tool)))
         assert [row.ok for row in found] == [ok] * 2 and all(said in row.note for row in found)
 
 
@@ -245,26 +303,20 @@ def test_what_is_of_another_dtype_takes_no_speed_away():
     others = frozenset([("norm", "bf16"), ("step", "fp32")])
     assert next(measure.operations([SMALL], lying_run(red=others, peers="eager"))).median_ms
     cases = [ModelCase("tiny", 1, 32, "fp32", "fwd")]
-    assert next(whole.whole(cases, lying_run(red=others, peers="eager"))).median_ms
-
-
-@interpreted
-def test_tile_search_is_rehearsed(tmp_path, capsys):
-    assert gpu.main(["--rehearse", "--only", "searched", "--out", str(tmp_path)]) == 0
-    found = (tmp_path / "tiles.txt").read_text()
-    assert "NORM_BACKWARD  ('portable', 2048): Tile(" in found
+    assert next(models.rows(cases, lying_run(red=others, peers="eager"))).median_ms
 
 
 def test_a_tile_is_pasted_where_it_beats_the_table(monkeypatch):
     monkeypatch.setattr(tune, "stamp", lambda device: {"gpu": "NVIDIA H200"})
     assert "ATTENTION_FORWARD (64,)" in {s.name for s in tune.searches("sm_80")}
-    search = {s.name: s for s in tune.searches("sm_90")}["ATTENTION_HOPPER 128"]
+    search = {s.name: s for s in tune.searches("sm_90")}["ATTENTION_HOPPER_FORWARD 128"]
     now, *others = search.candidates("sm_90")
-    assert now == tiles.ATTENTION_HOPPER[128] and len(others) == 3
+    assert now == tiles.ATTENTION_HOPPER_FORWARD[128] and len(others) == 3
     with search.using(others[0], "sm_90"):
-        assert tiles.ATTENTION_HOPPER[128] == others[0]
-    row = f"    128: Tile(128, 128, num_stages={others[-1].num_stages}, tma=True, evidence='H200 2"
-    assert tune.paste(search, "sm_90", [(1.0, others[-1]), (1.2, now)], "cuda").startswith(row)
+        assert tiles.ATTENTION_HOPPER_FORWARD[128] == others[0]
+    row = tune.paste(search, "sm_90", [(1.0, others[-1]), (1.2, now)], "cuda")
+    assert row.startswith(f"    128: Tile(128, 128, num_stages={others[-1].num_stages}, tma=True, ")
+    assert "evidence='H200 2" in row
     assert "num_stages" not in tune.paste(search, "sm_90", [(1.0, others[-1]), (1.01, now)], "cuda")  # the table's: 2
 
 
@@ -275,12 +327,12 @@ def test_gpu_needs_a_gpu(monkeypatch):
 
 
 def test_a_hanging_stage_is_ended(tmp_path, monkeypatch):
-    log = run.Log(tmp_path)
+    log = Log(tmp_path)
     real = gpu.subprocess.Popen
     monkeypatch.setattr(gpu.subprocess, "Popen", lambda command, **k: real(["sleep", "60"], **k))
     monkeypatch.setattr(gpu, "GRACE_S", 0.2)
     gpu.stage("steps", log, 0.1)
-    assert log.broken == []
+    assert log.failures() == [] and "time limit" in log.rows()[0].note
     monkeypatch.setattr(gpu.subprocess, "Popen", lambda command, **k: real(["false"], **k))
     gpu.stage("steps", log, 5.0)
-    assert "exit code 1" in log.broken[0]
+    assert "exit code 1" in log.failures()[0]

@@ -1,12 +1,14 @@
 """Rows of a report, and the costs they quote."""
 
 import dataclasses
+import re
 
 import pytest
 import torch
 
 from bench import cost, rows
 from bench.cases import OPS, Case
+from bench.machine import ROOT
 from bench.rows import CompileRow, Row, StepRow
 from igpt import ImageGPT
 from igpt.config import PRESETS
@@ -103,8 +105,17 @@ def test_every_operation_has_a_cost_and_inputs(op):
 
 def test_launches_count_their_products():
     values = {"HEADS": 2, "D": 16, "N": 3, "IS_CAUSAL": True}
-    assert cost.launch("attention.attention_forward_kernel", values).flops == 2 * 6 * 4 * 16
-    assert cost.launch("head_loss.head_loss_kernel", {"T": 2, "V": 3, "d": 4}).flops == 48
-    assert cost.launch("rows.norm_forward_kernel", {"x": torch.empty(4, 8), "y": None}) == cost.Cost(0, 128)
+    assert cost.launch("attention_forward_kernel", values).flops == 2 * 6 * 4 * 16
+    assert cost.launch("head_loss_kernel", {"T": 2, "V": 3, "d": 4}).flops == 48
+    assert cost.launch("table_backward_kernel", {"R": 2, "V": 3, "d": 4}).flops == 48
+    assert cost.launch("linear_kernel", {"B": 2, "O": 3, "K": 4}).flops == 48
+    assert cost.launch("norm_forward_kernel", {"x": torch.empty(4, 8), "y": None}) == cost.Cost(0, 128)
     packed = torch.empty(2, 3, 8)
     assert cost.moved([packed[:, 0], packed[:, 1]]) == 2 * 2 * 8 * 4 and cost.moved([packed, packed]) == 2 * 3 * 8 * 4
+
+
+def test_every_kernel_has_its_products_counted():
+    text = "".join(path.read_text() for path in (ROOT / "kernels").glob("*.py"))
+    assert set(re.findall(r"^def (\w+_kernel)\(", text, re.M)) == set(cost.FLOPS)
+    with pytest.raises(ValueError, match="unheard_of_kernel"):
+        cost.launch("unheard_of_kernel", {})

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import igpt
-from igpt import checkpoint, train
-from igpt.checkpoint import Checkpoints
-from igpt.processes import Processes
+from igpt.programs import train
+from igpt.training import checkpoint
+from igpt.training.checkpoint import Checkpoints
+from igpt.training.processes import Processes
 from tests.children import options
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -139,8 +140,8 @@ def test_a_full_disk_stops_the_run_and_leaves_the_earlier_checkpoint(tmp_path, m
 
 
 def test_a_full_disk_at_the_metrics_is_named(tmp_path):
-    with largest_file(1500), pytest.raises(OSError, match=r"metrics\.jsonl could not be written: .*File too large"):
-        train.run(options(tmp_path / "run", save_every=100, valid_every=100))
+    with largest_file(7000), pytest.raises(OSError, match=r"metrics\.jsonl could not be written: .*File too large"):
+        train.run(options(tmp_path / "run", steps=90, save_every=100, valid_every=100))
 
 
 def test_an_unwritable_folder_is_named(tmp_path):

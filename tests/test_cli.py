@@ -10,11 +10,12 @@ import sys
 import typing
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 import igpt
-from igpt import cli
+from igpt.programs import cli
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -22,7 +23,7 @@ SURFACE = Path(__file__).with_name("cli_surface.txt")
 
 
 def options_of(command: str) -> type:
-    return importlib.import_module(f"igpt.{cli.COMMANDS[command][0]}").Options
+    return importlib.import_module(f"igpt.programs.{command}").Options
 
 
 def surface() -> str:
@@ -63,7 +64,8 @@ def test_help_is_quick_and_lists_every_command(capsys):
     assert cli.main(["--help"]) == 0
     said = capsys.readouterr().out
     assert all(f"  {command} " in said for command in cli.COMMANDS)
-    code = "import sys, igpt.cli; igpt.cli.main(['--help']); assert not {'torch', 'tyro', 'numpy'} & set(sys.modules)"
+    code = "import sys; from igpt.programs import cli; cli.main(['--help']); "
+    code += "assert not {'torch', 'tyro', 'numpy'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 
@@ -91,6 +93,16 @@ def test_a_mistake_is_one_line_and_exit_code_2(argv, said, capsys, tmp_path, mon
     told = capsys.readouterr()
     assert said in told.err and len(told.err.splitlines()) == 1 and told.out == ""
     assert not any(tmp_path.iterdir())
+
+
+def test_the_line_is_json_whatever_the_figures(capsys, monkeypatch):
+    """NaN is no JSON: a strict reader would refuse the line."""
+    result = {"loss": float("nan"), "rows": [1.5, float("-inf")], "k": {"4": 2}}
+    monkeypatch.setattr(importlib.import_module("igpt.programs.info"), "run", lambda options: result)
+    assert cli.main(["info"]) == 1
+    said = capsys.readouterr()
+    assert json.loads(said.out, parse_constant=pytest.fail) == {"loss": None, "rows": [1.5, None], "k": {"4": 2}}
+    assert said.err == "igpt info: got NaN, -Infinity, null in the line above\n"
 
 
 def test_a_mistyped_option_is_exit_code_2(capsys):
@@ -133,6 +145,17 @@ def test_palette_then_encode_then_train(capsys, tmp_path):
     assert judged["nats_per_pixel"] == pytest.approx(trained["valid_loss"], abs=1e-5)
     converted = command("convert", "--source", trained["export"], "--out", tmp_path / "hf", "--format", "hf")
     assert converted["format"] == "hf" and (tmp_path / "hf" / "preprocessor_config.json").is_file()
+
+
+def test_the_demo_needs_no_extra_and_writes_where_it_is_run(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert cli.main(["demo", "--minutes", "0.001", "--size", "8"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["step"] == 20 and [path.name for path in tmp_path.iterdir()] == ["runs"]
+    assert Image.open(result["completions"]).width == 12 * (2 + 8) * 12 + 24
+    red, _, blue = np.asarray(Image.open(result["curve"])).reshape(-1, 3).astype(int).T
+    assert (red - blue > 60).sum() > 100 and (blue - red > 60).sum() > 100  # both lines
 
 
 if __name__ == "__main__":

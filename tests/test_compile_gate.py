@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from bench import gate, rows
+from bench import rows
+from bench.compiled import gate
 from bench.rows import CompileRow
 from tests.test_compile import child
 
@@ -60,8 +61,8 @@ def test_the_baseline_has_every_binary_of_the_tables_and_no_red_one():
     assert not [r for r in gate.read() if not r.ok]
     done = child("-c", """
 import triton
-from bench import compile as c, gate
-from bench.compile_cases import cases
+from bench.compiled import compile as c, gate
+from bench.compiled.cases import cases
 jobs, broken = c.plan(list(cases()), c.TARGETS)
 assert not broken, broken
 have = {r.key: r.tile for r in gate.read() if r.triton == triton.__version__}
@@ -75,7 +76,7 @@ print(*(f"{k}: in the baseline only" for k in have.keys() - want.keys()), sep="\
 
 def test_todays_binaries_are_no_worse_on_hopper(tmp_path):
     out = tmp_path / "rows.jsonl"
-    done = child("-m", "bench.compile", "--quick", "--arch", "sm_90", "--out", str(out), timeout=900)
+    done = child("-m", "bench.compiled", "--quick", "--arch", "sm_90", "--out", str(out), timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     found = rows.read(out)
     assert len(found) > 30 and {r.key for r in found} <= {r.key for r in gate.read()}
@@ -87,7 +88,7 @@ def test_a_tile_that_is_made_to_spill_is_red(tmp_path):
     out = tmp_path / "rows.jsonl"
     done = child("-c", f"""
 import dataclasses, sys
-from bench import compile as c
+from bench.compiled import compile as c
 from igpt.kernels import tiles
 tile = tiles.ATTENTION_FORWARD["sm_80", 64]
 tiles.ATTENTION_FORWARD["sm_80", 64] = dataclasses.replace(tile, BLOCK_M=256, BLOCK_N=256, num_stages=2)

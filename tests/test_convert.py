@@ -5,6 +5,7 @@ import os
 import struct
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -15,8 +16,9 @@ from safetensors.torch import load_file, save_file
 
 import igpt
 from igpt import convert
-from igpt.crc32c import crc32c, masked
-from igpt.tensors import Lazy, read_safetensors, write_safetensors
+from igpt.convert import checkpoints
+from igpt.convert.crc32c import crc32c, masked
+from igpt.convert.tensors import Lazy, read_safetensors, write_safetensors
 
 TINY = igpt.Config(n_layer=2, width=32, heads=2, n_ctx=16, vocab=12)
 
@@ -94,11 +96,72 @@ def test_hf_to_ours_to_hf_is_bit_equal(hf_dir, tmp_path):
     assert all(torch.equal(wide[n], tensors[n].double()) for n in tensors)
 
 
+def test_class_names_go_along(tmp_path):
+    """From ours to Hugging Face's and back, and theirs are loaded by transformers."""
+    transformers = pytest.importorskip("transformers")
+    model = build(replace(TINY, classes=3))
+    model.class_names = ("cat", "dog", "a bird")
+    model.save_pretrained(tmp_path / "a")
+    convert.convert(tmp_path / "a", tmp_path / "b", "hf")
+    summary = convert.convert(tmp_path / "b", tmp_path / "c")
+    assert summary["classes"] == ["cat", "dog", "a bird"]
+    for place in "abc":
+        assert igpt.ImageGPT.from_pretrained(tmp_path / place).class_names == model.class_names
+    theirs = transformers.ImageGPTForImageClassification.from_pretrained(tmp_path / "b").config
+    assert theirs.id2label == {0: "cat", 1: "dog", 2: "a bird"} and theirs.label2id["a bird"] == 2
+    config = json.loads((tmp_path / "b" / "config.json").read_text())
+    for bad in ({"0": "cat"}, {"0": "cat", "1": "dog", "3": "bird"}, ["cat", "dog", "bird"]):
+        (tmp_path / "b" / "config.json").write_text(json.dumps(config | {"id2label": bad}))
+        with pytest.raises(ValueError, match="id2label"):
+            igpt.ImageGPT.from_pretrained(tmp_path / "b")
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    for bad in (["cat"], ["cat", "dog", 3]):
+        (tmp_path / "a" / "config.json").write_text(json.dumps(config | {"class_names": bad}))
+        with pytest.raises(ValueError, match="class_names: got"):
+            igpt.ImageGPT.from_pretrained(tmp_path / "a")
+
+
+@pytest.mark.parametrize("head_dim, theirs", [(20, 4), (16, None)])
+def test_the_scale_of_attention_is_said_and_chosen(head_dim, theirs, tmp_path):
+    """transformers 5.17 divides by int(sqrt(head dim)): what a model of theirs computes is ours with that scale."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    hf = transformers.ImageGPTForCausalImageModeling(transformers.ImageGPTConfig(
+        n_layer=1, n_embd=2 * head_dim, n_head=2, n_positions=16, vocab_size=9, initializer_range=0.3,
+    )).eval()  # fmt: skip
+    hf.save_pretrained(tmp_path / "hf")
+    x = torch.randint(0, 8, (2, 15))
+    with torch.no_grad():
+        want = hf(torch.cat([torch.full((2, 1), 8), x], 1)).logits[:, :15]
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        scales = {
+            scale: igpt.ImageGPT.from_pretrained(tmp_path / "hf", attn_scale=scale).config.attn_scale
+            for scale in ("exact", "hf")
+        }
+    assert scales == {"exact": None, "hf": theirs and 1 / theirs}
+    said = [str(warning.message) for warning in told if "attn_scale" in str(warning.message)]
+    assert len(said) == (2 if theirs else 0)
+    if theirs:
+        assert "divided by sqrt(20); OpenAI's code has sqrt(20), transformers 5.17 4; attn_scale='hf' for 4" in said[0]
+        assert "divided by 4; " in said[1] and said[1].endswith("attn_scale='exact' for sqrt(20)")
+    summary = convert.convert(tmp_path / "hf", tmp_path / "ours", attn_scale="hf")
+    convert.convert(tmp_path / "ours", tmp_path / "again", "hf")
+    ours = igpt.ImageGPT.from_pretrained(tmp_path / "again", attn_scale="hf")
+    assert summary["config"]["attn_scale"] == ours.config.attn_scale == scales["hf"]
+    if transformers.__version__.startswith("5.17."):
+        torch.testing.assert_close(ours(x).detach(), want, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"attn_scale: got 'hf', but .* is no checkpoint of Hugging Face's"):
+        igpt.ImageGPT.from_pretrained(tmp_path / "ours", attn_scale="hf")
+    with pytest.raises(ValueError, match="attn_scale: got 'theirs'"):
+        igpt.ImageGPT.from_pretrained(tmp_path / "hf", attn_scale="theirs")
+
+
 def test_convert_equals_load_and_save(tmp_path):
     model = build()
     model.save_pretrained(tmp_path / "a")
     summary = convert.convert(tmp_path / "a", tmp_path / "b", "hf", dtype=torch.bfloat16)
-    convert.load(tmp_path / "a", dtype=torch.bfloat16).save_pretrained(tmp_path / "c", format="hf")
+    igpt.ImageGPT.from_pretrained(tmp_path / "a", dtype=torch.bfloat16).save_pretrained(tmp_path / "c", format="hf")
     for name in sorted(p.name for p in (tmp_path / "c").iterdir()):
         assert (tmp_path / "b" / name).read_bytes() == (tmp_path / "c" / name).read_bytes(), name
     assert json.loads(json.dumps(summary))["bytes"] == (tmp_path / "b" / "model.safetensors").stat().st_size
@@ -110,19 +173,19 @@ def test_palettes(tmp_path):
     model.save_pretrained(tmp_path / "a")
     other.save(tmp_path / "p.npy")
     convert.convert(tmp_path / "a", tmp_path / "b", "hf", palette=tmp_path / "p.npy")
-    assert convert.load(tmp_path / "b").palette == other
+    assert igpt.ImageGPT.from_pretrained(tmp_path / "b").palette == other
     processor = json.loads((tmp_path / "b" / "preprocessor_config.json").read_text())
     assert processor["size"] == {"height": 4, "width": 4} and len(processor["clusters"]) == 12
     with pytest.raises(ValueError, match="palette"):
         convert.convert(tmp_path / "a", tmp_path / "c", palette=igpt.Palette(np.zeros((3, 3))))
     (tmp_path / "b" / "preprocessor_config.json").write_text('{"size": 4}')
-    assert convert.load(tmp_path / "b").palette is None
+    assert igpt.ImageGPT.from_pretrained(tmp_path / "b").palette is None
 
 
 def test_shapes_are_the_models():
     for config in (TINY, replace(TINY, objective="bert", bias=True, classes=3, n_inner=40)):
         model = igpt.ImageGPT(config, device="meta")
-        assert convert.shapes(config) == {name: tuple(p.shape) for name, p in model.named_parameters()}
+        assert checkpoints.shapes(config) == {name: tuple(p.shape) for name, p in model.named_parameters()}
 
 
 def test_safetensors_are_those_of_the_library(tmp_path):
@@ -148,13 +211,13 @@ def test_safetensors_are_those_of_the_library(tmp_path):
 def test_sharded_older_and_headless_layouts(hf_dir):
     write, tensors, _ = hf_dir
     path = write()
-    want = convert.load(path)
+    want = igpt.ImageGPT.from_pretrained(path)
     # Older saves: buffers, and no prefix.
     bare = {name.removeprefix("transformer."): t for name, t in tensors.items()}
     bare |= {f"h.{i}.attn.bias": torch.ones(1, 1, 16, 16, dtype=torch.uint8) for i in range(2)}
     bare |= {f"h.{i}.attn.masked_bias": torch.tensor(-1e4) for i in range(2)}
     save_file(bare, path / "model.safetensors")
-    assert equal(convert.load(path), want)
+    assert equal(igpt.ImageGPT.from_pretrained(path), want)
     # Shards.
     (path / "model.safetensors").unlink()
     names = sorted(bare)
@@ -163,13 +226,13 @@ def test_sharded_older_and_headless_layouts(hf_dir):
         save_file({name: bare[name] for name in held}, path / part)
     index = {"weight_map": {name: part for part, held in parts.items() for name in held}}
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert equal(convert.load(path), want)
+    assert equal(igpt.ImageGPT.from_pretrained(path), want)
     # An ImageGPTModel has no head.
     (path / "model.safetensors.index.json").unlink()
     del bare["lm_head.weight"]
     save_file(bare, path / "model.safetensors")
     with pytest.warns(UserWarning, match="head is zero"):
-        model = convert.load(path)
+        model = igpt.ImageGPT.from_pretrained(path)
     assert not model.head.any() and torch.equal(model.sos, want.sos)
 
 
@@ -178,11 +241,11 @@ def test_tied_head_and_aliases(hf_dir):
     tensors["lm_head.weight"] = tensors["transformer.wte.weight"].clone()
     path = write()
     with pytest.raises(ValueError, match="head: got shape"):
-        convert.load(path)
+        igpt.ImageGPT.from_pretrained(path)
     config["tie_word_embeddings"] = True
     config["num_hidden_layers"] = config.pop("n_layer")
     with pytest.warns(UserWarning, match="tie_word_embeddings"):
-        model = convert.load(write())
+        model = igpt.ImageGPT.from_pretrained(write())
     assert torch.equal(model.head, model.wte)
 
 
@@ -201,21 +264,21 @@ def test_config_keys_are_honoured_or_refused_by_name(key, value, hf_dir, tmp_pat
     ours = {"n_embd": "wte|tensors|got shape", "n_head": "heads|n_head", "vocab_size": "wte", "n_positions": "wpe"}
     names = {"n_inner": "mlp", "layer_norm_epsilon": "norm_eps|layer_norm", "n_layer": "n_layer|missing"} | ours
     with pytest.raises(ValueError, match=names.get(key, key)):
-        convert.load(write())
+        igpt.ImageGPT.from_pretrained(write())
 
 
 def test_tensors_are_all_placed_or_refused(hf_dir):
     write, tensors, _ = hf_dir
     tensors["transformer.h.0.crossattention.c_attn.weight"] = torch.zeros(2)
     with pytest.raises(ValueError, match="crossattention"):
-        convert.load(write())
+        igpt.ImageGPT.from_pretrained(write())
     del tensors["transformer.h.0.crossattention.c_attn.weight"]
     tensors["transformer.ln_f.weight"] = tensors["transformer.ln_f.weight"].double()
     with pytest.raises(ValueError, match="dtypes"):
-        convert.load(write())
+        igpt.ImageGPT.from_pretrained(write())
     del tensors["transformer.ln_f.weight"]
     with pytest.raises(ValueError, match="norm_f"):
-        convert.load(write())
+        igpt.ImageGPT.from_pretrained(write())
 
 
 def test_pickles_are_never_opened(hf_dir):
@@ -223,17 +286,17 @@ def test_pickles_are_never_opened(hf_dir):
     path = write()
     (path / "model.safetensors").rename(path / "pytorch_model.bin")
     with pytest.raises(ValueError, match="weights_only=True"):
-        convert.load(path)
+        igpt.ImageGPT.from_pretrained(path)
 
 
 def test_the_safe_way_from_a_pickle_works(hf_dir):
     write, tensors, _ = hf_dir
     path = write()
-    want = convert.load(path)
+    want = igpt.ImageGPT.from_pretrained(path)
     torch.save(tensors, path / "pytorch_model.bin")
     (path / "model.safetensors").unlink()
-    subprocess.run(convert.SAFELY, shell=True, check=True, cwd=path, env=os.environ | {"PATH": _path()})
-    assert equal(convert.load(path), want)
+    subprocess.run(checkpoints.SAFELY, shell=True, check=True, cwd=path, env=os.environ | {"PATH": _path()})
+    assert equal(igpt.ImageGPT.from_pretrained(path), want)
 
 
 def _path():
@@ -244,7 +307,7 @@ def test_hub_ids(hf_dir, tmp_path, monkeypatch):
     write, *_ = hf_dir
     hub, asked = pytest.importorskip("huggingface_hub"), []
     monkeypatch.setattr(hub, "snapshot_download", lambda name, **k: asked.append((name, k)) or str(write()))
-    convert.load("openai/imagegpt-small@refs/pr/1")
+    igpt.ImageGPT.from_pretrained("openai/imagegpt-small@refs/pr/1")
     name, options = asked[0]
     assert (name, options["revision"]) == ("openai/imagegpt-small", "refs/pr/1")
     assert not any(pattern in ("*.bin", "pytorch_model.bin") for pattern in options["allow_patterns"])
@@ -253,26 +316,26 @@ def test_hub_ids(hf_dir, tmp_path, monkeypatch):
     (pickled / "config.json").write_text("{}")
     monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: str(pickled))
     with pytest.raises(ValueError, match=r"(?s)no safetensors on the hub.*weights_only=True"):
-        convert.load("openai/imagegpt-small")
+        igpt.ImageGPT.from_pretrained("openai/imagegpt-small")
 
     def unreachable(*_, **__):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(hub, "snapshot_download", unreachable)
     with pytest.raises(ValueError, match="no directory 'runs/none', and as a hub id it failed: ConnectionError"):
-        convert.load("runs/none")
+        igpt.ImageGPT.from_pretrained("runs/none")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ValueError, match="pip install"):
-        convert.load("openai/imagegpt-small")
+        igpt.ImageGPT.from_pretrained("openai/imagegpt-small")
     for source in ("nowhere", "a/b/c", "/no/where", "./no"):
         with pytest.raises(ValueError, match="no directory"):
-            convert.load(source)
+            igpt.ImageGPT.from_pretrained(source)
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="is a file"):
-        convert.load(tmp_path / "file")
+        igpt.ImageGPT.from_pretrained(tmp_path / "file")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds neither"):
-        convert.load(tmp_path / "empty")
+        igpt.ImageGPT.from_pretrained(tmp_path / "empty")
 
 
 # --- strangers' files
@@ -325,7 +388,7 @@ def test_an_index_leads_nowhere_else(shard, hf_dir, tmp_path):
     (path / "model.safetensors").rename(tmp_path / "hf2" / "model.safetensors")
     (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(tensors, shard)}))
     with pytest.raises(ValueError, match="in this directory"):
-        convert.load(path)
+        igpt.ImageGPT.from_pretrained(path)
 
 
 def test_an_index_that_disagrees_with_its_shards(hf_dir):
@@ -342,7 +405,7 @@ def test_an_index_that_disagrees_with_its_shards(hf_dir):
     ):
         index.write_text(json.dumps({"weight_map": weight_map}))
         with pytest.raises(ValueError, match=message):
-            convert.load(path)
+            igpt.ImageGPT.from_pretrained(path)
 
 
 def test_our_config_is_checked(tmp_path):
@@ -355,7 +418,7 @@ def test_our_config_is_checked(tmp_path):
     ):  # fmt: skip
         config.write_text(json.dumps(values | change))
         with pytest.raises(ValueError):
-            convert.load(tmp_path / "a")
+            igpt.ImageGPT.from_pretrained(tmp_path / "a")
 
 
 # --- all or nothing
@@ -398,7 +461,7 @@ def test_a_failure_leaves_what_was(broken, tmp_path, monkeypatch):
     def fail(*args):
         raise OSError("disk full")
 
-    monkeypatch.setattr(convert, broken, fail)
+    monkeypatch.setattr(checkpoints, broken, fail)
     for path in ("out", "new"):
         with pytest.raises(OSError, match="disk full"):
             model.save_pretrained(tmp_path / path, format="hf")
@@ -420,7 +483,8 @@ def test_a_source_that_breaks_midway_leaves_nothing(tmp_path):
 STREAM = """
 import re, sys, json, torch
 from igpt import convert
-from igpt.tensors import Lazy, write_safetensors
+from igpt.convert import checkpoints
+from igpt.convert.tensors import Lazy, write_safetensors
 def peak(): return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) << 10
 src, dst, format = sys.argv[1:]
 convert.open_checkpoint(src)  # whatever is imported or cached on the way is there now

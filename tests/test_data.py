@@ -1,15 +1,21 @@
 """Picture sets: every format read right from small files written by the format's own rules, bad files named."""
 
 import gzip
+import io
+import pickle
 import struct
+import subprocess
+import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import igpt.data.workers
 from igpt import Palette, data
-from igpt.crops import eval_crop, open_picture, square, train_crop
+from igpt.data.crops import eval_crop, open_picture, square, train_crop
 
 RNG = np.random.default_rng(0)
 
@@ -70,6 +76,70 @@ def test_cifar10(tmp_path):
         assert test.classes[3] == "name3"
 
 
+class Evil:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('run!')",)
+
+
+class Python2(pickle._Pickler):
+    """As CIFAR's authors pickled it: protocol 2, whose strings are bytes."""
+
+    def save_bytes(self, value):
+        self.write(b"T" + struct.pack("<I", len(value)) + value)
+        self.memoize(value)
+
+    dispatch = pickle._Pickler.dispatch | {bytes: save_bytes}
+
+
+def python2(value) -> bytes:
+    Python2(file := io.BytesIO(), protocol=2).dump(value)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("dumps", [pickle.dumps, python2, partial(pickle.dumps, protocol=2)])
+def test_cifar_python_version(tmp_path, dumps):
+    images, labels = write_cifar10(tmp_path / "cifar-10-batches-bin")
+    there = tmp_path / "python" / "cifar-10-batches-py"
+    there.mkdir(parents=True)
+    planes = np.split(images.transpose(0, 3, 1, 2).reshape(18, -1), 6)
+    for i, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
+        batch = {b"data": planes[i], b"labels": labels[3 * i :][:3].tolist(), b"batch_label": b"some"}
+        (there / name).write_bytes(dumps(batch))
+    for spec in (there, there.parent, f"cifar10:{there}"):
+        for split in ("train+valid", "test"):
+            want, got = data.load(str(tmp_path), split), data.load(str(spec), split)
+            assert np.array_equal(want.images, got.images) and np.array_equal(want.labels, got.labels)
+            assert got.classes == want.classes
+    (there / "batches.meta").write_bytes(dumps({b"label_names": [b"name%d" % i for i in range(10)]}))
+    assert data.load(str(there), "test").classes[3] == "name3"
+    for bad, words in (
+        ({b"data": Evil(), b"labels": [0]}, "got a Kept, expected an array of uint8"),
+        ({b"data": planes[0].astype(np.int8), b"labels": [0]}, "got an array of 'i1', expected uint8"),
+        ({b"data": planes[0], b"labels": [0]}, r"got data and labels of \(3, 3072\) and int64 \(1,\)"),
+        ({b"labels": [0]}, "not CIFAR's Python version: 'data'"), ([1], "got a pickled list, expected a dictionary"),
+        (Evil(), "got a pickled Kept"),
+    ):  # fmt: skip
+        (there / "test_batch").write_bytes(pickle.dumps(bad))
+        with pytest.raises(ValueError, match=rf"test_batch: .*{words}"):
+            data.load(str(there), "test")
+
+
+def test_a_mangled_pickle_raises_only_value_error(tmp_path):
+    whole = pickle.dumps({b"data": noise(2, 3072), b"labels": [0, 1], "more": Evil()}, protocol=2)
+    head, rng = np.frombuffer(whole, np.uint8), np.random.default_rng(0)
+    for name in [*(f"data_batch_{i}" for i in range(2, 6))]:
+        (tmp_path / name).write_bytes(whole)
+    for _ in range(300):
+        mangled = head[: rng.integers(1, len(head) + 1)].copy()
+        where = rng.integers(0, min(len(mangled), 400), 4)
+        mangled[where] = rng.integers(0, 256, 4)
+        (tmp_path / "data_batch_1").write_bytes(mangled.tobytes())
+        try:
+            assert data.load(str(tmp_path)).images.shape[1:] == (32, 32, 3)
+        except ValueError as error:
+            assert "data_batch_1" in str(error) or "labels from" in str(error)
+
+
 def test_hold_out(tmp_path):
     images, _ = write_cifar10(tmp_path, per_file=8)
     train, valid = (data.load(str(tmp_path), split) for split in ("train", "valid"))
@@ -92,6 +162,15 @@ def test_cifar100(tmp_path):
     assert np.array_equal(train.images, planes.transpose(0, 2, 3, 1))
     train = data.load(str(tmp_path), "test", labels="coarse")
     assert np.array_equal(train.labels, coarse[:2]) and len(train.classes) == 20
+    there = tmp_path / "cifar-100-python"
+    there.mkdir()
+    names = {"fine_label_names": [str(i) for i in range(100)], "coarse_label_names": list("abcdefghijklmnopqrst")}
+    whole = {"data": planes.reshape(4, -1), "fine_labels": fine.tolist(), "coarse_labels": coarse.tolist()}
+    for name, values in (("train", whole), ("test", whole), ("meta", names)):
+        (there / name).write_bytes(pickle.dumps(values))
+    python = data.load(str(there), "test", labels="coarse")
+    assert np.array_equal(python.images, planes.transpose(0, 2, 3, 1)) and python.labels.tolist() == [0, 19, 5, 7]
+    assert python.classes[19] == "t"
 
 
 def test_stl10(tmp_path):
@@ -117,29 +196,31 @@ def idx_bytes(array: np.ndarray) -> bytes:
     return bytes((0, 0, 8, array.ndim)) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
 
 
-def write_idx(root: Path, zipped: bool, prefix: str = "", test: str = "t10k", dot: str = "-"):
+def write_idx(root: Path, zipped: bool, prefix: str = "", test: str = "t10k", dot: str = "-", first: int = 0):
     root.mkdir(parents=True, exist_ok=True)
-    grey, labels = noise(12, 28, 28), np.arange(12, dtype=np.uint8) % 4
+    grey, labels = noise(12, 28, 28), np.arange(12, dtype=np.uint8) % 4 + first
+    stored = grey.swapaxes(1, 2) if prefix else grey  # EMNIST's readme: column by column
     for stem, rows in (("train", slice(0, 8)), (test, slice(8, 12))):
-        for what, array in (("images", grey), ("labels", labels)):
+        for what, array in (("images", stored), ("labels", labels)):
             name = f"{prefix}{stem}-{what}{dot}idx{array.ndim}-ubyte"
             content = idx_bytes(array[rows])
             (root / (name + ".gz" if zipped else name)).write_bytes(gzip.compress(content) if zipped else content)
     return grey, labels
 
 
-@pytest.mark.parametrize("zipped, prefix, test, dot", [
-    (True, "", "t10k", "-"), (False, "", "t10k", "."), (True, "emnist-letters-", "test", "-"),
+@pytest.mark.parametrize("zipped, prefix, test, dot, first", [
+    (True, "", "t10k", "-", 0), (False, "", "t10k", ".", 0), (True, "emnist-letters-", "test", "-", 1),
 ])
-def test_idx(tmp_path, zipped, prefix, test, dot):
-    grey, labels = write_idx(tmp_path, zipped, prefix, test, dot)
+def test_idx(tmp_path, zipped, prefix, test, dot, first):
+    grey, labels = write_idx(tmp_path, zipped, prefix, test, dot, first)
     train, held_out = data.load(str(tmp_path), "train+valid"), data.load(str(tmp_path), "test")
     assert train.images.shape == (8, 32, 32, 3) and held_out.images.shape == (4, 32, 32, 3)
     assert np.array_equal(train.images[:, 2:30, 2:30], np.repeat(grey[:8, :, :, None], 3, axis=-1))
     border = train.images.copy()
     border[:, 2:30, 2:30] = 0
     assert not border.any(), "padded with black"
-    assert np.array_equal(train.labels, labels[:8]) and np.array_equal(held_out.labels, labels[8:])
+    assert np.array_equal(train.labels, labels[:8] - first) and np.array_equal(held_out.labels, labels[8:] - first)
+    assert train.classes == tuple(str(first + i) for i in range(4)), "no class is empty"
     data.same_classes(train, held_out)
 
 
@@ -176,6 +257,18 @@ def test_tokens_stay_on_disk(tmp_path, palette):
     assert np.array_equal(kept.tokens[3:7], whole.tokens[rows[3:7]]) and kept.tokens.shape == (45, 1024)
     assert np.array_equal(kept.rows(kept.labels == 0).tokens, whole.tokens[rows][kept.labels == 0])
     assert np.array_equal(kept.tokens[np.array([4, 1])], whole.tokens[rows[[4, 1]]])
+
+
+def test_tokens_are_judged_before_they_are_narrowed(tmp_path, palette):
+    ids = np.full((2, 4), 3, np.int64)
+    wide = data.Pictures(name="wide", size=(2, 2), tokens=ids, palette=palette, vocab=64)
+    data.save_tokens(wide, tmp_path / "a")
+    assert np.array_equal(data.load(str(tmp_path / "a"), "train+valid").tokens, ids)
+    for bad in (64, -1, 2**16, 2**32 + 3):
+        ids[1, 2] = bad
+        with pytest.raises(ValueError, match=r"picture 1 has tokens from .*, expected 0 to 63"):
+            data.save_tokens(wide, tmp_path / "b")
+    assert not (tmp_path / "b").exists()
 
 
 # --- folders
@@ -222,6 +315,68 @@ def test_any_mode_becomes_rgb(tmp_path, mode):
     assert pixels.shape == (32, 32, 3) and pixels.dtype == np.uint8
     if mode.endswith("A"):
         assert (pixels == 255).all(), "transparent is white"
+
+
+SIXTEEN = np.tile(np.linspace(0, 65535, 32).astype(np.uint16), (32, 1))
+GREYS = np.rint(SIXTEEN[..., None].repeat(3, -1) / 257)  # the same in 8 bits
+
+
+def write_wide(path: Path, what: str) -> None:
+    """The ramp in one of the ways in which files hold more than 8 bits."""
+    match what:
+        case "big-endian":
+            Image.frombytes("I;16B", (32, 32), SIXTEEN.astype(">u2").tobytes()).save(path)
+        case "float":
+            Image.fromarray(SIXTEEN.astype(np.float32) / 65535).save(path)
+        case "white is zero":
+            Image.fromarray(65535 - SIXTEEN).save(path, tiffinfo={262: 0})
+        case "one value is transparent":
+            Image.fromarray(SIXTEEN).save(path, transparency=0)
+        case "pgm":
+            path.write_bytes(b"P5 32 32 65535 " + SIXTEEN.astype(">u2").tobytes())
+        case "12 bits":
+            bits = np.unpackbits((SIXTEEN >> 4).astype(">u2")[..., None].view(np.uint8), axis=-1)[..., 4:]
+            Image.fromarray(SIXTEEN).save(path)  # whose only strip is then packed: BitsPerSample 12, 48 bytes a row
+            file = bytearray(path.read_bytes())
+            with Image.open(path) as written:
+                (start,), entries = written.tag_v2[273], struct.unpack_from("<I", file, 4)[0]
+            for at in range(entries + 2, entries + 2 + 12 * struct.unpack_from("<H", file, entries)[0], 12):
+                if file[at : at + 2] == struct.pack("<H", 258):
+                    file[at + 8] = 12
+            packed = np.packbits(bits.reshape(32, -1), axis=-1).tobytes()
+            file[start : start + len(packed)] = packed
+            path.write_bytes(file)
+        case _:
+            Image.fromarray(SIXTEEN).save(path)
+
+
+@pytest.mark.parametrize(
+    "name, what",
+    [
+        ("a.png", "plain"), ("a.tif", "plain"), ("a.tif", "big-endian"), ("a.tif", "float"), ("a.tif", "12 bits"),
+        ("a.tif", "white is zero"), ("a.png", "one value is transparent"), ("a.pgm", "pgm"),
+    ],
+)  # fmt: skip
+def test_more_than_8_bits_keep_their_greys(tmp_path, name, what):
+    write_wide(tmp_path / name, what)
+    want = GREYS.copy()
+    if what == "one value is transparent":
+        want[:, 0] = 255
+    assert np.abs(square(tmp_path / name, 32) - want).max() <= (what == "12 bits")
+
+
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        (SIXTEEN.astype(np.int32), "32-bit or signed integers"),
+        (SIXTEEN.astype(np.float32), "floats from 0.0 to 65535"),
+        (np.full((4, 4), np.nan, np.float32), "floats from nan"),
+    ],
+)  # fmt: skip
+def test_numbers_without_a_known_white_are_refused(tmp_path, values, words):
+    Image.fromarray(values).save(tmp_path / "a.tif")
+    with pytest.raises(ValueError, match=rf"a\.tif: .*{words}"):
+        open_picture(tmp_path / "a.tif")
 
 
 def test_upright_by_exif(tmp_path):
@@ -354,9 +509,76 @@ def test_unreadable_pictures_are_named_or_counted(tmp_path):
         data.load(str(tmp_path))
     pictures = data.load(str(tmp_path), holdout=0, skip_bad=True)
     assert pictures.skipped == ("cat/0.png",) and len(pictures) == 5 and pictures.labels.tolist() == [0, 0, 1, 1, 1]
-    Image.fromarray(noise(8, 8, 3)).save(tmp_path / "stray.png")
-    with pytest.raises(ValueError, match=r"label missing: stray\.png lies beside .* \['cat', 'dog'\]"):
-        data.load(str(tmp_path), skip_bad=True)
+
+
+def test_loose_pictures_are_read_and_have_no_labels(tmp_path):
+    write_folder(tmp_path / "train")
+    Image.fromarray(noise(8, 8, 3)).save(tmp_path / "train" / "stray.png")
+    write_folder(tmp_path / "valid", classes=(".",))
+    write_folder(tmp_path / "test", classes=("owl",))
+    pictures = data.load(str(tmp_path))
+    assert len(pictures) == 7 and pictures.labels is None
+    with pytest.raises(ValueError, match=r"labels are missing: stray\.png lies beside .* \['cat', 'dog'\]"):
+        pictures.labelled()
+    with pytest.raises(ValueError, match="labels are missing: its pictures lie in no subfolders"):
+        data.load(str(tmp_path), "valid").labelled()
+    assert len(data.load(str(tmp_path), "train+valid")) == 10 and len(data.load(str(tmp_path), "test")) == 3
+
+
+def test_linked_folders_are_followed_but_not_in_circles(tmp_path):
+    exact = write_folder(tmp_path / "elsewhere" / "deep", classes=("dog",), size=(32, 32))
+    write_folder(tmp_path / "set", classes=("cat",))
+    (tmp_path / "set" / "dog").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "set" / "cat" / "again").symlink_to(tmp_path / "set")
+    (tmp_path / "elsewhere" / "self").symlink_to(".")
+    (tmp_path / "set" / "owl").symlink_to(tmp_path / "gone")
+    said = r"1 other files \(owl\), 2 links back to a folder they lie in \(cat/again\); 1 without a suffix"
+    with pytest.warns(UserWarning, match=said):
+        pictures = data.load(str(tmp_path / "set"), holdout=0)
+    assert pictures.classes == ("cat", "dog") and pictures.labels.tolist() == [0] * 3 + [1] * 3
+    assert {picture.tobytes() for picture in pictures.images[3:]} == {picture.tobytes() for picture in exact.values()}
+
+
+def test_what_is_passed_over_is_said(tmp_path):
+    for hidden in (".ipynb_checkpoints", "cat/.thumbs"):
+        write_folder(tmp_path / hidden, classes=("old",))
+    write_folder(tmp_path)
+    (tmp_path / "owl").mkdir()
+    for name in ("cat/notes.txt", "cat/a.heic", "dog/b.heic", "dog/.hidden.png"):
+        (tmp_path / name).write_text("no picture")
+    with pytest.warns(UserWarning) as told:
+        assert data.load(str(tmp_path), holdout=0).classes == ("cat", "dog")
+    assert str(told[0].message) == (
+        f"{tmp_path}: passed over 2 hidden folders (.ipynb_checkpoints), 3 other files (cat/a.heic), 1 hidden files "
+        "(dog/.hidden.png), 1 folders without pictures (owl); 2 .heic, 1 .txt"
+    )
+    (tmp_path / "train" / "cat").mkdir(parents=True)
+    for valid in ("valid", "val"):
+        (tmp_path / valid).mkdir()
+    with pytest.raises(ValueError, match="got both valid/ and val/"):
+        data.load(str(tmp_path))
+
+
+def test_only_what_is_asked_for_is_read(tmp_path, monkeypatch):
+    """Held out and not picked: never opened. Whoever reads, in whatever tasks, the pictures are the same."""
+    write_folder(tmp_path, n=30)
+    opened, real = [], igpt.data.workers.square
+    monkeypatch.setattr(igpt.data.workers, "square", lambda path, *how: opened.append(path) or real(path, *how))
+    whole = data.load(str(tmp_path), "train+valid", crop="train")
+    assert len(set(opened)) == len(opened) == 60
+    kept, held = data.hold_out(60, 0.2)
+    for split, rows in (("train", kept[::5]), ("valid", held[::5])):
+        opened.clear()
+        few = data.load(str(tmp_path), split, crop="train", holdout=0.2, pick=lambda n: np.arange(0, n, 5))
+        assert len(opened) == len(rows) == len(few) and np.array_equal(few.images, whole.images[rows])
+        assert np.array_equal(few.labels, whole.labels[rows])
+    monkeypatch.setattr(igpt.data.workers, "BATCH", 7)
+    assert np.array_equal(data.load(str(tmp_path), "train+valid", crop="train", workers=2).images, whole.images)
+
+
+def test_workers_import_no_torch():
+    code = "import sys, igpt.data.workers; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 @pytest.mark.parametrize("kind", ["png", "jpg", "gif", "bmp", "tif", "webp", "ppm"])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench.budget import against_fp64
+from bench.correctness.budget import against_fp64
 from igpt.kernels import embedding as kernel
 from igpt.kernels import reference
 from igpt.kernels.device import target
@@ -97,9 +97,11 @@ def test_tiles_of_other_architectures(arch, device, poison_empty):
 
 def test_token_outside_the_table_is_nan(device):
     inputs = make(2, 6, 10, 16, torch.float32, device, True, False)
-    inputs["tokens"][0, 2], inputs["tokens"][1, 3] = 10, -1
+    for at, token in {(0, 0): 2**32, (0, 2): 10, (1, 1): 3 - 2**32, (1, 3): -1, (1, 4): 2**40 + 5}.items():
+        inputs["tokens"][at] = token
     h = embed(*inputs.values())
-    assert h.isnan().any(-1).nonzero().tolist() == [[0, 3], [1, 4]]  # each is read one position later
+    bad = [[0, 1], [0, 3], [1, 2], [1, 4], [1, 5]]  # each is read one position later
+    assert h.isnan().all(-1).nonzero().tolist() == h.isnan().any(-1).nonzero().tolist() == bad
 
 
 def test_last_token_is_not_read(device):

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import igpt.encode
-import igpt.workers
+import igpt.data.encode
+import igpt.data.workers
 from igpt import Palette, data
-from igpt.crops import square
+from igpt.data.crops import square
 
 RNG = np.random.default_rng(0)
 
@@ -41,7 +41,7 @@ def names(root: Path) -> list[str]:
 
 
 def encode(root, out, palette, **options):
-    return igpt.encode.encode_folder(root, out, palette, 8, **{"workers": 0, "progress": False, **options})
+    return igpt.data.encode.encode_folder(root, out, palette, 8, **{"workers": 0, "progress": False, **options})
 
 
 def test_tokens_labels_and_meta(pictures, palette, tmp_path):
@@ -59,7 +59,7 @@ def test_tokens_labels_and_meta(pictures, palette, tmp_path):
 
 
 def test_workers_agree(pictures, palette, tmp_path, monkeypatch):
-    monkeypatch.setattr(igpt.workers, "BATCH", 7)
+    monkeypatch.setattr(igpt.data.workers, "BATCH", 7)
     for workers in (0, 2):
         encode(pictures, tmp_path / str(workers), palette, crop="train", seed=5, workers=workers)
     tokens = [(tmp_path / name / "tokens.npy").read_bytes() for name in ("0", "2")]
@@ -71,11 +71,11 @@ def test_workers_agree(pictures, palette, tmp_path, monkeypatch):
 CHILD = """
 import sys
 if __name__ == "__main__":
-    import igpt.encode, igpt.workers
     from igpt import Palette
-    igpt.encode.SAVE_EVERY, igpt.workers.BATCH = 0.0, 2
+    from igpt.data import encode, workers as pool
+    encode.SAVE_EVERY, pool.BATCH = 0.0, 2
     source, out, palette, workers = sys.argv[1:]
-    igpt.encode.encode_folder(source, out, Palette.load(palette), 8, crop="train", workers=int(workers), progress=False)
+    encode.encode_folder(source, out, Palette.load(palette), 8, crop="train", workers=int(workers), progress=False)
 """
 
 
@@ -136,7 +136,7 @@ def test_killed_while_finishing(pictures, palette, tmp_path, monkeypatch, broken
             real = os.replace
             patch.setattr(os, "replace", lambda a, b: die() if str(b).endswith("tokens.npy") else real(a, b))
         else:
-            patch.setattr(igpt.encode, broken, die)
+            patch.setattr(igpt.data.encode, broken, die)
         with pytest.raises(Killed):
             encode(pictures, out, palette)
     with pytest.raises(ValueError, match="was not finished"):
@@ -150,17 +150,17 @@ def test_killed_while_finishing(pictures, palette, tmp_path, monkeypatch, broken
 
 def interrupted(pictures, palette, out, monkeypatch, after: int = 3):
     """A run that stops after some batches of 4."""
-    monkeypatch.setattr(igpt.workers, "BATCH", 4)
-    real = igpt.workers.read_batch
+    monkeypatch.setattr(igpt.data.workers, "BATCH", 4)
+    real = igpt.data.workers.read_batch
 
-    def stop(root, batch, first, *rest):
-        if first >= 4 * after:
+    def stop(root, files, *rest):
+        if files[0][0] >= 4 * after:
             raise KeyboardInterrupt
-        return real(root, batch, first, *rest)
+        return real(root, files, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(igpt.workers, "read_batch", stop)
-        patch.setattr(igpt.encode, "SAVE_EVERY", 0.0)
+        patch.setattr(igpt.data.workers, "read_batch", stop)
+        patch.setattr(igpt.data.encode, "SAVE_EVERY", 0.0)
         with pytest.raises(KeyboardInterrupt):
             encode(pictures, out, palette)
 
@@ -193,14 +193,22 @@ def test_other_settings_are_refused(pictures, palette, tmp_path, monkeypatch):
     encode(pictures, out, palette)
     with pytest.raises(ValueError, match=r"holds other work, .*'palette'"):
         encode(pictures, out, Palette(palette.centres[:32]))
-    (tmp_path / "foreign").mkdir()
-    (tmp_path / "foreign" / "tokens.npy").write_bytes(b"precious")
-    with pytest.raises(ValueError, match=r"tokens\.npy is there already and is not this run's"):
-        encode(pictures, tmp_path / "foreign", palette)
+    other = Palette(-palette.centres)
+    for name in ("tokens.npy", "labels.npy", "palette.npy"):
+        (tmp_path / name).mkdir()
+        other.save(tmp_path / name / name)
+        with pytest.raises(ValueError, match=rf"out: .* holds \['{name}'\] already, which are not this set's"):
+            encode(pictures, tmp_path / name, palette)
+        with pytest.raises(ValueError, match=rf"out: .* holds \['{name}'\] already"):
+            data.save_tokens(data.load("builtin:emoji", "valid"), tmp_path / name, palette)
+        assert Palette.load(tmp_path / name / name) == other
+    (tmp_path / "own").mkdir()
+    palette.save(tmp_path / "own" / "palette.npy")
+    assert encode(pictures, tmp_path / "own", palette)["train"]["rows"] == 90
 
 
 def test_unreadable_pictures(pictures, palette, tmp_path, monkeypatch):
-    monkeypatch.setattr(igpt.workers, "BATCH", 8)
+    monkeypatch.setattr(igpt.data.workers, "BATCH", 8)
     root, out = tmp_path / "root", tmp_path / "set"
     for i, name in enumerate(names(pictures)):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -240,11 +248,23 @@ def test_splits(pictures, palette, tmp_path):
         data.load(str(tmp_path / "set"), "test")
 
 
+def test_loose_pictures_are_encoded_without_labels(pictures, palette, tmp_path):
+    root = tmp_path / "root"
+    for part in ("train", "test"):
+        (root / part).mkdir(parents=True)
+        (root / part / "cat").symlink_to(pictures / "cat")
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(root / "train" / "stray.png")
+    assert encode(root, tmp_path / "set", palette)["train"]["rows"] == 31
+    assert data.load(str(tmp_path / "set"), "test").labels.tolist() == [0] * 30
+    with pytest.raises(ValueError, match=r"labels are missing: stray\.png lies beside"):
+        data.load(str(tmp_path / "set")).labelled()
+
+
 def test_bad_arguments(pictures, palette, tmp_path):
     for options, message in (
         ({"crop": "odd"}, "crop: got 'odd'"), ({"resample": "odd"}, "resample: got 'odd'"),
         ({"source": tmp_path / "absent"}, "source: .*absent is no folder"), ({"size": 0}, "size: got 0"),
     ):
         with pytest.raises(ValueError, match=message):
-            igpt.encode.encode_folder(**{"source": pictures, "out": tmp_path / "x", "palette": palette, **options})
+            igpt.data.encode.encode_folder(**{"source": pictures, "out": tmp_path / "x", "palette": palette, **options})
     assert not (tmp_path / "x").exists()

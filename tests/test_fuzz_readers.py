@@ -24,7 +24,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import igpt
-from igpt import convert
+from igpt.convert import checkpoints
 
 FILES = int(os.environ.get("IGPT_FUZZ", "300"))
 ALLOWANCE = 64 << 20
@@ -51,7 +51,7 @@ def good(tmp_path_factory):
     model.save_pretrained(root / "hf", format="hf")
     shutil.copytree(root / "hf", root / "shards")
     (root / "shards" / "model.safetensors").rename(root / "shards" / "a.safetensors")
-    names = convert.read_safetensors(root / "shards" / "a.safetensors")
+    names = checkpoints.read_safetensors(root / "shards" / "a.safetensors")
     index = {"weight_map": dict.fromkeys(names, "a.safetensors")}
     (root / "shards" / "model.safetensors.index.json").write_text(json.dumps(index))
     (root / "tf").mkdir()
@@ -59,7 +59,7 @@ def good(tmp_path_factory):
     tf_writer.write_bundle(root / "tf" / "c", tensors, shards=2, per_block=9)
     model.palette.save(root / "tf" / "kmeans_centers.npy")
     for directory in root.iterdir():
-        assert convert.load(directory).palette == model.palette
+        assert igpt.ImageGPT.from_pretrained(directory).palette == model.palette
     return root
 
 
@@ -243,9 +243,9 @@ def test_mutated_files(good, tmp_path, record_property):
         try:
             with bounded(sum(p.stat().st_size for p in directory.iterdir()) + ALLOWANCE), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                model = convert.load(directory)
+                model = igpt.ImageGPT.from_pretrained(directory)
             counts["loaded"] += 1
-            assert convert.shapes(model.config) == {n: tuple(p.shape) for n, p in model.named_parameters()}
+            assert checkpoints.shapes(model.config) == {n: tuple(p.shape) for n, p in model.named_parameters()}
         except ValueError as error:
             counts["refused"] += 1
             assert str(directory) in str(error)

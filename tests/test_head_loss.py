@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench.budget import against_fp64
+from bench.correctness.budget import against_fp64
 from igpt.kernels import head_loss as kernel
 from igpt.kernels import reference, tiles
 from igpt.kernels.device import target

@@ -12,6 +12,7 @@ from PIL import Image
 transformers = pytest.importorskip("transformers")
 
 from transformers import (  # noqa: E402
+    DynamicCache,
     ImageGPTConfig,
     ImageGPTForCausalImageModeling,
     ImageGPTForImageClassification,
@@ -21,8 +22,7 @@ from transformers import (  # noqa: E402
 from transformers.models.imagegpt import modeling_imagegpt as theirs  # noqa: E402
 
 import igpt  # noqa: E402
-from bench.budget import compare  # noqa: E402
-from igpt import convert  # noqa: E402
+from bench.correctness.budget import compare  # noqa: E402
 
 N, START = 16, 16
 SMALL = {"n_layer": 24, "n_embd": 512, "n_head": 8, "n_positions": 1024, "vocab_size": 513, "initializer_range": 0.05}
@@ -264,6 +264,15 @@ def test_cached_chunks_equal_one_pass(patched):
             assert torch.allclose(out.logits, logits, atol=1e-5)
 
 
+@pytest.mark.parametrize("cls", [ImageGPTModel, ImageGPTForCausalImageModeling, ImageGPTForImageClassification])
+def test_an_empty_batch(cls, patched):
+    """Theirs dies in a reshape."""
+    model, x = patched(build(cls, num_labels=3)), tokens()[:0]
+    for options in ({}, {"attention_mask": torch.ones_like(x)}, {"output_attentions": True}, {"use_cache": False}):
+        out = model(x, **options)[0]
+        assert out.shape == {3: (0, 3), 64: (0, N, 64), START: (0, N, START)}[out.shape[-1]]
+
+
 def test_dropout_stays(patched):
     x = tokens()
     for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
@@ -391,10 +400,66 @@ def test_refusals(patched):
     model = patched(build())
     with pytest.raises(ValueError, match="encoder_hidden_states"):
         model(tokens(), encoder_hidden_states=torch.zeros(2, 3, 64))
-    with pytest.raises(ValueError, match="attention_mask"):
-        model(tokens(), attention_mask=torch.ones(2, N, N))
     with pytest.raises(ValueError, match="inputs_embeds"):
         model()
+
+
+X = tokens(length=12)
+STRIPES = (torch.arange(2 * N).view(2, N) % 3 > 0).long()
+FAR = torch.arange(12)[None] + 5
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ({"input_ids": X.float()}, r"input_ids: got torch.float32 \(2, 12\)"), ({"input_ids": X.tolist()}, "got list"),
+        ({"input_ids": X.to(torch.uint8)}, "got torch.uint8"), ({"input_ids": X[:, :0]}, r"int64 \(2, 0\)"),
+        ({"input_ids": X + START + 1}, "input_ids: got values in"), ({"input_ids": X + 2**32}, "got values in"),
+        ({"input_ids": torch.zeros(2, N + 1).long()}, f"got {N + 1} positions, expected at most n_positions = {N}"),
+        ({"inputs_embeds": torch.zeros(2, N + 1, 64)}, f"got {N + 1} positions"),
+        ({"inputs_embeds": torch.zeros(2, 3, 63)}, "inputs_embeds: got"),
+        ({"inputs_embeds": torch.zeros(2, 3, 64).double()}, "inputs_embeds: got torch.float64"),
+        ({"input_ids": X, "attention_mask": STRIPES[:, :8]}, r"attention_mask: got shape \(2, 8\), expected \(2, 12\)"),
+        ({"input_ids": X, "attention_mask": STRIPES}, r"attention_mask: got shape \(2, 16\)"),
+        ({"input_ids": X, "attention_mask": STRIPES[:1, :12]}, r"attention_mask: got shape \(1, 12\)"),
+        ({"input_ids": X, "attention_mask": torch.ones(2, 12, 12)}, "attention_mask: got"),
+        ({"input_ids": X, "attention_mask": torch.zeros(2, 3, 12, 12)}, "attention_mask: got"),
+        ({"input_ids": X, "attention_mask": torch.zeros(2, 1, 12, 8)}, "attention_mask: got"),
+        ({"input_ids": X, "token_type_ids": X[:, :6]}, r"token_type_ids: got shape \(2, 6\), expected \(2, 12\)"),
+        ({"input_ids": X, "token_type_ids": X.float()}, "token_type_ids: got torch.float32"),
+        ({"input_ids": X, "token_type_ids": X + 17}, "token_type_ids: got values"),
+        ({"input_ids": X, "position_ids": FAR}, r"position_ids: got values in \[5, 16\], expected \[0, 16\)"),
+        ({"input_ids": X, "position_ids": FAR[:, :6]}, "position_ids: got shape"),
+        ({"input_ids": X, "position_ids": FAR[:, None]}, "position_ids: got shape"),
+        ({"input_ids": X, "past_key_values": ((X, X),)}, "past_key_values: got tuple"),
+        ({"input_ids": X, "labels": X.flatten()}, r"labels: got shape \(24,\), expected \(2, 12\)"),
+        ({"input_ids": X, "labels": X.t()}, "labels: got shape"), ({"input_ids": X, "labels": X.int()}, "labels: got"),
+        ({"input_ids": X, "labels": X + START}, "labels: got values"),
+        ({"input_ids": X, "labels": X - START}, "labels: got values"),
+    ],
+)  # fmt: skip
+def test_what_theirs_refuses_is_refused_by_name(arguments, said, patched):
+    """Theirs raises some error, or (all-true masks, a width of 1) takes what has no meaning."""
+    model = build()
+    with pytest.raises(ValueError, match=said):
+        patched(model)(**arguments)
+
+
+@pytest.mark.parametrize("cache", [DynamicCache, lambda config: StaticCache(config=config, max_cache_len=N)])
+def test_what_lies_behind_counts(cache, patched):
+    model = patched(build())
+    past = cache(config=model.config)
+    with torch.no_grad():
+        model(tokens(length=10), past_key_values=past, use_cache=True)
+        for new, options, said in (
+            (7, {}, "got 7 positions behind 10 in past_key_values, expected at most n_positions = 16"),
+            (7, {"position_ids": torch.arange(7)}, "got 7 positions behind 10"),
+            (4, {"attention_mask": STRIPES[:, :4]}, r"attention_mask: got shape \(2, 4\), expected \(2, 14\)"),
+        ):
+            with pytest.raises(ValueError, match=said):
+                model(tokens(length=new), past_key_values=past, **options)
+        out = model(tokens(length=4), past_key_values=past, attention_mask=STRIPES[:, :14])
+        assert out.logits.shape == (2, 4, START)
 
 
 # --- ours in their clothes
@@ -415,7 +480,7 @@ def test_exported_model_is_right_without_a_patch(head_dim, tmp_path):
     want = model.double()(x)
     assert (hf.eval()(behind).logits - want).abs().max() < 1e-4
     assert math.isqrt(head_dim) ** 2 != head_dim or not hf.config.reorder_and_upcast_attn
-    assert convert.load(tmp_path / "hf").config == config
+    assert igpt.ImageGPT.from_pretrained(tmp_path / "hf").config == config
 
 
 # --- the image processor
@@ -437,5 +502,8 @@ def test_processor_gives_the_same_tokens(resample):
     assert torch.equal(got, torch.from_numpy(want).long())
     grey = Image.fromarray(pictures[0]).convert("L")
     assert igpt.hf.processor_tokens([grey], (8, 4), palette).shape == (1, 32)
+    wide = Image.fromarray(257 * np.asarray(grey).astype(np.uint16))
+    assert wide.mode == "I;16"
+    assert torch.equal(*(igpt.hf.processor_tokens([image], 8, palette, resample) for image in (wide, grey)))
     with pytest.raises(ValueError, match="images"):
         igpt.hf.processor_tokens([np.zeros((4, 4))], 32, palette)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from igpt import logistic, lowdata, probe
+from igpt.programs import logistic, lowdata, probe
 
 
 def blobs(n, d=20, classes=5, seed=0):
@@ -29,6 +29,23 @@ def test_fit_is_scikit_learns(C):
     assert np.abs(ours.weight.numpy() - theirs.coef_).max() < 0.01 * scale
 
 
+@pytest.mark.parametrize("scale, dtype", [(1e-35, torch.float32), (1e30, torch.float32), (1e250, torch.float64)])
+def test_features_of_any_scale(scale, dtype):
+    (x, y), (x_test, y_test) = blobs(600), blobs(2000, seed=1)
+    x, x_test = x.to(dtype), x_test.to(dtype)
+    want, got = logistic.fit(x, y, 5), logistic.fit(scale * x, y, 5)
+    agree = (want.predict(x_test) == got.predict(scale * x_test)).double().mean()
+    assert agree > 0.995 and want.accuracy(x_test, y_test) > 0.9
+
+
+def test_a_constant_feature_changes_nothing():
+    (x, y), (x_test, _) = blobs(600), blobs(2000, seed=1)
+    for value in (0.0, 1e-30, 0.1, 1e30):
+        constant, constant_test = (torch.cat([t, torch.full((len(t), 1), value)], 1) for t in (x, x_test))
+        agree = logistic.fit(x, y, 5).predict(x_test) == logistic.fit(constant, y, 5).predict(constant_test)
+        assert agree.double().mean() > 0.995
+
+
 def test_sgd_comes_close_to_the_optimum():
     (x, y), (x_test, y_test) = blobs(2000), blobs(2000, seed=1)
     best = logistic.fit(x, y, 5).accuracy(x_test, y_test)
@@ -42,6 +59,7 @@ def test_sgd_comes_close_to_the_optimum():
         (lambda x, y: logistic.fit(x, y[:-1], 5), "x, y: got shapes"),
         (lambda x, y: logistic.fit(x, y, 5, C=0), "C: got 0"),
         (lambda x, y: logistic.fit(x * float("nan"), y, 5), "NaN"),
+        (lambda x, y: logistic.fit(x[:0], y[:0], 5), "no rows"),
         (lambda x, y: logistic.fit_sgd(x, y, 5, lr=-1), "lr"),
     ],
 )

@@ -5,7 +5,7 @@ import torch
 from einops import rearrange
 
 import igpt
-from bench.budget import compare
+from bench.correctness.budget import compare
 from igpt.kernels import reference
 
 SMALL = {"n_layer": 2, "width": 64, "heads": 1, "n_ctx": 48, "vocab": 32}
@@ -205,6 +205,57 @@ def test_classifier():
     assert not logits.any()
     with pytest.raises(ValueError, match="classes"):
         small().classify(torch.zeros(1, 4, 64))
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # fp16 on the torch path is plain PyTorch's
+@pytest.mark.parametrize("objective", ["ar", "bert"])
+def test_no_pictures_give_empty_results(objective, dtype, impl):
+    model = small(objective=objective, bias=True, classes=3, impl=impl).to(dtype)
+    none = torch.empty(0, 48, dtype=torch.long)
+    results = {"logits": model(none), "features": model.features(none), "classes": model.classify(model.trunk(none))}
+    assert {name: tuple(result.shape) for name, result in results.items()} == {
+        "logits": (0, 48, 32), "features": (3, 0, 64), "classes": (0, 3),
+    }  # fmt: skip
+    sum(result.float().sum() for result in results.values()).backward()
+    assert all(not p.grad.any() for p in model.parameters())
+    with pytest.raises(ValueError, match="tokens_BN: got no pictures"):
+        model.loss(none)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("objective", ["ar", "bert"])
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_functional_transforms(objective, impl):
+    """grad is backward's, vmap of it each picture's own; what cannot be is refused by name."""
+    model = small(objective=objective, impl=impl)
+    model.forward = model.loss  # what functional_call calls
+    tokens, parameters = tokens_for(model), {name: p.detach() for name, p in model.named_parameters()}
+    masked = () if objective == "ar" else (torch.arange(48).remainder(3).eq(0).expand(2, 48),)
+
+    def loss(parameters, tokens, *masked):
+        return torch.func.functional_call(model, parameters, (tokens, *masked))
+
+    def alone(parameters, *row):
+        return loss(parameters, *(x[None] for x in row))
+
+    def close(ours, theirs):
+        for name, gradient in zip(parameters, theirs):
+            torch.testing.assert_close(ours[name], gradient, atol=1e-5, rtol=1e-4)
+
+    weights = list(model.parameters())
+    close(torch.func.grad(loss)(parameters, tokens, *masked), torch.autograd.grad(model.loss(tokens, *masked), weights))
+    each = torch.func.vmap(torch.func.grad(alone), (None, 0, *[0] * len(masked)))
+    if impl == "triton":
+        with pytest.raises(ValueError, match=r"impl='triton': .* no batch of vmap's"):
+            each(parameters, tokens, *masked)
+    else:
+        own = dict(model.named_parameters())
+        rows = [torch.autograd.grad(alone(own, *row), weights) for row in zip(tokens, *masked)]
+        close(each(parameters, tokens, *masked), map(torch.stack, zip(*rows)))
+    model.recompute = "block"
+    with pytest.raises(ValueError, match=r"recompute: got 'block' under torch\.func"):
+        torch.func.grad(loss)(parameters, tokens, *masked)
 
 
 def test_full_graph_compile():

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from igpt import train
-from igpt.muon import Muon, newton_schulz
+from igpt.programs import train
+from igpt.training.muon import Muon, newton_schulz
 from tests import children
 from tests.children import options
 from tests.test_train import agree, curve

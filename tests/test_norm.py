@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench.budget import against_fp64
+from bench.correctness.budget import against_fp64
 from igpt.kernels import reference
 from igpt.kernels.norm import norm, norm_backward_op, norm_op
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_norm import DTYPES, assert_budget, values
 
-from bench.budget import against_fp64
+from bench.correctness.budget import against_fp64
 from igpt.kernels import norm_linear as products
 from igpt.kernels import norm_mlp as mlp
 from igpt.kernels import reference

@@ -4,14 +4,16 @@ import os
 import subprocess
 import sys
 import types
+from functools import partial
 
 import pytest
 import torch
 
-from bench.budget import against_fp64, compare
-from igpt import cpu, cpu_attention, ops
-from igpt.kernels import reference
+from bench.correctness.budget import against_fp64, compare
+from igpt import ops
+from igpt.kernels import checks, choose, reference
 from igpt.kernels.device import check_device
+from igpt.ops import cpu_attention
 
 
 def rand(*shape, dtype=torch.float32, scale=1.0, seed=0):
@@ -159,10 +161,12 @@ def test_attention_by_blocks_is_causal_to_the_bit_and_takes_hard_scores():
         assert errors.ok, errors
 
 
-def test_attention_by_blocks_is_what_long_rows_on_few_threads_get():
+@pytest.mark.parametrize("processor, wins", [("AuthenticAMD", True), ("GenuineIntel", False), ("another", False)])
+def test_attention_by_blocks_is_what_long_rows_on_few_threads_get(processor, wins, monkeypatch):
+    monkeypatch.setattr(choose, "processor", lambda: processor)
     long, short = torch.zeros(1, 1024, 3, 1, 16), torch.zeros(1, 256, 3, 1, 16)
-    assert cpu_attention.suits(long) == (cpu.suits(long) and torch.get_num_threads() <= cpu_attention.MAX_THREADS)
-    assert not cpu_attention.suits(short) and not cpu_attention.suits(long.double())
+    assert choose.blocks(long) == (wins and choose.onednn(long) and torch.get_num_threads() <= choose.MAX_THREADS)
+    assert not choose.blocks(short) and not choose.blocks(long.double())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -198,8 +202,88 @@ def test_full_graph_compile_leaves_the_cpu_functions_out():
 
 
 def test_cpu_functions_are_used_where_onednn_is():
-    assert cpu.suits(torch.zeros(2, 2)) == torch.backends.mkldnn.is_available()
-    assert not cpu.suits(torch.zeros(2, 2, dtype=torch.float64))
+    assert choose.onednn(torch.zeros(2, 2)) == torch.backends.mkldnn.is_available()
+    assert not choose.onednn(torch.zeros(2, 2, dtype=torch.float64))
+
+
+def test_palette_on_the_torch_path_holds_few_distances(monkeypatch):
+    """Whatever the number of pixels: a part of them at once, and the same answer."""
+    colours, palette = torch.randint(0, 256, (1000, 3), dtype=torch.uint8), torch.rand(7, 3) * 2 - 1
+    weight = torch.randint(1, 9, (1000,))
+    want, sums = reference.palette_encode(colours, palette), reference.palette_sums(colours, weight, palette)[1]
+    monkeypatch.setattr(ops, "DISTANCES", 7 * 64)
+    sizes, real = [], reference.palette_encode
+    monkeypatch.setattr(reference, "palette_encode", lambda x, p: sizes.append(len(x)) or real(x, p))
+    assert torch.equal(ops.palette_encode(colours.view(10, 100, 3), palette), want.view(10, 100))
+    got = ops.palette_sums(colours, weight, palette)
+    assert torch.equal(got[0], want) and torch.equal(got[1], sums) and max(sizes) == 64
+    assert ops.palette_encode(torch.zeros(0, 4, 3), palette).shape == (0, 4)
+
+
+@pytest.fixture
+def two_threads():
+    """As many as share out loops over more than some ten thousand elements."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_gradient_has_the_same_bits_every_time(dtype, two_threads):
+    """At sizes that threads share: 16 pictures of 1024 tokens of few colours, as the tiny preset's step has them."""
+    B, N, d, V = 16, 1024, 32, 64
+    tokens = torch.randint(0, V, (B, N), generator=torch.Generator().manual_seed(0))
+    tokens[:, ::2] = 7  # as backgrounds are
+    block = block_inputs(B * N // 2, d, 64, dtype, bias=True)
+    x, gain = block["x"], block["norm_weight"]
+    tables = {"wte": rand(V, d), "wpe": rand(N, d), "sos": rand(d)}
+    linear = {"x": x, "weight": rand(48, d, dtype=dtype), "bias": rand(48, dtype=dtype)}
+    cases = {
+        "embed": (lambda **k: ops.embed(tokens, **k, dtype=dtype), tables),
+        "embed bert": (lambda **k: ops.embed(tokens, **k, masked=tokens == 3), {k: tables[k] for k in ("wte", "wpe")}),
+        "norm": (ops.norm, {"x": x, "weight": gain}), "linear": (ops.linear, linear),
+        "norm_linear": (ops.norm_linear, linear | {"norm_weight": gain}), "norm_mlp": (ops.norm_mlp, block),
+        "attention": (partial(ops.attention, causal=True), {"q": rand(2, N, 3, 2, 16, dtype=dtype)}),
+        "head_loss": (
+            partial(ops.head_loss, targets=tokens.view(2, -1)),
+            {"x": x, "norm_weight": gain, "head_weight": rand(V, d, dtype=dtype)},
+        ),
+    }  # fmt: skip
+    for name, (operation, inputs) in cases.items():
+        leaves = {k: t.clone().requires_grad_() for k, t in inputs.items()}
+        y = operation(**leaves)
+        dy = rand(*y.shape, dtype=y.dtype)
+        first = torch.autograd.grad(y, list(leaves.values()), dy)
+        for _ in range(6):
+            again = operation(**leaves)
+            assert torch.equal(again, y), name
+            gradients = torch.autograd.grad(again, list(leaves.values()), dy)
+            assert all(map(torch.equal, gradients, first)), (name, *leaves)
+
+
+def test_a_colour_s_gradient_is_summed_in_fp32():
+    """Of 4096 equal addends a sum in bf16 stands still at the 256th."""
+    wte = torch.zeros(2, 4, dtype=torch.bfloat16, requires_grad=True)
+    h = ops.embed(torch.zeros(4, 1024, dtype=torch.long), wte, torch.zeros(1024, 4, dtype=torch.bfloat16))
+    assert torch.autograd.grad(h.sum(), wte)[0].tolist() == [[4096.0] * 4, [0.0] * 4]
+
+
+def test_ids_that_nobody_could_read_are_nan_or_black(monkeypatch):
+    """As on a GPU, where reading would cost a synchronisation: no index leaves its table, and the rest is untouched."""
+    ids = torch.tensor([[0, 2**32, 3, -1, 9, 2**40 + 5, 1]])
+    inside = torch.tensor([[True, False, True, False, False, False, True]])
+    wte, wpe, palette = rand(9, 8), rand(7, 8), rand(9, 3).clamp(-1, 1)
+    x, gain, head = rand(1, 7, 8), rand(8), rand(9, 8)
+    kept = ids.where(inside, 0)
+    want = ops.embed(kept, wte, wpe), ops.head_loss(x, gain, head, kept), ops.palette_decode(kept, palette)
+    monkeypatch.setattr(checks, "is_readable", lambda t: False)
+    h, nll, colours = ops.embed(ids, wte, wpe), ops.head_loss(x, gain, head, ids), ops.palette_decode(ids, palette)
+    assert torch.equal(h[inside], want[0][inside]) and h[~inside].isnan().all()
+    assert torch.equal(nll[inside], want[1][inside]) and nll[~inside].isnan().all()
+    assert torch.equal(colours[inside], want[2][inside]) and not colours[~inside].any()
+    shifted = ops.embed(ids, wte, wpe, rand(8))
+    assert torch.equal(shifted.isnan().all(-1)[:, 1:], ~inside[:, :-1])
 
 
 def test_triton_never_falls_back():

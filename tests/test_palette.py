@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as hnp
 import igpt.data
 from igpt import Palette, ops
 from igpt.kernels import reference
-from igpt.kmeans import Blocks, distinct_colours, kmeans
+from igpt.palette.kmeans import Blocks, distinct_colours, kmeans
 
 
 def brute(pixels: np.ndarray, palette: Palette) -> torch.Tensor:
@@ -174,7 +174,7 @@ def test_fit_rediscovers_the_colours_there_are():
 def test_fit_refills_empty_clusters(monkeypatch):
     """A start with the same centre many times leaves empty clusters; they must not stay empty or become NaN."""
     pixels = np.random.default_rng(0).integers(200, 256, (4000, 3), dtype=np.uint8)
-    monkeypatch.setattr("igpt.kmeans.plus_plus", lambda x, w, k, rng: np.zeros((k, 3), np.float32))
+    monkeypatch.setattr("igpt.palette.kmeans.plus_plus", lambda x, w, k, rng: np.zeros((k, 3), np.float32))
     palette = Palette.fit(pixels, k=20)
     assert len(torch.unique(palette.encode(pixels.reshape(1, 1, -1, 3)))) == 20
 
@@ -182,7 +182,7 @@ def test_fit_refills_empty_clusters(monkeypatch):
 def test_distinct_colours_by_sorting_and_by_histogram(monkeypatch):
     images = igpt.data.load("builtin:emoji").images[:20]
     sorted_ones = distinct_colours(images)
-    monkeypatch.setattr("igpt.kmeans.MANY", 5000)
+    monkeypatch.setattr("igpt.palette.kmeans.MANY", 5000)
     for a, b in zip(sorted_ones, distinct_colours(images)):
         assert a.dtype == b.dtype and np.array_equal(a, b)
     expected = np.unique(images.reshape(-1, 3), axis=0, return_counts=True)
@@ -193,10 +193,10 @@ def test_distinct_colours_by_sorting_and_by_histogram(monkeypatch):
 def test_fit_of_tensors_has_the_same_bits(start, device, monkeypatch):
     """The steps that a GPU takes: by the kernel, interpreted where there is none."""
     if start:
-        monkeypatch.setattr("igpt.kmeans.plus_plus", lambda x, w, k, rng: np.zeros((k, 3), np.float32))
+        monkeypatch.setattr("igpt.palette.kmeans.plus_plus", lambda x, w, k, rng: np.zeros((k, 3), np.float32))
     by_kernel = ops.palette_sums
     monkeypatch.setattr(ops, "palette_sums", lambda *inputs: by_kernel(*inputs, impl="triton"))
-    monkeypatch.setattr("igpt.kmeans.MANY", 5000)
+    monkeypatch.setattr("igpt.palette.kmeans.MANY", 5000)
     images = igpt.data.load("builtin:emoji").images[:8]
     for a, b in zip(distinct_colours(images), distinct_colours(torch.from_numpy(images).to(device))):
         assert a.dtype == b.dtype and np.array_equal(a, b)

@@ -92,8 +92,8 @@ def test_every_byte_survives_a_round_trip(device):
 
 
 def test_token_outside_the_palette_is_black(device):
-    tokens = torch.tensor([0, 9, -1, 1], device=device)
-    assert palette_decode(tokens, torch.ones(9, 3, device=device))[:, 0].tolist() == [255, 0, 0, 255]
+    tokens = torch.tensor([0, 9, -1, 1, 2**32, 3 - 2**32], device=device)
+    assert palette_decode(tokens, torch.ones(9, 3, device=device))[:, 0].tolist() == [255, 0, 0, 255, 0, 0]
 
 
 def distinct(n, seed=0):

@@ -8,9 +8,13 @@ import pytest
 import torch
 
 import igpt
-from igpt import data, evaluate, features, finetune, lowdata, probe
+import igpt.data.folder
+from igpt import data
 from igpt.palette import Palette
-from igpt.source import with_config
+from igpt.programs import classify, features, finetune, lowdata, probe
+from igpt.programs import eval as evaluate
+from igpt.programs import palette as fit_palette
+from igpt.programs.source import with_config
 
 SIDE, CLASSES, COLOURS = 6, 3, 16
 
@@ -70,6 +74,11 @@ def test_probe(here, tmp_path, objective, votes):
     assert (tmp_path / "probe.png").stat().st_size > 1000
     again = probe.run(probe.Options(**where(here, objective), C=(0.01, 1.0), votes=votes))
     assert again == report
+    options = probe.Options(**where(here, objective), C=(1.0,), only=(1,), out=tmp_path)
+    with pytest.raises(ValueError, match=r"out: .* holds \['probe.json', 'probe.png'\] already; --force"):
+        probe.run(options)
+    assert json.loads((tmp_path / "probe.json").read_text()) == report
+    assert set(probe.run(dataclasses.replace(options, force=True))["layers"]) == {"1"}
 
 
 def test_probe_of_joined_layers_and_sgd(here):
@@ -113,9 +122,81 @@ def test_finetune_learns_and_exports(here, tmp_path, objective):
     assert report["epochs"][-1]["classifying"] < report["epochs"][0]["classifying"]
     tuned = igpt.ImageGPT.from_pretrained(tmp_path / "tuned")
     assert tuned.config.classes == CLASSES and tuned.classifier.abs().max() > 0
-    assert tuned.palette == palette()
+    assert tuned.palette == palette() and tuned.class_names == ("a", "b", "c")
+    judged = evaluate.run(evaluate.Options(**(where(here) | {"model": str(tmp_path / "tuned")})))
+    assert judged["accuracy"] == pytest.approx(report["test_accuracy"], abs=1e-4)
     with pytest.raises(ValueError, match=r"out: .* not empty"):
         finetune.run(options)
+
+
+@pytest.fixture(scope="module")
+def classifier(here):
+    """A model that tells pictures by the red in them: "dark" or "red"."""
+    model = with_config(igpt.ImageGPT.from_pretrained(here / "ar"), classes=2)
+    model.palette, model.class_names = Palette(np.linspace(-1, 1, COLOURS)[:, None] * [1, 0, 0]), ("dark", "red")
+    with torch.no_grad():
+        dark, red = (model.features(torch.full((1, SIDE * SIDE), token))[-1, 0] for token in (0, COLOURS - 1))
+        model.classifier.copy_(torch.stack([dark - red, red - dark]))
+    model.save_pretrained(here / "classifier")
+    return here / "classifier"
+
+
+def write_squares(root, reds):
+    from PIL import Image
+
+    for name, red in reds.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 7), (red, 128, 128)).save(root / name)
+
+
+def test_classify(classifier, tmp_path, capsys):
+    write_squares(tmp_path, {"a.png": 255, "more/b.png": 0, "more/c.png": 255})
+    (tmp_path / "more" / "bad.png").write_bytes(b"no picture")
+    options = classify.Options(model=str(classifier), pictures=(tmp_path / "a.png", tmp_path / "more"), device="cpu")
+    with pytest.raises(ValueError, match=r"bad\.png: unreadable picture"):
+        classify.run(options)
+    report = classify.run(dataclasses.replace(options, skip_bad=True, top=2))
+    assert report["pictures"] == 3 and report["skipped"] == 1
+    likeliest = [(name.removeprefix(f"{tmp_path}/"), next(iter(found))) for name, found in report["classes"].items()]
+    assert likeliest == [("a.png", "red"), ("more/b.png", "dark"), ("more/c.png", "red")]
+    for found in report["classes"].values():
+        assert set(found) == {"dark", "red"} and sum(found.values()) == pytest.approx(1, abs=2e-4)
+        assert list(found.values()) == sorted(found.values(), reverse=True)
+    assert f"{tmp_path}/a.png: red {report['classes'][f'{tmp_path}/a.png']['red']:.4f}, dark" in capsys.readouterr().out
+    for change, words in (({"top": 3}, "top: got 3, expected 1 to the model's 2"), ({"pictures": ()}, "got none")):
+        with pytest.raises(ValueError, match=words):
+            classify.run(dataclasses.replace(options, **change))
+
+
+def test_classify_asks_for_a_classifier(here, tmp_path):
+    with pytest.raises(ValueError, match="has no classifier"):
+        classify.run(classify.Options(model=str(here / "ar"), pictures=(tmp_path / "a.png",), device="cpu"))
+
+
+@pytest.mark.parametrize("folders, accuracy", [(("dark", "red"), 0.75), (("red",), 1.0), (("blue", "red"), None)])
+def test_eval_takes_classes_by_their_names(classifier, tmp_path, folders, accuracy):
+    """Whatever order the set has them in; where it has others there is no accuracy, and that is said."""
+    reds = {"dark/0.png": 0, "dark/1.png": 255, "red/0.png": 255, "red/1.png": 250, "blue/0.png": 0}
+    write_squares(tmp_path, {name: red for name, red in reds.items() if name.split("/")[0] in folders})
+    options = evaluate.Options(model=str(classifier), data=str(tmp_path), split="train", holdout=0.0, device="cpu")
+    if accuracy is None:
+        with pytest.warns(UserWarning, match=r"no accuracy: .* \('blue', 'red'\), the model \('dark', 'red'\)"):
+            assert "accuracy" not in evaluate.run(options)
+    else:
+        assert evaluate.run(options)["accuracy"] == accuracy
+
+
+@pytest.mark.parametrize("names, kept", [(("a", "b", "c"), True), (("x", "y", "z"), False)])
+def test_finetuning_again_keeps_a_classifier_of_the_same_classes_only(here, tmp_path, names, kept):
+    model = with_config(igpt.ImageGPT.from_pretrained(here / "ar"), classes=3)
+    torch.nn.init.ones_(model.classifier)
+    model.class_names = names
+    model.save_pretrained(tmp_path / "model")
+    again = {"model": str(tmp_path / "model"), "out": tmp_path / "again", "epochs": 1, "lr": 1e-9, "limit_train": 40}
+    finetune.run(finetune.Options(**(where(here) | again)))
+    tuned = igpt.ImageGPT.from_pretrained(tmp_path / "again")
+    assert tuned.class_names == ("a", "b", "c")
+    assert torch.allclose(tuned.classifier, torch.tensor(float(kept)), atol=1e-6)
 
 
 def test_with_config_keeps_the_weights(here):
@@ -123,6 +204,32 @@ def test_with_config_keeps_the_weights(here):
     other = with_config(model, classes=5)
     assert other.classifier.shape == (5, 32) and not other.classifier.any()
     assert all(torch.equal(p, dict(other.named_parameters())[name]) for name, p in model.named_parameters())
+
+
+def test_a_palette_of_few_pictures_reads_few(tmp_path, monkeypatch):
+    from PIL import Image
+
+    for i, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (60, 8, 8, 3), np.uint8)):
+        Image.fromarray(pixels).save(tmp_path / f"{i:02}.png")
+    (tmp_path / "00.png").write_bytes(b"no picture")
+    read, real = [], igpt.data.folder.read_squares
+
+    def watched(root, names, places, workers, **how):
+        read.append(places)
+        return real(root, names, places, 0, **how)
+
+    monkeypatch.setattr(igpt.data.folder, "read_squares", watched)
+    options = fit_palette.Options(data=str(tmp_path), out=tmp_path / "palette.npy", k=8, size=8, limit=5)
+    with pytest.raises(ValueError, match=r"00\.png: unreadable picture"):
+        fit_palette.run(options)
+    read.clear()
+    assert fit_palette.run(dataclasses.replace(options, skip_bad=True))["pictures"] == 4
+    with pytest.raises(ValueError, match=r"out: .*palette\.npy is there already; --force"):
+        fit_palette.run(dataclasses.replace(options, skip_bad=True))
+    with pytest.raises(ValueError, match=r"out: got .*palette\.png, expected a name that ends in \.npy"):
+        fit_palette.run(dataclasses.replace(options, out=tmp_path / "palette.png", force=True))
+    kept, held = data.hold_out(60, 0.1)
+    assert [places.tolist() for places in read] == [[0, *kept[[13, 26, 39, 53]]], held[[0, 1, 2, 3, 5]].tolist()]
 
 
 def test_bad_input(here, tmp_path):

@@ -1,5 +1,6 @@
 """Decoding against the full forward, drawing against probabilities, seeds, bad input, and the two programs."""
 
+import dataclasses
 import math
 import sys
 from pathlib import Path
@@ -11,10 +12,15 @@ import triton
 import triton.language as tl
 from PIL import Image
 
-from bench import sampling
-from bench.budget import compare
+from bench.correctness.budget import compare
 from bench.cost import H200
-from igpt import ImageGPT, Palette, complete, decode, draw, grid, sample
+from bench.speed import sampling
+from igpt import ImageGPT, Palette, machine, sample
+from igpt.programs import complete
+from igpt.programs import sample as program
+from igpt.programs.sampling import Sampling
+from igpt.sample import decoder as decode
+from igpt.sample import draw, grid
 
 HEAD_DIMS = (64, 96, 128)
 FORMS = {
@@ -133,7 +139,10 @@ def test_top_k_one_and_tiny_temperature_are_greedy():
     model = small()
     greedy = model.generate(2, temperature=0.0)
     assert torch.equal(model.generate(2, top_k=1, seed=3), greedy)
-    assert torch.equal(model.generate(2, temperature=1e-6, seed=3), greedy)
+    for temperature in (1e-6, 1e-30, 1e-38, 1e-45, 5e-324):
+        assert torch.equal(model.generate(2, temperature=temperature, seed=3), greedy)
+    for top_p in (1e-6, 1e-45, 5e-324):
+        assert torch.equal(model.generate(2, top_p=top_p, seed=3), greedy)
 
 
 # --- decoding against the full forward
@@ -284,7 +293,7 @@ def test_kernels_complete_truncate_and_reuse(device, poison_empty):
     tokens = random_tokens(model, 2).to(device)
     how = {"top_k": 9, "top_p": 0.8}
     assert torch.equal(model.complete(tokens, 2, seed=1, **how), plain.complete(tokens, 2, seed=1, **how))
-    decoder = decode.decoder_of(model, 2)
+    decoder = sample.decoder_of(model, 2)
     for seed in (3, 4):  # on a GPU the second picture replays the first one's graph
         drawn = torch.zeros(2, 4, dtype=torch.int64, device=device)
         decoder.sample(drawn, 0, 3, draw.Sampler(seed=seed))
@@ -324,8 +333,9 @@ def test_kernels_log_likelihood(dtype, options, form, device, poison_empty):
 @pytest.mark.parametrize("options, named", [
     ({"temperature": -0.5}, "temperature"), ({"temperature": math.nan}, "temperature"),
     ({"temperature": math.inf}, "temperature"), ({"top_k": 0}, "top_k"), ({"top_k": 38}, "top_k.*37"),
-    ({"top_p": 0.0}, "top_p"), ({"top_p": 1.5}, "top_p"), ({"weights": "int4"}, "weights"),
-    ({"cache_dtype": "int8"}, "cache_dtype"), ({"batch": 0}, "batch"), ({"batch": 2.0}, "batch"),
+    ({"seed": 2**63}, "seed: got"), ({"top_p": 0.0}, "top_p"), ({"top_p": 1.5}, "top_p"),
+    ({"weights": "int4"}, "weights"), ({"cache_dtype": "int8"}, "cache_dtype"), ({"batch": 0}, "batch"),
+    ({"batch": 2.0}, "batch"),
 ])  # fmt: skip
 def test_bad_options(options, named):
     with pytest.raises(ValueError, match=named):
@@ -341,6 +351,19 @@ def test_bad_completions(change, keep, named):
     model = small()
     with pytest.raises(ValueError, match=named):
         model.complete(change(random_tokens(model, 2)), keep)
+
+
+@pytest.mark.parametrize("change, named", [
+    (lambda t: t + 37, r"values in \[37, "), (lambda t: t - 37, "values in"), (lambda t: t.float(), "torch.float32"),
+    (lambda t: t + 2**32, "values in"), (lambda t: torch.cat([t, t], 1), r"shape \(2, 42\)"), (lambda t: t[0], "shape"),
+    (lambda t: t[:0], "shape"), (lambda t: t[:, :0], "shape"),
+])  # fmt: skip
+def test_bad_tokens_to_judge(change, named):
+    model = small()
+    with pytest.raises(ValueError, match=f"tokens: got {named}"):
+        sample.log_likelihood(model, change(random_tokens(model, 2)))
+    tokens = random_tokens(model, 2)
+    assert torch.equal(sample.log_likelihood(model, tokens.to(torch.uint8)), sample.log_likelihood(model, tokens))
 
 
 def test_bert_cannot_generate():
@@ -384,8 +407,8 @@ def checkpoint(tmp_path):
 
 def test_sample_program(checkpoint):
     def pixels(**how):
-        options = sample.Options(str(checkpoint), n=5, scale=1, out=checkpoint / "grids" / "a.png", **how)
-        report = sample.run(options)
+        options = program.Options(str(checkpoint), n=5, scale=1, out=checkpoint / "grids" / "a.png", **how)
+        report = program.run(options)
         assert report["pictures"] == 5 and report["pictures_per_s"] > 0
         return np.asarray(Image.open(report["out"]))
 
@@ -414,6 +437,39 @@ def test_complete_program(checkpoint):
         assert not np.array_equal(row[1], row[2])
 
 
+def test_complete_leaves_unreadable_pictures_out_where_it_may(checkpoint):
+    files = tuple(checkpoint / f"{i}.png" for i in range(3))
+    for file in files:
+        Image.new("RGB", (4, 4)).save(file)
+    files[1].write_bytes(files[1].read_bytes()[:40])
+    options = complete.Options(str(checkpoint), pictures=files, completions=2, out=checkpoint / "c.png")
+    with pytest.raises(ValueError, match=r"1\.png: unreadable picture"):
+        complete.run(options)
+    with pytest.warns(UserWarning, match=r"pictures: left out 1 unreadable of 3 pictures \(.*1\.png\)"):
+        assert complete.run(dataclasses.replace(options, skip_bad=True))["pictures"] == 4
+
+
+def test_only_pictures_of_ours_are_overwritten(checkpoint):
+    out = checkpoint / "a.png"
+    options = program.Options(str(checkpoint), n=1, out=out)
+    program.run(options)
+    program.run(dataclasses.replace(options, seed=1))
+    Image.new("RGB", (4, 4)).save(out)
+    before = out.read_bytes()
+    for precious in (before, b"no picture at all"):
+        out.write_bytes(precious)
+        with pytest.raises(ValueError, match=r"out: .*a\.png is there already and is no picture of igpt's; --force"):
+            program.run(options)
+        with pytest.raises(ValueError, match=r"out: .*a\.png is there already"):
+            complete.run(complete.Options(str(checkpoint), pictures=(out,), out=out))
+        assert out.read_bytes() == precious
+    program.run(dataclasses.replace(options, force=True))
+    program.run(options)
+    (checkpoint / "folder.png").mkdir()
+    with pytest.raises(ValueError, match=r"out: cannot write a file at .*folder\.png"):
+        program.run(dataclasses.replace(options, out=checkpoint / "folder.png", force=True))
+
+
 def test_programs_refuse(checkpoint, monkeypatch):
     Image.new("RGB", (9, 5)).save(checkpoint / "wide.png")
     wide = {"pictures": (checkpoint / "wide.png",), "out": checkpoint / "c.png", "completions": 1}
@@ -423,31 +479,31 @@ def test_programs_refuse(checkpoint, monkeypatch):
     for bad in ({"keep": 0.0}, {"keep": 1.0}, {"keep": 0.01}, {"completions": 0}, {"pictures": ()}, {"batch": 0}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             complete.run(complete.Options(str(checkpoint), **{**wide, "resize": True, **bad}))
-    monkeypatch.setattr(sample.Sampling, "load", None)  # what follows is refused before a model is read
-    for bad in ({"columns": 0}, {"out": checkpoint}):
+    monkeypatch.setattr(Sampling, "load", None)  # what follows is refused before a model is read
+    for bad in ({"columns": 0}, {"out": checkpoint}, {"out": checkpoint / "a.jpg"}, {"out": checkpoint / "a"}):
         with pytest.raises(ValueError, match=next(iter(bad))):
-            sample.run(sample.Options(str(checkpoint), **bad))
+            program.run(program.Options(str(checkpoint), **bad))
     monkeypatch.undo()
     with pytest.raises(ValueError, match="scale: got 0"):
-        sample.run(sample.Options(str(checkpoint), scale=0))
+        program.run(program.Options(str(checkpoint), scale=0))
     (checkpoint / "palette.npy").unlink()
     with pytest.raises(ValueError, match=r"palette: .* came without one, expected --palette"):
-        sample.run(sample.Options(str(checkpoint)))
+        program.run(program.Options(str(checkpoint)))
     with pytest.raises(ValueError, match="n: got 0"):
-        sample.run(sample.Options(str(checkpoint), n=0, out=Path("never.png")))
+        program.run(program.Options(str(checkpoint), n=0, out=Path("never.png")))
 
 
 def test_a_container_s_limit_counts(tmp_path):
-    assert decode.container_bytes(tmp_path) == sys.maxsize
+    assert machine.container_bytes(tmp_path) == sys.maxsize
     (tmp_path / "memory.current").write_text("300\n")
     for limit, left in (("max", sys.maxsize), ("1000", 700)):
         (tmp_path / "memory.max").write_text(limit + "\n")
-        assert decode.container_bytes(tmp_path) == left
+        assert machine.container_bytes(tmp_path) == left
 
 
 def test_a_decoder_is_used_again_and_fits():
     model = small(16)
-    decoder = decode.decoder_of(model, 2)
+    decoder = sample.decoder_of(model, 2)
     want = sample.generate(model, 2, seed=3)
     assert all(torch.equal(sample.generate(model, 2, seed=3, decoder=decoder), want) for _ in range(2))
     with pytest.raises(ValueError, match="decoder: got one for 2 pictures, expected 3"):

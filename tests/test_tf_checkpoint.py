@@ -9,8 +9,9 @@ import tf_writer as w
 import torch
 
 import igpt
-from igpt import convert, tf_checkpoint
-from igpt.crc32c import BLOCK, crc32c, masked
+from igpt import convert
+from igpt.convert import tf_checkpoint
+from igpt.convert.crc32c import BLOCK, crc32c, masked
 
 GENUINE = Path(__file__).parent / "data" / "tf"
 
@@ -59,7 +60,7 @@ def test_tensorflows_own_file():
 def test_logits_are_openais(head_dim, bert, tmp_path):
     tensors = w.openai_model(head_dim=head_dim, bert=bert, extra=head_dim == 5)
     w.write_bundle(tmp_path / "model.ckpt-1000000", tensors, shards=32)
-    model = convert.load(tmp_path / "model.ckpt-1000000", dtype=torch.float64)
+    model = igpt.ImageGPT.from_pretrained(tmp_path / "model.ckpt-1000000", dtype=torch.float64)
     assert model.config.objective == ("bert" if bert else "ar")
     x = np.random.default_rng(1).integers(0, 5, (2, 6))
     want = openai_logits({n: v for n, v in tensors.items() if n.startswith("model/") and "Adam" not in n}, x, 2)
@@ -69,13 +70,13 @@ def test_logits_are_openais(head_dim, bert, tmp_path):
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 5])
 def test_through_every_format_bit_for_bit(head_dim, tmp_path):
     w.write_bundle(tmp_path / "tf", w.openai_model(head_dim=head_dim))
-    want = convert.load(tmp_path / "tf")
+    want = igpt.ImageGPT.from_pretrained(tmp_path / "tf")
     convert.convert(tmp_path / "tf", tmp_path / "hf", "hf")
     convert.convert(tmp_path / "hf", tmp_path / "ours", "igpt")
     convert.convert(tmp_path / "ours", tmp_path / "hf2", "hf")
     assert (tmp_path / "hf" / "model.safetensors").read_bytes() == (tmp_path / "hf2" / "model.safetensors").read_bytes()
     for path in ("hf", "ours"):
-        model = convert.load(tmp_path / path)
+        model = igpt.ImageGPT.from_pretrained(tmp_path / path)
         assert model.config == want.config
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), want.parameters()))
 
@@ -86,7 +87,7 @@ def test_dtypes_classifier_and_palette(tmp_path):
     w.write_bundle(tmp_path / "c", tensors)
     centres = np.linspace(-1, 1, 15, dtype=np.float32).reshape(5, 3)
     np.save(tmp_path / "kmeans_centers.npy", centres)
-    model = convert.load(tmp_path / "c")
+    model = igpt.ImageGPT.from_pretrained(tmp_path / "c")
     assert model.wte.dtype == torch.float16 and model.config.classes == 3
     assert model.palette == igpt.Palette(centres)
 
@@ -187,16 +188,16 @@ def test_flipped_bits_truncated_and_missing_shards(ckpt):
     whole = shard.read_bytes()
     put(shard, 40, bytes([whole[40] ^ 1]))
     with pytest.raises(ValueError, match="checksum"):
-        convert.load(ckpt)
+        igpt.ImageGPT.from_pretrained(ckpt)
     shard.write_bytes(whole[:-1])
     with pytest.raises(ValueError, match="truncated"):
-        convert.load(ckpt)
+        igpt.ImageGPT.from_pretrained(ckpt)
     shard.unlink()
     with pytest.raises(ValueError, match="missing"):
-        convert.load(ckpt)
+        igpt.ImageGPT.from_pretrained(ckpt)
     put(ckpt.with_name("c.index"), 30, b"\x55\x55")
     with pytest.raises(ValueError, match="checksum"):
-        convert.load(ckpt)
+        igpt.ImageGPT.from_pretrained(ckpt)
 
 
 @pytest.mark.parametrize(
@@ -218,10 +219,10 @@ def test_bundles_that_are_no_image_gpt(change, message, tmp_path):
     tensors = w.openai_model() | change
     w.write_bundle(tmp_path / "c", {name: value for name, value in tensors.items() if value is not None})
     with pytest.raises(ValueError, match=message):
-        convert.load(tmp_path / "c")
+        igpt.ImageGPT.from_pretrained(tmp_path / "c")
 
 
 def test_several_checkpoints_in_a_directory(ckpt):
     shutil.copy(ckpt.with_name("c.index"), ckpt.with_name("d.index"))
     with pytest.raises(ValueError, match="several"):
-        convert.load(ckpt.parent)
+        igpt.ImageGPT.from_pretrained(ckpt.parent)

@@ -1,0 +1,5 @@
+import sys
+
+from bench.compiled.compile import main
+
+sys.exit(main())

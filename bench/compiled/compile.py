@@ -1,0 +1,401 @@
+"""Compile every kernel for GPUs that aren't here, and read the binaries: `python -m bench.compiled --arch sm_90`.
+
+`capture` runs a launcher on meta tensors and records each launch instead of making it; Triton's own argument binder
+decides types, constants and divisibility, so what is compiled is what a GPU would run. Each compile has a forked
+process of its own: the compiler may abort. Needs a process without TRITON_INTERPRET.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import importlib
+import multiprocessing
+import multiprocessing.connection
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from bench.compiled.rings import read as read_rings
+from bench.machine import FAULTS
+from bench.rows import CompileRow, to_json
+from bench.tables import columns
+from igpt.kernels.device import SHARED_BYTES, target
+from igpt.kernels.launching import recording
+
+# Portable tiles must fit the smallest shared memory we know of: an Ada or consumer Ampere card's 99 KB.
+TARGETS = {
+    "portable": GPUTarget("cuda", 89, 32),
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Limits of one multiprocessor (CUDA C programming guide; CDNA3 guide): bytes of shared memory, resident warps
+    and blocks, registers, registers given out at a time to a warp. SHARED_BYTES: what one block may ask for."""
+
+    shared: int
+    warps: int
+    blocks: int
+    registers: int = 65536
+    granule: int = 256
+
+
+MACHINES = {
+    "portable": Machine(102400, 48, 24),
+    "sm_80": Machine(167936, 64, 32),
+    "sm_90": Machine(233472, 64, 32),
+    "sm_100": Machine(233472, 64, 32),
+    "gfx942": Machine(65536, 32, 32, registers=4 * 512 * 64, granule=8 * 64),
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One recorded launch: the kernel with its arguments as Triton's binder specialises them."""
+
+    function: JITFunction
+    arch: str
+    signature: dict
+    constexprs: dict
+    attrs: dict
+    options: dict
+    grid: tuple[int, ...]
+    values: dict
+
+    @property
+    def name(self) -> str:
+        return self.function.__name__
+
+    @property
+    def file(self) -> str:
+        """The kernel file it stands in."""
+        return self.function.module.rsplit(".", 1)[-1]
+
+    @property
+    def tile(self) -> str:
+        """Block sizes, warps and stages: the part of a launch that a tile table decides."""
+        names = self.function.arg_names
+        blocks = {names[path[0]]: v for path, v in self.constexprs.items() if names[path[0]].startswith("BLOCK")}
+        sizes = " ".join(f"{k.removeprefix('BLOCK_')}{v}" for k, v in blocks.items())
+        return f"{sizes} w{self.options['num_warps']} s{self.options['num_stages']}".strip()
+
+    @property
+    def variant(self) -> str:
+        """The launch's other constants, those that are off or absent left out."""
+        names = self.function.arg_names
+        flags = {names[path[0]]: v for path, v in self.constexprs.items() if not names[path[0]].startswith("BLOCK")}
+        shown = (k if v is True else f"{k}={v}" for k, v in flags.items() if v not in (False, None, ""))
+        return " ".join(shown)
+
+    @property
+    def key(self) -> tuple:
+        """Equal for launches that compile to the same binary."""
+        parts = self.signature, self.constexprs, self.attrs, self.options
+        return self.function.cache_key, self.arch, *(str(sorted(p.items(), key=str)) for p in parts)
+
+
+def alias(value):
+    """Autograd copies a gradient that someone else still holds: what a recorded launch keeps is not the tensor."""
+    if isinstance(value, torch.Tensor):
+        return value.detach()
+    return dataclasses.replace(value, base=value.base.detach()) if hasattr(value, "base") else value
+
+
+@contextlib.contextmanager
+def capture(arch: str) -> Iterator[list[Launch]]:
+    """Within this context launchers pick the tiles of `arch` and launch nothing; yields the list of launches."""
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("bench.compiled: TRITON_INTERPRET is set: kernels decided at import to be interpreted")
+    launches: list[Launch] = []
+    backend = make_backend(TARGETS[arch])
+
+    def record(kernel: JITFunction, grid: tuple, arguments: dict) -> None:
+        arguments = arguments | {"debug": False, "instrumentation_mode": ""}
+        bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+        bound, specialization, options = bind(**arguments)
+        options, signature, constexprs, attrs = kernel._pack_args(backend, arguments, bound, specialization, options)
+        values = {name: alias(value) for name, value in bound.items()}
+        launches.append(Launch(kernel, arch, signature, constexprs, attrs, options.__dict__, grid, values))
+
+    with target(arch), recording(record):
+        yield launches
+
+
+def occupancy(machine: Machine, regs: int, shared: int, warps: int, lanes: int = 32) -> float:
+    """Resident warps over the limit, from registers and shared memory (1 KB a block is the system's)."""
+    per_warp = -(-regs * lanes // machine.granule) * machine.granule
+    by_registers = machine.registers // max(per_warp * warps, 1)
+    by_shared = machine.shared // (shared + 1024) if lanes == 32 else machine.shared // max(shared, 1)
+    return min(by_registers, by_shared, machine.blocks, machine.warps // warps) * warps / machine.warps
+
+
+def _tool(name: str) -> str:
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def _count(pattern: str, text: str) -> int:
+    return len(re.findall(pattern, text))
+
+
+def half_dots(asm: dict) -> int:
+    """Products in the source that must become matrix instructions: operands of 16 bits, or fp32 read as tf32."""
+    if "ttir" not in asm:
+        return _count(r"warp_group_dot |ttng\.tc_gen5_mma ", asm["ttgir"])
+    dots = re.findall(r"tt\.dot .*", asm["ttir"])
+    return sum(bool(re.search(r"xb?f16>|inputPrecision = tf32", dot.split("->")[0])) for dot in dots)
+
+
+def exp2_under(sass: str) -> int:
+    """Exponentials that are issued while a product is in flight. The waits' depths do not tell: ptxas may put a wait
+    above what its program has before it, and has."""
+    count, groups, is_open = 0, 0, False
+    for line in sass.splitlines():
+        if "HGMMA." in line:
+            is_open = "gsb0" not in line  # the last product of its group says where to report
+            groups += not is_open
+        elif wait := re.search(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x[0-9a-f]+)", line):
+            groups = min(groups, int(wait.group(1), 16))
+        elif "MUFU.EX2" in line:
+            count += bool(groups or is_open)
+    return count
+
+
+def read_cubin(cubin: bytes, ptx: str) -> dict:
+    """Registers, stack and instruction counts of an Nvidia binary, by cuobjdump."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        run = {"capture_output": True, "text": True, "check": True}
+        usage = subprocess.run([_tool("cuobjdump"), "-res-usage", file.name], **run).stdout
+        sass = subprocess.run([_tool("cuobjdump"), "-sass", file.name], **run).stdout
+    usage = dict(re.findall(r"(REG|STACK):(\d+)", usage))
+    wgmma = _count(r"\bHGMMA\.", sass)
+    return {
+        "regs": int(usage["REG"]),
+        "stack": int(usage["STACK"]),
+        "spill_loads": _count(r"\bLDL\b", sass),
+        "spill_stores": _count(r"\bSTL\b", sass),
+        "wgmma": wgmma,
+        "mma": wgmma + _count(r"\b[HIQ]MMA\.|\bUTC\w*MMA\b", sass),
+        "tma": _count(r"\bUTMA(?:LDG|STG|REDG)\b|\bUBLKCP\b", sass),
+        "waits": ",".join(re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", ptx)),
+        "exp2": _count(r"\bMUFU\.EX2\b", sass),
+        "exp2_under": exp2_under(sass),
+        "instructions": _count(r"/\*[0-9a-f]{4,5}\*/ ", sass),
+    }
+
+
+def read_amdgcn(asm: str) -> dict:
+    """The same of AMD assembly, from the metadata the compiler writes below the code."""
+    meta = {k: int(v) for k, v in re.findall(r"^\s*\.(\w+):\s+(\d+)$", asm, re.M)}
+    return {
+        "regs": meta["vgpr_count"],
+        "stack": meta["private_segment_fixed_size"],
+        "spill_loads": meta["vgpr_spill_count"] + meta["sgpr_spill_count"],
+        "spill_stores": meta["vgpr_spill_count"] + meta["sgpr_spill_count"],
+        "mma": _count(r"\bv_mfma_", asm),
+        "exp2": _count(r"\bv_exp_f32", asm),
+        "instructions": _count(r"^\t[a-z]+_\w+ ", "\n".join(asm.splitlines())),
+    }
+
+
+def compile_launch(launch: Launch) -> dict:
+    """Compile for launch.arch and return CompileRow's evidence fields. Raises whatever the compiler raises."""
+    source = ASTSource
+    if launch.function.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource as source
+    target, machine = TARGETS[launch.arch], MACHINES[launch.arch]
+    src = source(launch.function, launch.signature, launch.constexprs, launch.attrs)
+    kernel = triton.compile(src, target=target, options=launch.options)
+    if target.backend == "cuda":
+        found = read_cubin(kernel.asm["cubin"], kernel.asm["ptx"])
+    else:
+        found = read_amdgcn(kernel.asm["amdgcn"])
+    # Warp specialisation adds warps to those asked for.
+    warps = kernel.metadata._asdict().get("num_warps", launch.options["num_warps"])
+    if "ttgir" in kernel.asm and (total := re.search(r'"ttg\.total-num-warps" = (\d+)', kernel.asm["ttgir"])):
+        warps = int(total.group(1))
+    shared = kernel.metadata.shared
+    occupied = occupancy(machine, found["regs"], shared, warps, target.warp_size)
+    found |= {"shared": shared, "dots": half_dots(kernel.asm), "occupancy": round(occupied, 3)}
+    rings, races = read_rings(kernel.asm["ttgir"], kernel.asm.get("ptx", ""), launch.values, launch.grid[0])
+    return found | {"rings": "; ".join(map(str, rings)), "races": "; ".join(races)}
+
+
+def problems(row: CompileRow) -> list[str]:
+    """What is wrong with a binary: each entry is a sentence; an empty list is a good one."""
+    found = []
+    if row.dots and row.regs <= 32:
+        found.append(f"{row.regs} registers: the compiler emptied the kernel")
+    if row.dots and not row.mma:
+        found.append("a product without matrix instructions")
+    if row.dots and row.arch == "sm_90" and not row.wgmma:
+        found.append("a product without wgmma")
+    if row.stack or row.spill_loads or row.spill_stores:
+        found.append(f"spills: {row.stack} bytes of stack, {row.spill_loads} loads, {row.spill_stores} stores")
+    if row.shared > (there := SHARED_BYTES[row.arch]):
+        found.append(f"{row.shared} bytes of shared memory, {there} exist")
+    if row.races:
+        found.append(row.races)
+    return found
+
+
+@dataclass(frozen=True)
+class Job:
+    """One binary to make: a launch and the row it fills."""
+
+    launch: Launch
+    row: CompileRow
+    cases: set[str]  # all that launch it; the row is named by the first
+
+
+def judged(job: Job, evidence: dict) -> CompileRow:
+    row = dataclasses.replace(job.row, **evidence)
+    wrong = problems(row)
+    return dataclasses.replace(row, ok=not wrong, note="; ".join(wrong) or row.note)
+
+
+def _child(job: Job, pipe, log: Path) -> None:
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    pipe.send(compile_launch(job.launch))
+
+
+def compile_all(jobs: Iterable[Job], workers: int = 2, limit_s: float = 240) -> Iterator[CompileRow]:
+    """A row a job as they finish. A compile that raises, aborts or runs past limit_s gives a row that says so."""
+    context = multiprocessing.get_context("fork")
+    waiting, running = list(jobs)[::-1], {}
+    with tempfile.TemporaryDirectory() as logs:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                job = waiting.pop()
+                receiver, sender = context.Pipe(duplex=False)
+                log = Path(logs) / f"{len(waiting)}.log"
+                process = context.Process(target=_child, args=(job, sender, log))
+                process.start()
+                sender.close()
+                running[process.sentinel] = process, job, receiver, log, time.monotonic() + limit_s
+            soonest = min(deadline for *_, deadline in running.values())
+            done = multiprocessing.connection.wait(list(running), timeout=max(0.0, soonest - time.monotonic()))
+            late = [s for s, (*_, deadline) in running.items() if s not in done and time.monotonic() > deadline]
+            for sentinel in [*done, *late]:
+                process, job, receiver, log, _ = running.pop(sentinel)
+                if sentinel in late:
+                    process.kill()
+                process.join()
+                if process.exitcode == 0:
+                    yield judged(job, receiver.recv())
+                else:
+                    yield dataclasses.replace(job.row, ok=False, note=_failure(process.exitcode, log, sentinel in late))
+
+
+def _failure(exitcode: int, log: Path, late: bool) -> str:
+    if late:
+        return "the compiler ran past its time limit"
+    how = signal.Signals(-exitcode).name if exitcode < 0 else f"exit {exitcode}"
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    last = (lines or [""])[-1]
+    why = next((line for line in reversed(lines) if re.search(r"(?i)error|assert|fail", line)), last)
+    why = why.strip() if why == last else f"{why.strip()} {last.strip()}"
+    return f"the compiler failed ({how}): {why[:300]}"
+
+
+def plan(cases: Iterable, archs: Iterable[str]) -> tuple[list[Job], list[CompileRow]]:
+    """Jobs for every case on every architecture, each binary once, and red rows of launchers that raised."""
+    jobs, broken, seen, names = [], [], {}, Counter()
+    for arch in archs:
+        for case in cases:
+            if arch not in case.archs:
+                continue
+            row = CompileRow("compile", "", "", case.name, arch, "", triton.__version__)
+            with capture(arch) as launches:
+                try:
+                    case.run()
+                except FAULTS as fault:
+                    note = f"the launcher raised {type(fault).__name__}: {fault}"
+                    broken.append(dataclasses.replace(row, note=note))
+                    continue
+            if not launches:
+                broken.append(dataclasses.replace(row, note="the launcher launched nothing"))
+            for launch in launches:
+                if launch.key in seen:
+                    seen[launch.key].cases.add(case.name)
+                    continue
+                named = dataclasses.replace(
+                    row, kernel=launch.file, function=launch.name, tile=launch.tile, variant=launch.variant
+                )
+                names[named.key] += 1
+                if names[named.key] > 1:
+                    named = dataclasses.replace(named, variant=f"{named.variant} #{names[named.key]}")
+                seen[launch.key] = Job(launch, named, {case.name})
+                jobs.append(seen[launch.key])
+    return jobs, broken
+
+
+COLUMNS = (
+    "kernel", "function", "case", "arch", "tile", "regs", "stack", "shared", "occupancy", "mma", "tma", "waits",
+    "exp2_under",
+)  # fmt: skip
+
+
+def table(rows: Iterable[CompileRow], markdown: bool = False) -> str:
+    """The rows in columns, the red ones marked."""
+    lines = []
+    for row in rows:
+        shown = [f"{v:.3g}" if isinstance(v := getattr(row, c), float) else str(v) for c in COLUMNS]
+        lines.append([*shown, "ok" if row.ok else f"RED {row.note}"])
+    return columns(lines, [*COLUMNS, "verdict"], markdown)
+
+
+def main(argv: list[str] | None = None, progress: Callable[[str], None] = lambda s: print(s, file=sys.stderr)) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.compiled", description=__doc__.splitlines()[0])
+    parser.add_argument("--kernel", default="", help="only kernel files whose name contains this")
+    parser.add_argument("--case", default="", help="only cases whose name contains this, such as an operation")
+    parser.add_argument("--arch", nargs="+", choices=list(TARGETS), default=list(TARGETS))
+    parser.add_argument("--quick", action="store_true", help="only the cases of the quick suite")
+    parser.add_argument("--cases", default="bench.compiled.cases", help="the module whose cases() are compiled")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--out", type=Path, help="append rows as JSON lines to this file as they come")
+    args = parser.parse_args(argv)
+    cases = list(importlib.import_module(args.cases).cases())
+    chosen = {c.name for c in cases if args.case in c.name and (c.quick or not args.quick)}
+    # All are planned, whatever is chosen: a binary that several share has one name, which the gate knows it by.
+    jobs, rows = plan(cases, args.arch)
+    jobs = [job for job in jobs if args.kernel in job.row.kernel and job.cases & chosen]
+    rows = [row for row in rows if row.case in chosen]
+    with args.out.open("a", buffering=1) if args.out else contextlib.nullcontext() as out:
+        total = len(jobs) + len(rows)
+        for row in [*rows] if out else []:
+            print(to_json(row), file=out)
+        for row in compile_all(jobs, args.workers):
+            rows.append(row)
+            verdict = "ok" if row.ok else f"RED {row.note}"
+            progress(f"[{len(rows)}/{total}] {row.kernel} {row.function} {row.case} {row.arch} {row.tile}: {verdict}")
+            if out:
+                print(to_json(row), file=out)
+    if not args.out:
+        print(table(sorted(rows, key=lambda r: r.key)))
+    return 0 if rows and all(r.ok for r in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

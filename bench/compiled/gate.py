@@ -1,0 +1,93 @@
+"""The compile suite as a gate: rows against the committed baseline, worse is red, with the difference in words.
+
+`python -m bench.compiled.gate` (make compile-baseline) renews baseline.jsonl on purpose; look at its diff.
+Rows are compared within one Triton version: another has another baseline, or none.
+"""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from bench import rows
+from bench.compiled import compile as compiling
+from bench.machine import ROOT
+from bench.rows import CompileRow
+
+BASELINE = ROOT / "bench" / "compiled" / "baseline.jsonl"
+REGISTERS = 8  # the compiler hands them out by eights: less is no change
+
+
+def waits_left(row: CompileRow) -> int:
+    """Waits that leave a product in flight: where it overlaps with something."""
+    return sum(depth not in ("", "0") for depth in row.waits.split(","))
+
+
+def worse(row: CompileRow, base: CompileRow) -> list[str]:
+    """What a binary lost, each in words; empty if nothing."""
+    found = []
+
+    def more(name: str, allowed: float = 0) -> None:
+        have, had = getattr(row, name), getattr(base, name)
+        if have > had + allowed:
+            found.append(f"{name} {had} -> {have}")
+
+    more("stack")
+    more("spill_loads")
+    more("spill_stores")
+    more("regs", REGISTERS)
+    more("shared", 0.1 * base.shared)
+    for name in ("mma", "wgmma", "tma"):
+        if getattr(base, name) and not getattr(row, name):
+            found.append(f"{name} {getattr(base, name)} -> 0")
+    if row.occupancy < base.occupancy:
+        found.append(f"occupancy {base.occupancy} -> {row.occupancy}")
+    if waits_left(row) < waits_left(base):
+        found.append(f"wgmma waits {base.waits} -> {row.waits}")
+    if row.exp2_under < base.exp2_under:
+        found.append(f"exponentials under products {base.exp2_under} -> {row.exp2_under}")
+    if base.ok and not row.ok and not found:
+        found.append(row.note)
+    return found
+
+
+def compare(found: Iterable[CompileRow], baseline: Iterable[CompileRow]) -> list[str]:
+    """One line for each binary that got worse. Binaries that the baseline lacks are new, and no one's loss."""
+    before = {(r.triton, *r.key): r for r in baseline}
+    lines = []
+    for row in found:
+        base = before.get((row.triton, *row.key))
+        if base and (lost := worse(row, base)):
+            tile = row.tile if row.tile == base.tile else f"{base.tile} -> {row.tile}"
+            name = f"{row.function} [{row.variant}] {row.case} {row.arch}"
+            lines.append(f"compile gate: {name}, {tile}: {'; '.join(lost)}")
+    return lines
+
+
+def read() -> list[CompileRow]:
+    return rows.read(BASELINE) if BASELINE.exists() else []
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.compiled.gate", description=__doc__.splitlines()[0])
+    parser.add_argument("--workers", default="2")
+    parser.add_argument("--check", type=Path, help="compare these rows instead of renewing the baseline")
+    args = parser.parse_args(argv)
+    if args.check:
+        lines = compare((r for r in rows.read(args.check) if isinstance(r, CompileRow)), read())
+        print("\n".join(lines) or "nothing is worse than the baseline")
+        return 1 if lines else 0
+    with tempfile.NamedTemporaryFile(suffix=".jsonl") as file:
+        compiling.main(["--workers", args.workers, "--out", file.name])
+        found = rows.read(file.name)
+    version = compiling.triton.__version__
+    kept = [r for r in read() if r.triton != version]
+    print("\n".join(compare(found, read())) or "nothing is worse than the old baseline", file=sys.stderr)
+    ordered = sorted([*kept, *found], key=lambda r: (r.triton, *r.key))
+    BASELINE.write_text("".join(rows.to_json(r) + "\n" for r in ordered))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

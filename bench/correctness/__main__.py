@@ -1,0 +1,5 @@
+import sys
+
+from bench.correctness.kernels import main
+
+sys.exit(main())

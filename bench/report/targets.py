@@ -1,0 +1,120 @@
+"""The numbers this project wants to reach on an H200, in bf16, and which of them a run's rows reach.
+
+`python -m bench.report.targets bench/results/h200/rows.jsonl`. Each has its cases, and counts as reached where the
+worst of them does.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from bench import rows
+from bench.rows import Row
+from bench.tables import columns
+
+
+@dataclass(frozen=True)
+class Target:
+    """`value(row)` of each of our measured rows whose fields are as wanted: at least `asked`, or at most. `cases`: how
+    many rows there are to measure."""
+
+    name: str
+    asked: float
+    unit: str
+    wanted: dict
+    value: Callable[[Row], float | None]
+    cases: int = 1
+    at_most: bool = False
+
+    def reached(self, value: float) -> bool:
+        value = float(f"{value:.3g}")  # as it is asked and shown
+        return value <= self.asked if self.at_most else value >= self.asked
+
+
+def over(peer: str) -> Callable[[Row], float | None]:
+    return lambda row: row.ratios.get(peer)
+
+
+def milliseconds(row: Row) -> float | None:
+    return row.median_ms
+
+
+def presets(name: str, asked: tuple, unit: str, wanted: dict, value: Callable, **options) -> list[Target]:
+    """A number for each of S, M and L that has one."""
+    return [
+        Target(f"{name}, {preset.upper()}", number, unit, wanted | {"preset": preset}, value, **options)
+        for preset, number in zip("sml", asked)
+        if number
+    ]
+
+
+HEAD_LOSS = {"op": "head_loss", "direction": "fwd+bwd", "N": 1024, "B": 64}
+STEP = {"op": "model", "direction": "step"}
+ONE, MANY = ({"op": "decode", "N": 544, "B": B} for B in (1, 128))  # a token of the average window
+TARGETS = [
+    *presets("head, forward + backward", (0.367, 0.585, 0.844), "ms", HEAD_LOSS, milliseconds, at_most=True),
+    *(
+        Target(f"attention {direction}, D {D}", 1.15 if D == 96 else 1.05, "x cuDNN",
+               {"op": "attention", "direction": direction, "D": D, "causal": True}, over("sdpa cudnn"), cases=3)
+        for direction in ("fwd", "bwd") for D in (64, 96, 128)
+    ),
+    *presets("MFU of a step", (45.0, 60.0, 63.0), "%", STEP | {"N": 1024}, lambda r: r.mfu and 100 * r.mfu),
+    *presets("step", (1.5, 1.2, 1.15), "x torch.compile", STEP | {"N": 1024}, over("torch.compile")),
+    Target("step", 4.0, "x Hugging Face", STEP, over("hugging face"), cases=9),
+    *presets("a token at batch 1", (0.25, 0.55, 1.1), "ms", ONE, milliseconds, at_most=True),
+    *presets("a token at batch 1, in one launch", (0.15, 0.40, 0.90), "ms", ONE, milliseconds, at_most=True),
+    *presets("a token at batch 128", (1.2, 3.6, 7.5), "ms", MANY, milliseconds, at_most=True),
+    *presets("pictures at batch 128", (100.0,), "a second", MANY, lambda row: row.per_s),
+    *presets("a token at batch 1", (50.0,), "x Hugging Face", ONE, over("hugging face")),
+    *presets("int8 weights at batch 1", (None, 1.3, 1.3), "x bf16", ONE | {"dtype": "int8"}, over("ours bf16")),
+]  # fmt: skip
+
+
+def merged(found: Iterable) -> list[Row]:
+    """Our rows on a GPU, one a case; those of another dtype with their speed over bf16's."""
+    kept: dict[tuple, Row] = {}
+    for r in found:
+        if isinstance(r, Row) and (r.impl, r.device) == ("ours", "cuda"):
+            key = r.dtype, r.op, r.preset, r.B, r.N, r.D, r.causal, r.direction
+            kept[key] = rows.joined(kept.get(key), r)
+    for key, r in kept.items():
+        if (bf16 := kept.get(("bf16", *key[1:]))) and bf16.median_ms and r.median_ms:
+            kept[key] = replace(r, ratios=r.ratios | {"ours bf16": bf16.median_ms / r.median_ms})
+    return list(kept.values())
+
+
+def verdicts(found: Iterable) -> list[list[str]]:
+    """For each number: what it is, what is asked, what the worst case reached, each case, and the verdict."""
+    mine, lines = merged(found), []
+    for t in TARGETS:
+        values = {}
+        for r in mine:
+            fits = all(getattr(r, name) == x for name, x in ({"dtype": "bf16"} | t.wanted).items())
+            if r.median_ms and fits and (v := t.value(r)):
+                values[f"{r.preset.upper()} {r.N}"] = v
+        asked = f"{'at most' if t.at_most else 'at least'} {t.asked:g} {t.unit}"
+        if not values:
+            lines.append([t.name, asked, "-", "", "not measured"])
+            continue
+        worst = (max if t.at_most else min)(values.values())
+        said = "reached" if t.reached(worst) else "missed"
+        said += f" ({len(values)} of {t.cases} cases)" if len(values) < t.cases else ""
+        lines.append([t.name, asked, f"{worst:.3g}", ", ".join(f"{c} {v:.3g}" for c, v in values.items()), said])
+    return lines
+
+
+HEAD = ["number", "asked", "worst case", "cases", "verdict"]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.report.targets", description=__doc__.splitlines()[0])
+    parser.add_argument("rows", type=Path, help="a run's rows.jsonl")
+    args = parser.parse_args(argv)
+    print(columns(verdicts(rows.read(args.rows)), HEAD, markdown=False))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,192 @@
+"""The others: for each operation and for the whole model, peers by name, with the reason where one is absent.
+
+A peer is built for a case and answers with a callable that takes the case's inputs, or with `Absent`.
+"""
+
+import functools
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from bench.cases import Case
+from igpt.kernels import reference
+
+SCORES_LIMIT = 24e9  # bytes of N x N scores past which an eager peer is not run
+# torch.compile tries Triton's products for minutes a shape unless told: the vendor's alone, unless there is time.
+GEMMS = os.environ.setdefault("TORCHINDUCTOR_MAX_AUTOTUNE_GEMM_BACKENDS", "ATEN")
+COMPILED_NOTE = f"on a GPU max-autotune, products by {'cuBLAS alone' if GEMMS == 'ATEN' else GEMMS}"
+
+
+@dataclass(frozen=True)
+class Absent:
+    """Why a peer is not run."""
+
+    why: str
+
+
+def importable(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
+def missing(device: str, package: str = "torch") -> Absent | None:
+    """Why a GPU's peer out of this package cannot run here."""
+    if device != "cuda":
+        return Absent("needs a GPU")
+    return None if importable(package) else Absent(f"{package} is not installed")
+
+
+def compiled(fn: Callable, device: str) -> Callable | Absent:
+    """torch.compile of a function; max-autotune on a GPU, launched one by one."""
+    if device == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
+        return Absent("torch.compile needs a C++ compiler")
+    return torch.compile(fn, dynamic=False, mode="max-autotune-no-cudagraphs" if device == "cuda" else None)
+
+
+def eager(case: Case, device: str):
+    """The reference as it stands."""
+    scores = 4 * case.B * case.H * case.N**2 * 4
+    if case.op == "attention" and scores > SCORES_LIMIT:
+        return Absent(f"its N x N scores need {scores / 1e9:.0f} GB")
+    return case.reference()
+
+
+def operands(name: str, case: Case, inputs: dict) -> tuple[dict, tuple[str, ...]]:
+    """What a variant is given, and with respect to what it is differentiated. Attention's peers get q, k and v as
+    tensors of their own, as they like them best: of a packed qkv autograd would have to stack their gradients."""
+    if case.op != "attention" or name not in UNPACKED:
+        return inputs, case.diff
+    return {n: t.contiguous() for n, t in zip("qkv", inputs["qkv"].unbind(2))}, ("q", "k", "v")
+
+
+def _sdpa(case: Case, q, k, v):
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=case.causal).transpose(1, 2)
+
+
+def sdpa(case: Case, device: str, backend: SDPBackend | None = None):
+    """torch's fused attention: its own choice, or one backend forced."""
+    if backend is None:
+        return functools.partial(_sdpa, case)
+    if absent := missing(device):
+        return absent
+
+    def forced(q, k, v):
+        with sdpa_kernel(backend):
+            return _sdpa(case, q, k, v)
+
+    return forced
+
+
+@functools.cache
+def _flex(device: str):
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)  # its own tiles: autotuning them takes a minute a shape
+
+
+def flex(case: Case, device: str):
+    if absent := missing(device):
+        return absent
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    mask = None
+    if case.causal:
+        mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, case.N, case.N, device=device)
+
+    def run(q, k, v):
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return _flex(device)(q, k, v, block_mask=mask).transpose(1, 2)
+
+    return run
+
+
+def flash4(case: Case, device: str):
+    if absent := missing(device, "flash_attn") or missing(device, "flash_attn.cute"):
+        return absent
+    from flash_attn.cute import flash_attn_func
+
+    def run(q, k, v):
+        out = flash_attn_func(q, k, v, causal=case.causal)
+        return out[0] if isinstance(out, tuple) else out
+
+    return run
+
+
+def compiled_reference(case: Case, device: str):
+    """torch.compile of what a careful user would write: SDPA for attention, the reference for the rest."""
+    if case.op.startswith("palette"):
+        return Absent("the reference's argmin is numpy's")
+    return compiled(functools.partial(_sdpa, case) if case.op == "attention" else case.reference(), device)
+
+
+def liger(case: Case, device: str):
+    """Liger-Kernel's norm, or its fused linear cross-entropy behind its norm."""
+    if absent := missing(device, "liger_kernel"):
+        return absent
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as HeadLoss
+    from liger_kernel.ops.rms_norm import LigerRMSNormFunction as Norm
+
+    def norm(x, weight):
+        return Norm.apply(x, weight, 1e-5, 0.0, "llama", False)
+
+    def head_loss(x, norm_weight, head_weight, targets):
+        n = norm(x, norm_weight).flatten(0, -2)
+        loss = HeadLoss.apply(n, head_weight, targets.flatten(), None, None, -100, 0.0, 0.0, "none")
+        return (loss[0] if isinstance(loss, tuple) else loss).view(targets.shape)
+
+    def norm_mlp(x, norm_weight, w_fc, w_proj):
+        return x + F.linear(reference.quick_gelu(F.linear(norm(x, norm_weight), w_fc)), w_proj)
+
+    def norm_linear(x, norm_weight, weight):
+        return F.linear(norm(x, norm_weight), weight)
+
+    if case.op == "head_loss" and case.direction == "bwd":
+        return Absent("Liger makes the head's gradients in its forward: compare fwd+bwd")
+    known = {"norm": norm, "head_loss": head_loss, "norm_mlp": norm_mlp, "norm_linear": norm_linear}
+    return known.get(case.op, Absent(f"Liger has no {case.op}"))
+
+
+def torch_path(case: Case, device: str):
+    """Our own impl="torch", where "auto" would run the kernels."""
+    if case.op.startswith("palette"):
+        return Absent("the reference's N x k distances don't fit")
+    return case.ours("torch") if device == "cuda" else Absent("it is what ours runs on a CPU")
+
+
+ATTENTION = {
+    "eager": eager,
+    "torch.compile": compiled_reference,
+    "sdpa": sdpa,
+    "sdpa cudnn": functools.partial(sdpa, backend=SDPBackend.CUDNN_ATTENTION),
+    "sdpa flash": functools.partial(sdpa, backend=SDPBackend.FLASH_ATTENTION),
+    "sdpa efficient": functools.partial(sdpa, backend=SDPBackend.EFFICIENT_ATTENTION),
+    "flex": flex,
+    "flash-attn 4": flash4,
+}
+UNPACKED = ATTENTION.keys() - {"eager"}
+OTHERS = {"eager": eager, "torch.compile": compiled_reference, "torch path": torch_path, "liger": liger}
+
+
+WHOLE = ("hugging face", "hugging face patched", "torch.compile graphed")  # bench/speed/models.py
+NAMES = (*dict.fromkeys([*ATTENTION, *OTHERS]), *WHOLE)
+
+
+def of(case: Case) -> dict[str, Callable]:
+    """The peers of a case's operation, by name."""
+    return ATTENTION if case.op == "attention" else OTHERS
+
+
+def chosen(names: dict, wanted: str) -> dict:
+    """Those of "all" or "NAME,NAME". Raises ValueError for a name that no peer has."""
+    if wanted == "all":
+        return names
+    asked = [w.strip() for w in wanted.split(",") if w.strip()]
+    if unknown := sorted(set(asked) - set(NAMES)):
+        raise ValueError(f"peers: got {unknown}, expected 'all' or some of {NAMES}")
+    return {name: build for name, build in names.items() if name in asked}

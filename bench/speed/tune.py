@@ -1,0 +1,220 @@
+"""Search tiles on the GPU at hand and print the rows to paste into kernels/tiles.py: `python -m bench.speed.tune`.
+
+First every candidate is compiled, on all cores and without the GPU (`python -m bench.compiled --cases
+bench.speed.tune`): what spills or doesn't fit is out before it costs time. What is left is timed against the table's
+own row, in turns, and must give what the table's row gives. Nothing searches in the call path.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import functools
+import itertools
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from bench import rows
+from bench.cases import Case, sized
+from bench.compiled.cases import CompileCase, forward_and_backward
+from bench.machine import FAULTS, ROOT, raised, stamp
+from bench.speed.measure import call
+from bench.speed.timing import CudaTimer, interleaved
+from igpt.kernels import tiles
+from igpt.kernels.device import ARCHS, arch
+from igpt.kernels.tiles import Tile
+
+PRESETS = ("s", "m", "l")
+WARPS = (4, 8)
+
+
+@dataclass(frozen=True)
+class Search:
+    """One row of one table: where it stands, the kernel whose launches it shapes, the case that is timed, and the
+    values tried. A key of one number is that of a table of sm_90 alone."""
+
+    table: str
+    key: tuple | int
+    kernel: str
+    case: Case
+    values: dict
+
+    @property
+    def name(self) -> str:
+        return f"{self.table} {self.key}"
+
+    def row_key(self, arch: str):
+        return (arch, *self.key) if isinstance(self.key, tuple) else self.key
+
+    def current(self, arch: str) -> Tile:
+        table, key = getattr(tiles, self.table), self.row_key(arch)
+        return table[key] if key in table else table["portable", *self.key]
+
+    def candidates(self, arch: str) -> list[Tile]:
+        """The table's own row first."""
+        now, choices = self.current(arch), itertools.product(*self.values.values())
+        return list(dict.fromkeys([now, *(dataclasses.replace(now, **dict(zip(self.values, c))) for c in choices)]))
+
+    def using(self, tile: Tile, arch: str):
+        return tiles.using(getattr(tiles, self.table), self.row_key(arch), tile)
+
+
+def searches(arch: str) -> Iterator[Search]:
+    """The most valuable first: the presets' attention at 1024, then the head, the embedding, the norms."""
+    blocks = {"BLOCK_M": (64, 128), "BLOCK_N": (64, 128), "num_warps": WARPS, "num_stages": (2, 3, 4)}
+    stages = {"num_stages": (2, 3, 4, 5)}
+    for forward, backward in zip(*(sized("attention", PRESETS, (x,), 32768) for x in ("fwd", "bwd"))):
+        D = forward.D
+        if arch == "sm_90":
+            yield Search("ATTENTION_HOPPER_FORWARD", D, "attention_hopper_forward_kernel", forward, stages)
+            yield Search("ATTENTION_HOPPER_BACKWARD", D, "attention_hopper_backward_kernel", backward, stages)
+        else:
+            keys = blocks | {"BLOCK_M": (32, 64, 128)}
+            yield Search("ATTENTION_FORWARD", (D,), "attention_forward_kernel", forward, blocks)
+            yield Search("ATTENTION_DKDV", (D,), "attention_dkdv_kernel", backward, keys)
+            yield Search("ATTENTION_DQ", (D,), "attention_dq_kernel", backward, blocks)
+    blocks |= {"BLOCK_N": (128, 256), "BLOCK_K": (32, 64), "num_stages": (3, 4)}
+    (head,), (table,) = sized("head_loss", "m", ("fwd",), 32768), sized("embed", "m", ("bwd",), 32768)
+    yield Search("HEAD_LOSS", (2,), "head_loss_kernel", head, blocks)
+    yield Search("EMBEDDING_BACKWARD", (2,), "table_backward_kernel", table, blocks | {"BLOCK_N": (64, 128)})
+    rows_of = {"BLOCK_M": (1, 2, 4, 8, 16), "num_warps": (2, 4, 8, 16)}
+    for name, direction in (("forward", "fwd"), ("backward", "bwd")):
+        for width, case in zip((512, 1024, 2048), sized("norm", PRESETS, (direction,), 32768)):
+            yield Search(f"NORM_{name.upper()}", (width,), f"norm_{name}_kernel", case, rows_of)
+
+
+def this_arch() -> str:
+    return arch(torch.device("cuda"))
+
+
+def cases() -> Iterator[CompileCase]:
+    """Every candidate of every search, for bench.compiled; its name is the search's and its place in it."""
+
+    def launched(search: Search, tile: Tile, arch: str) -> None:
+        with search.using(tile, arch):
+            forward_and_backward(dataclasses.replace(search.case, B=1))
+
+    for machine in ARCHS:
+        for search in searches(machine):
+            for place, tile in enumerate(search.candidates(machine)):
+                run = functools.partial(launched, search, tile, machine)
+                yield CompileCase(f"{search.name}#{place}", run, archs=(machine,))
+
+
+def clean(arch: str, only: str, limit_s: float) -> set[str]:
+    """The candidates that compile without a spill, by name, from a process without a GPU."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"CUDA_VISIBLE_DEVICES": ""}
+    flags = ["--cases", "bench.speed.tune", "--case", only, "--arch", arch, "--workers", str(os.cpu_count() or 1)]
+    with tempfile.NamedTemporaryFile(suffix=".jsonl") as file:
+        command = [sys.executable, "-m", "bench.compiled", *flags, "--out", file.name]
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            subprocess.run(command, cwd=ROOT, env=env, timeout=limit_s, stdout=sys.stderr)
+        kernels = {search.name: search.kernel for search in searches(arch)}
+        found = [row for row in rows.read(file.name) if row.function == kernels[row.case.split("#")[0]]]
+    return {row.case for row in found if row.ok} - {row.case for row in found if not row.ok}
+
+
+def answers(search: Search, inputs: dict, tile: Tile, arch: str):
+    with search.using(tile, arch):
+        args = {k: v.detach().requires_grad_(k in search.case.diff) for k, v in inputs.items()}
+        out = search.case.ours("triton")(**args)
+        grads = torch.autograd.grad(out, [args[k] for k in search.case.diff], torch.ones_like(out))
+    return [out.detach(), *grads]
+
+
+def agree(a, b) -> bool:
+    """Two tilings sum in another order: they may differ by a few roundings of the dtype, no more."""
+    return all(
+        (x.float() - y.float()).abs().max() <= 8 * torch.finfo(x.dtype).eps * y.float().abs().max().clamp(min=1)
+        for x, y in zip(a, b)
+    )
+
+
+def timed(
+    search: Search, arch: str, device: str, tried: Callable[[str], bool], timer, seconds: float
+) -> list[tuple[float, Tile]]:
+    """(ms, tile) of every candidate that is to be tried, runs, and agrees with the table's row, quickest first."""
+    inputs = search.case.inputs(device)
+    candidates = search.candidates(arch)
+    wanted, variants = answers(search, inputs, candidates[0], arch), {}
+    for place, tile in enumerate(candidates):
+        if place and not tried(f"{search.name}#{place}"):
+            continue
+        try:
+            if not agree(answers(search, inputs, tile, arch), wanted):
+                continue
+            with search.using(tile, arch):
+                fn = call(search.case.ours("triton"), inputs, search.case.diff, search.case.direction)
+
+            def variant(fn=fn, tile=tile):
+                with search.using(tile, arch):
+                    return fn()
+
+            variant()
+            variants[tile] = variant
+        except FAULTS as fault:
+            print(f"  {tile}: {raised(fault)}", file=sys.stderr)
+    first = interleaved(variants, timer, seconds / 2, least=3, most=10)
+    best = sorted(first, key=lambda t: first[t].median)[:4]
+    last = interleaved({t: variants[t] for t in {*best, candidates[0]}}, timer, seconds / 2, least=5, most=50)
+    return sorted(((s.median, t) for t, s in last.items()), key=lambda x: x[0])
+
+
+def paste(search: Search, arch: str, ranked: list[tuple[float, Tile]], device: str) -> str:
+    """The row for kernels/tiles.py: the best where it beats the table's own by 2% or more, else the table's own."""
+    now = search.current(arch)
+    mine = next(ms for ms, tile in ranked if tile == now)
+    best_ms, best = ranked[0]
+    if best_ms > 0.98 * mine:
+        best_ms, best = mine, now
+    gpu, note = stamp(device)["gpu"].removeprefix("NVIDIA "), f"{best_ms:.4f} ms, the table's {mine:.4f}"
+    best = dataclasses.replace(best, evidence=f"{gpu} {datetime.date.today().isoformat()}")
+    defaults = {f.name: f.default for f in dataclasses.fields(Tile)}
+    options = {k: v for k, v in dataclasses.asdict(best).items() if v != defaults[k] and not k.startswith("BLOCK")}
+    shown = [f"{k}={v!r}" for k, v in options.items()]
+    sizes = [str(v) for v in (best.BLOCK_M, best.BLOCK_N, best.BLOCK_K) if v]
+    return f"    {search.row_key(arch)!r}: Tile({', '.join([*sizes, *shown])}),  # {note}"
+
+
+def run(
+    chosen: Iterable[Search], arch: str, device: str, tried: Callable[[str], bool], timer, seconds: float, out: Path
+) -> None:
+    """Search until the time is over; the rows to paste go to stdout and to the end of `out`."""
+    end = time.monotonic() + seconds
+    for search in chosen:
+        if (left := end - time.monotonic()) < 5:
+            print(f"no time was left for {search.name} and what follows", file=sys.stderr)
+            break
+        try:
+            found = timed(search, arch, device, tried, timer, min(10.0, left / 2))
+            line = f"{search.table}  {paste(search, arch, found, device).strip()}"
+        except FAULTS as fault:
+            line = f"{search.name}: {raised(fault)}"
+        print(line, flush=True)
+        with out.open("a") as file:
+            print(line, file=file)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.speed.tune", description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=300.0)
+    parser.add_argument("--only", default="", help="only tables whose name and key contain this")
+    parser.add_argument("--out", type=Path, default=Path("tiles.txt"), help="append the rows to paste to this file")
+    args = parser.parse_args(argv)
+    end, arch = time.monotonic() + args.seconds, this_arch()
+    tried = clean(arch, args.only, args.seconds / 3)
+    chosen = [s for s in searches(arch) if args.only in s.name]
+    run(chosen, arch, "cuda", tried.__contains__, CudaTimer(), end - time.monotonic(), args.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

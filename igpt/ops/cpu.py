@@ -1,0 +1,144 @@
+"""The torch path's blocks on a CPU, as four hand-written autograd functions over oneDNN's products.
+
+Why not F.linear: its fp32 products go to MKL, which on AMD processors stops at AVX2 (measured on 2 Zen 5 cores, 1024 x
+512 x 2048: 203 GFLOP/s, against 480 through oneDNN, which `torch.ops.mkldnn._linear_pointwise` reaches; the same op
+that torch.compile emits). Why not autograd: on a CPU each fresh 8 MB tensor costs its page faults, so the backward
+here reuses its buffers, and the activation and the residual ride in the products' epilogues where oneDNN has one.
+
+For fp32 and bf16 in eager mode; kernels/choose.py sends everything else to plain PyTorch. Saved for backward: x, the
+rows' reciprocal deviation, the MLP's pre-activation and, unless `recompute`, activation. Statistics and the norm's
+gradients are fp32.
+"""
+
+import torch
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from igpt.kernels.choose import HAS_ONEDNN
+from igpt.kernels.reference import QUICK_GELU, wide
+
+_linear = torch.ops.mkldnn._linear_pointwise if HAS_ONEDNN else None
+
+
+def product(a, weight, bias=None, activation: str = "none"):
+    """a @ weight^T + bias for 2-D operands of any strides; activation "swish" is silu, in the epilogue."""
+    return _linear(a, weight, bias, activation, [], "")
+
+
+def transposed_product(a, b):
+    """a^T @ b, of (rows, m) and (rows, n): a weight's gradient. The op above would copy a^T; in bf16 torch.mm, oneDNN
+    too, reads it where it is, and in fp32, where torch.mm is MKL's, the narrower of the two is copied."""
+    if a.dtype == torch.bfloat16:
+        return torch.mm(a.t(), b)
+    return product(a.t(), b.t()) if a.shape[1] <= b.shape[1] else product(b.t(), a.t()).t()
+
+
+def _centre(x, centred):
+    h = wide(x)
+    return h - h.mean(-1, keepdim=True) if centred else h
+
+
+def _normalise(x, gain, eps, centred):
+    """(n, rstd): n = h * rstd * gain in x's dtype, h = x or x - mean(x), rstd fp32 [rows, 1]."""
+    h = _centre(x, centred)
+    rstd = torch.rsqrt(torch.linalg.vector_norm(h, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps))
+    return (h * rstd).mul_(gain).to(x.dtype), rstd
+
+
+def _again(x, gain, rstd, centred):
+    """n once more, for a weight's gradient: cheaper than to have kept it."""
+    return (_centre(x, centred) * rstd).mul_(gain).to(x.dtype)
+
+
+def _normalise_backward(dn, x, gain, rstd, centred):
+    """(dx, dgain), both fp32: dx = rstd (gain dn - xhat rowdot(gain dn, xhat) / d), less its mean if centred."""
+    dn, xhat = wide(dn), _centre(x, centred) * rstd
+    product = dn * xhat
+    dgain = product.sum(0)
+    rowdot = product.mul_(gain).sum(-1, keepdim=True).div_(x.shape[-1])
+    dx = (dn * gain).sub_(xhat.mul_(rowdot)).mul_(rstd)
+    return dx.sub_(dx.mean(-1, keepdim=True)) if centred else dx, dgain
+
+
+class Norm(Function):
+    @staticmethod
+    def forward(ctx, x, gain, eps, centred):
+        n, rstd = _normalise(x, gain, eps, centred)
+        ctx.save_for_backward(x, gain, rstd)
+        ctx.centred = centred
+        return n
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dn):
+        x, gain, rstd = ctx.saved_tensors
+        dx, dgain = _normalise_backward(dn, x, gain, rstd, ctx.centred)
+        return dx.to(x.dtype), dgain.to(gain.dtype), None, None
+
+
+class Linear(Function):
+    @staticmethod
+    def forward(ctx, a, weight, bias):
+        ctx.save_for_backward(a, weight)
+        ctx.has_bias = bias is not None
+        return product(a, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        a, weight = ctx.saved_tensors
+        return product(dy, weight.t()), transposed_product(dy, a), dy.sum(0) if ctx.has_bias else None
+
+
+class NormLinear(Function):
+    @staticmethod
+    def forward(ctx, x, gain, weight, bias, eps, centred):
+        n, rstd = _normalise(x, gain, eps, centred)
+        ctx.save_for_backward(x, gain, rstd, weight)
+        ctx.has_bias, ctx.centred = bias is not None, centred
+        return product(n, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, gain, rstd, weight = ctx.saved_tensors
+        dweight = transposed_product(dy, _again(x, gain, rstd, ctx.centred))
+        dx, dgain = _normalise_backward(product(dy, weight.t()), x, gain, rstd, ctx.centred)
+        return dx.to(x.dtype), dgain.to(gain.dtype), dweight, dy.sum(0) if ctx.has_bias else None, None, None
+
+
+class NormMLP(Function):
+    """quick_gelu(h) = silu(1.702 h) / 1.702: the first constant rides in the norm's gain (and fc's bias), the second in
+    the sum with the residual. Without `training` nothing is kept and silu runs in the product's epilogue."""
+
+    @staticmethod
+    def forward(ctx, x, gain, w_fc, w_proj, b_fc, b_proj, eps, centred, training, recompute):
+        n, rstd = _normalise(x, gain * QUICK_GELU, eps, centred)
+        bias = None if b_fc is None else b_fc * QUICK_GELU
+        if training:
+            pre = product(n, w_fc, bias)
+            hidden = torch.nn.functional.silu(pre)
+            ctx.save_for_backward(x, gain, rstd, w_fc, w_proj, pre, None if recompute else hidden)
+            ctx.has_bias, ctx.centred = (b_fc is not None, b_proj is not None), centred
+        else:
+            hidden = product(n, w_fc, bias, "swish")
+        y = product(hidden, w_proj)
+        y.mul_(1 / QUICK_GELU).add_(x)
+        return y if b_proj is None else y.add_(b_proj)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, gain, rstd, w_fc, w_proj, pre, hidden = ctx.saved_tensors
+        hidden = torch.nn.functional.silu(pre) if hidden is None else hidden
+        dz = dy * (1 / QUICK_GELU)
+        dw_proj = transposed_product(dz, hidden)
+        dpre = product(dz, w_proj.t())
+        torch.ops.aten.silu_backward.grad_input(dpre, pre, grad_input=dpre)
+        gain_q = gain * QUICK_GELU
+        dw_fc = transposed_product(dpre, _again(x, gain_q, rstd, ctx.centred))
+        dx, dgain = _normalise_backward(product(dpre, w_fc.t()), x, gain_q, rstd, ctx.centred)
+        db_fc = dpre.sum(0).mul_(QUICK_GELU) if ctx.has_bias[0] else None
+        db_proj = dy.sum(0) if ctx.has_bias[1] else None
+        dx, dgain = dx.add_(dy).to(x.dtype), dgain.mul_(QUICK_GELU).to(gain.dtype)
+        return dx, dgain, dw_fc, dw_proj, db_fc, db_proj, None, None, None, None

@@ -1,0 +1,68 @@
+"""The program `igpt complete`: your own pictures, the first rows kept, the rest sampled, beside the truth."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from igpt.data.crops import eval_crop, open_picture
+from igpt.data.folder import warn_of_bad
+from igpt.programs.sampling import Sampling
+from igpt.sample import complete, grid
+
+
+@dataclass(frozen=True)
+class Options(Sampling):
+    """Complete picture files. One row a picture: what is kept, the completions, the truth in the palette's colours."""
+
+    pictures: tuple[Path, ...] = ()  # the files
+    keep: float = 0.5  # the fraction of pixels that is given, from the top
+    completions: int = 4  # of each picture
+    resize: bool = False  # take pictures of another size by the paper's evaluation crop
+    skip_bad: bool = False  # leave unreadable files out and count them; default: stop at the first
+    out: Path = Path("completions.png")
+
+
+def run(options: Options) -> dict:
+    if not options.pictures:
+        raise ValueError("pictures: got none, expected at least one file")
+    if options.completions < 1:
+        raise ValueError(f"completions: got {options.completions}, expected at least 1")
+    if not 0 < options.keep < 1:
+        raise ValueError(f"keep: got {options.keep}, expected a fraction between 0 and 1, both excluded")
+    grid.prepare(options.out, options.force)
+    model, palette, size = options.load()
+    keep = round(options.keep * model.config.n_ctx)
+    truth = palette.encode(np.stack(read(options, size[0])))
+    asked = truth.repeat_interleave(options.completions, 0)
+    completed, report = options.run_batches(
+        model, len(asked), model.config.n_ctx - keep,
+        lambda start, stop, **how: complete(model, asked[start:stop], keep, **how),
+    )  # fmt: skip
+    images = grid.beside(palette.decode(truth, size), palette.decode(completed, size), keep)
+    path = grid.save(options.out, images, options.completions + 2, scale=options.scale)
+    return {"out": str(path), "kept_pixels": keep, **report}
+
+
+def read(options: Options, side: int) -> list[np.ndarray]:
+    """The files as uint8 (side, side, 3). Raises ValueError for an unreadable one unless `skip_bad`, or one of another
+    size unless `resize`."""
+    squares, bad = [], []
+    for path in options.pictures:
+        try:
+            picture = open_picture(path)
+        except ValueError:
+            if not options.skip_bad:
+                raise
+            bad.append(str(path))
+            continue
+        if picture.size == (side, side):
+            squares.append(np.asarray(picture))
+        elif options.resize:
+            squares.append(eval_crop(picture, side))
+        else:
+            raise ValueError(f"{path}: got {picture.width} x {picture.height}, expected {side} x {side}, or --resize")
+    if not squares:
+        raise ValueError(f"pictures: none of the {len(bad)} files can be read")
+    warn_of_bad("pictures", bad, len(options.pictures))
+    return squares

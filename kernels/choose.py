@@ -1,0 +1,93 @@
+"""Which implementation runs an operation: decided here alone, from facts.
+
+    kernels           the Triton kernels, or the torch path: by `impl`, device and dtype
+    attention         the same for attention, whose kernels take some head dims
+    onednn            the torch path on a CPU: functions over oneDNN's products (igpt/ops/cpu.py), or plain PyTorch
+    blocks            its attention: by blocks (igpt/ops/cpu_attention.py), or SDPA
+"""
+
+import functools
+import importlib.util
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+from . import checks
+
+IMPLS = ("auto", "triton", "torch")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what the kernels take
+MAX_HEAD_DIM = 128  # wider accumulators would not fit the registers
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # Linux only; elsewhere the torch path is all there is
+HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+# Where attention by blocks was measured quicker than SDPA, by processor and dtype. SDPA multiplies through MKL, which
+# on AMD stops at AVX2; on Intel (Sapphire Rapids) it takes 0.56 of the blocks' time. IGPT_CPU names another processor.
+BLOCKS = {
+    ("AuthenticAMD", torch.float32): "2 Zen 5 cores, 2026-11-21: 1.2x forward, 1.1x with backward",
+    ("AuthenticAMD", torch.bfloat16): "2 Zen 5 cores, 2026-11-21: 1.6x forward, 1.1x with backward",
+}
+MIN_POSITIONS = 512  # below, a head's dozens of calls cost more than its arithmetic (256: 0.7x of SDPA)
+MAX_THREADS = 4  # a block's product is too small to feed more; SDPA shares out heads instead
+
+
+def kernels(impl: str, x: torch.Tensor) -> bool:
+    """True if the Triton kernels run on x. Raises ValueError for an unknown impl, or "triton" where they cannot run."""
+    if impl == "auto":
+        return HAS_TRITON and x.is_cuda and (x.dtype in FLOATS or not x.is_floating_point()) and not checks.is_vmap()
+    if impl == "torch":
+        return False
+    if impl != "triton":
+        raise ValueError(f"impl: got {impl!r}, expected one of {IMPLS}")
+    if not HAS_TRITON:
+        raise ValueError("impl='triton': Triton is not installed; expected impl='torch' or 'auto'")
+    if checks.is_vmap():
+        raise ValueError("impl='triton': the kernels take no batch of vmap's; expected impl='torch' or 'auto'")
+    from .device import check_device  # imports Triton
+
+    check_device("impl='triton'", x)
+    if x.is_floating_point() and x.dtype not in FLOATS:
+        raise ValueError(f"impl='triton': got {x.dtype}, expected one of {FLOATS}; fp64 runs with impl='torch'")
+    return True
+
+
+def attention(impl: str, q: torch.Tensor) -> bool:
+    """The same for q (..., D): "auto" leaves head dims to SDPA that the kernels refuse."""
+    return kernels(impl, q) and (impl == "triton" or takes_head_dim(q.shape[-1]))
+
+
+def takes_head_dim(D: int) -> bool:
+    return 0 < D <= MAX_HEAD_DIM and D % 16 == 0
+
+
+def onednn(x: torch.Tensor) -> bool:
+    """A CPU tensor, fp32 or bf16, outside of torch.compile and of torch.func, whose transforms plain PyTorch knows."""
+    return (
+        HAS_ONEDNN
+        and x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and x.numel() > 0
+        and not torch.compiler.is_compiling()
+        and not checks.is_transformed()
+    )
+
+
+def blocks(q: torch.Tensor) -> bool:
+    """For q (B, N, ...): a processor they win on, enough positions, few enough threads."""
+    return (
+        onednn(q)
+        and q.shape[1] >= MIN_POSITIONS
+        and torch.get_num_threads() <= MAX_THREADS
+        and (processor(), q.dtype) in BLOCKS
+    )
+
+
+@functools.cache
+def processor() -> str:
+    """The CPU's vendor as it names itself, or IGPT_CPU."""
+    if named := os.environ.get("IGPT_CPU"):
+        return named
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    named = next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), None)
+    return named or platform.processor()
