@@ -8,8 +8,6 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from igpt.data.crops import BROKEN
-
 BACKGROUND, HIDDEN = 255, 128
 SOFTWARE = "igpt"  # in the PNGs: a picture of ours may be replaced
 
@@ -57,7 +55,7 @@ def is_ours(path: Path) -> bool:
     try:
         with Image.open(path) as file:
             return file.info.get("Software") == SOFTWARE
-    except BROKEN:
+    except (OSError, ValueError, SyntaxError):  # what Pillow raises for a file that is no picture, or a broken one
         return False
 
 
