@@ -82,7 +82,7 @@ def attention_kernel(
     i_bh, i_split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i_b, i_h = i_bh // H, i_bh % H
     o_n = tl.arange(0, BLOCK_N)
-    # Ahead of the wait nothing says that L1 knows what the last step wrote: these loads go past it, with ".cg".
+    # Ahead of the wait nothing says that L1 knows what the last step wrote: these loads go past it.
     p = tl.load(position + i_b, cache_modifier=".cg").to(tl.int32)
     is_inside = (p >= 0) & (p < n_ctx)
     p = tl.where(is_inside, p, 0)
@@ -93,8 +93,8 @@ def attention_kernel(
     start = i_split * share
     end = tl.minimum(p, start + share)
     if maxima is not None:
-        b_k = load_tile((k_cache, D), start, end, BLOCK_N, D, ".cg")
-        b_v = load_tile((v_cache, D), start, end, BLOCK_N, D, ".cg")
+        b_k = load_tile((k_cache, D), start, end, BLOCK_N, D, PAST_L1=True)
+        b_v = load_tile((v_cache, D), start, end, BLOCK_N, D, PAST_L1=True)
     wait(IS_EARLY, IS_CHAINED)
 
     # Scores in powers of two; NaN, and with it all that comes of it, for a position outside.
@@ -104,8 +104,8 @@ def attention_kernel(
     b_acc = zero_tile(BLOCK_N, D)
     for i_n in tl.range(start, end, BLOCK_N, num_stages=STAGES):
         if maxima is None or i_n > start:
-            b_k = load_tile((k_cache, D), i_n, end, BLOCK_N, D, ".cg")
-            b_v = load_tile((v_cache, D), i_n, end, BLOCK_N, D, ".cg")
+            b_k = load_tile((k_cache, D), i_n, end, BLOCK_N, D, PAST_L1=True)
+            b_v = load_tile((v_cache, D), i_n, end, BLOCK_N, D, PAST_L1=True)
         b_s = tl.where(i_n + o_n < end, row_dots(b_k, b_q), float("-inf"))
         b_new_max = tl.maximum(b_max, b_s)
         b_fade, b_p = tl.exp2(b_max - b_new_max), tl.exp2(b_s - b_new_max)

@@ -67,9 +67,10 @@ def pointers(head, start, N, ROWS: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.
 
 
 @triton.jit
-def load_tile(head, start, N, ROWS: tl.constexpr, D: tl.constexpr, CACHE: tl.constexpr = ""):
-    """Rows from `start` on of a head: ([ROWS, head_width(D)],) or with a second chunk [ROWS, tail_width(D)]. CACHE: the
-    cache modifier of loads through pointers."""
+def load_tile(head, start, N, ROWS: tl.constexpr, D: tl.constexpr, PAST_L1: tl.constexpr = False):
+    """Rows from `start` on of a head: ([ROWS, head_width(D)],) or with a second chunk [ROWS, tail_width(D)].
+    PAST_L1: loads through pointers read L2."""
+    CACHE: tl.constexpr = ".cg" if PAST_L1 else ""
     HEAD: tl.constexpr = head_width(D)
     TAIL: tl.constexpr = tail_width(D)
     if len(head) == 2:
