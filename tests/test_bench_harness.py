@@ -139,7 +139,7 @@ def test_hugging_face_on_a_device_that_is_not_the_cpu():
 
 
 def test_decoding_is_red_by_dtype(monkeypatch):
-    def check(name, device, dtype):
+    def check(name, device, dtype, B):
         return rows.Row("correctness", "decode", "decode", dtype, "token", ok=dtype != "bf16")
 
     monkeypatch.setattr(sampling, "check", check)

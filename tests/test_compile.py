@@ -136,7 +136,7 @@ from bench.compiled.cases import of
 for arch in "sm_80", "sm_90":
     cases = [of(Case("attention", B, 1024, H, 64, "bf16"), f"H{H}") for B, H in ((1, 1), (3, 2), (32, 16))]
     functions = [job.row.function for job in c.plan(cases, [arch])[0]]
-    assert len(set(functions)) == 3 and len(functions) == (3 if arch == "sm_80" else 4), functions
+    assert len(functions) == 3, functions
 """)
     assert done.returncode == 0, done.stderr
 
@@ -150,9 +150,10 @@ from bench.compiled import compile as c
 from bench.compiled.cases import cases
 from bench.compiled.gate import waits_left
 triton.knobs.compilation.always_compile = triton.knobs.nvidia.dump_ptxas_log = True
-jobs, _ = c.plan([x for x in cases() if x.name.startswith("attention") and "bf16" in x.name], ["sm_90"])
+names = "attention D64 bf16", "attention D96 bf16", "attention D128 bf16"
+jobs, _ = c.plan([x for x in cases() if x.name.removesuffix(" full") in names], ["sm_90"])
 jobs = [job for job in jobs if "hopper" in job.row.function]
-assert len(jobs) == 18, jobs  # D = 64, 96, 128, causal and full: forward, dq, dk and dv
+assert len(jobs) == 18, [job.row for job in jobs]  # D = 64, 96, 128, causal and full: forward, dq, dk and dv
 for job in jobs:
     row = c.judged(job, c.compile_launch(job.launch))
     least = 24 if "backward" in row.function else 48
