@@ -137,7 +137,7 @@ def test_a_wait_of_one_of_two_warpgroups_needs_a_barrier_before_the_place_is_fil
         assert "after a wait for products" in line
 
 
-def partitions(release: str, count: int = 2) -> str:
+def partitions(release: str, count: int = 2, rounds: int = 9) -> str:
     """Two consumers and a producer around a ring of 2 places."""
     types = "!ttg.memdesc<2x64x64xbf16>, !ttg.memdesc<2x1xi64>, !ttg.memdesc<2x1xi64>, i32"
     bar = "!ttg.memdesc<2x1xi64> -> !ttg.memdesc<1xi64>"
@@ -168,7 +168,7 @@ def partitions(release: str, count: int = 2) -> str:
     return module(f"""%ring = ttg.local_alloc : () -> !ttg.memdesc<2x64x64xbf16, #shared, #smem, mutable>
     %full = ttg.local_alloc : () -> !ttg.memdesc<2x1xi64, #shared, #smem, mutable>
     %empty = ttg.local_alloc : () -> !ttg.memdesc<2x1xi64, #shared, #smem, mutable>
-    %n = arith.constant 9 : i32
+    %n = arith.constant {rounds} : i32
     {inits}
     ttg.warp_specialize(%ring, %full, %empty, %n) attributes {{requestedRegisters = array<i32: 240, 24>}}
     default {{
@@ -204,6 +204,11 @@ def test_a_partition_releases_a_place_after_the_wait_for_its_product(release, co
     (ring,), found = rings.read(partitions(release, count))
     assert found == [] if words is None else any(words in line for line in found), found
     assert ring.places == 2
+
+
+def test_a_launch_that_never_fills_a_place_twice_shows_nothing():
+    (found,) = rings.read(partitions(f"{WAIT.format(0)}\n        {ARRIVE}", rounds=2))[1]
+    assert found == "ring: the launch is too small to fill a place twice"
 
 
 def blackwell(has_wait: bool) -> str:

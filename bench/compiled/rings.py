@@ -58,13 +58,14 @@ def event(op: Op) -> str:
 @dataclass
 class Ring:
     """Memory that products read. ahead: the most writes before the first product (`early` counts them); flying: the
-    most places that products were reading when another was written."""
+    most places that products were reading when another was written; writes: all since it was allocated."""
 
     name: str
     places: int
     ahead: int | None = None
     flying: int = 0
     early: int | None = 0
+    writes: int = 0
     wrong: str = ""
 
     def __str__(self) -> str:
@@ -139,7 +140,7 @@ class Run:
         if op.name in ("local_alloc", "tmem_alloc"):
             name = op.results[0].strip("%")
             ring = self.rings.setdefault(name, Ring(name, op.shape[0] if len(op.shape) > 2 else 1))
-            ring.early = 0
+            ring.early, ring.writes = 0, 0
             if op.args:
                 self.write((ring, None))
             return [(ring, None)]
@@ -202,6 +203,7 @@ class Run:
             return any(r is ring and (p == place or None in (p, place)) for r, p in views)
 
         products = [reads for t in self.threads for reads, *_ in t.flight]
+        ring.writes += 1
         ring.early = None if ring.early is None else ring.early + 1
         ring.flying = max(ring.flying, len({p for reads in products for r, p in reads if r is ring}))
         if any(map(met, products)):
@@ -266,4 +268,7 @@ def read(ttgir: str, ptx: str = "", values: dict | None = None, programs: int = 
         except (Unread, ArithmeticError, AttributeError, LookupError, TypeError) as fault:
             unread = [f"can't be followed: {type(fault).__name__} {fault}"]
     wrong = [f"{ring}: {ring.wrong}" for ring in rings.values() if ring.wrong]
-    return [ring for ring in rings.values() if ring.ahead is not None], wrong + found + unread
+    shown = [ring for ring in rings.values() if ring.ahead is not None]
+    if partitions and not unread:
+        unread = [f"{r.name}: the launch is too small to fill a place twice" for r in shown if r.writes <= r.places]
+    return shown, wrong + found + unread
