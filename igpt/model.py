@@ -69,7 +69,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Both branches on the residual stream h + add: what one adds, the next one's norm sums up (igpt/ops.py)."""
+    """Both branches on the residual stream h + add: what one adds, the next one's norm sums up (igpt/ops/)."""
 
     def __init__(self, config: Config, layer: int):
         super().__init__()
@@ -83,7 +83,7 @@ class Block(nn.Module):
 
 
 class ImageGPT(nn.Module):
-    """The model. `impl` ("auto", "triton", "torch") is how every operation runs (igpt/ops.py); `recompute` is what
+    """The model. `impl` ("auto", "triton", "torch") is how every operation runs (kernels/choose.py). `recompute`: what
     training drops and computes again in backward: "none", each "mlp"'s activation, or all of each "block".
 
     Activations have the parameters' dtype or, under torch.autocast, autocast's, the residual stream included; losses

@@ -22,8 +22,8 @@ import triton.language as tl
 
 from . import checks, tiles
 from .attention_backward import attention_backward
-from .choose import MAX_HEAD_DIM, takes_head_dim
-from .device import arch, check_device
+from .choose import MAX_HEAD_DIM, takes_head_dim, warp_specialised
+from .device import check_device
 from .heads import (
     HEAD_COUNTS,
     add_product,
@@ -38,7 +38,6 @@ from .heads import (
     view_args,
     zero_tile,
 )
-from .interpreter import INTERPRETED
 from .launching import blocks, launch
 from .primitives import LOG2E
 from .registration import differentiable, operation
@@ -90,11 +89,10 @@ def attention_forward(q, k, v, causal: bool, scale: float, out, lse) -> None:
     B, N, H, D = q.shape
     if not out.numel():
         return
-    if arch(q.device) == "sm_90" and not INTERPRETED:
-        from . import attention_hopper, attention_hopper_forward  # Gluon is imported only where it runs
+    if warp_specialised(q, k, v):
+        from .attention_hopper_forward import attention_forward_hopper
 
-        if attention_hopper.fits(q, k, v):
-            return attention_hopper_forward.attention_forward_hopper(q, k, v, causal, scale, out, lse)
+        return attention_forward_hopper(q, k, v, causal, scale, out, lse)
     tile = tiles.attention_tile(tiles.ATTENTION_FORWARD, q, all(map(is_aligned, (q, k, v))))
     tiles.require("attention_forward_kernel", tile, q, 2 * tile.BLOCK_N * D)
     launch(

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from . import tiles
-from .device import arch
+from .choose import warp_specialised
 from .heads import (
     HEAD_COUNTS,
     add_product,
@@ -33,7 +33,6 @@ from .heads import (
     view_args,
     zero_tile,
 )
-from .interpreter import INTERPRETED
 from .launching import blocks, launch
 from .primitives import LOG2E
 
@@ -127,13 +126,10 @@ def attention_backward(dout, q, k, v, out, lse, dq, dk, dv, causal: bool, scale:
     if not q.numel():
         return
     aligned = all(map(is_aligned, (dout, q, k, v)))
-    if arch(q.device) == "sm_90" and not INTERPRETED:
-        from . import attention_hopper, attention_hopper_backward  # Gluon is imported only where it runs
+    if warp_specialised(dout, q, k, v, out, dq, dk, dv):
+        from .attention_hopper_backward import attention_backward_hopper
 
-        if attention_hopper.fits(dout, q, k, v, out, dq, dk, dv):
-            return attention_hopper_backward.attention_backward_hopper(
-                dout, q, k, v, out, lse, dq, dk, dv, causal, scale
-            )
+        return attention_backward_hopper(dout, q, k, v, out, lse, dq, dk, dv, causal, scale)
     delta = torch.empty_like(lse)
     tile = tiles.attention_tile(tiles.ATTENTION_DQ, q, aligned)
     tiles.require("attention_dq_kernel", tile, q, 2 * tile.BLOCK_N * q.shape[3])

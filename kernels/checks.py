@@ -1,7 +1,7 @@
 """What each operation asks of its arguments, whichever way it runs: one place that refuses, before any work.
 
 Every check raises ValueError naming the operation and the argument, what came and what was expected. `dtype` is the one
-that all operands must share: the kernels ask for it, the torch path (igpt/ops.py) has cast them already.
+that all operands must share: the kernels ask for it, the torch path (igpt/ops/) has cast them already.
 """
 
 import torch

@@ -1,7 +1,9 @@
-"""Which implementation runs an operation: decided here alone, from facts.
+"""Which implementation runs an operation: decided here alone, from facts. (A decoding step's form follows from how many
+pictures are drawn: FEW_PICTURES in tiles.py, asked by igpt/sample/kernel_decoder.py.)
 
     kernels           the Triton kernels, or the torch path: by `impl`, device and dtype
     attention         the same for attention, whose kernels take some head dims
+    warp_specialised  attention's Gluon kernels (attention_hopper*.py), or the plain ones
     onednn            the torch path on a CPU: functions over oneDNN's products (igpt/ops/cpu.py), or plain PyTorch
     blocks            its attention: by blocks (igpt/ops/cpu_attention.py), or SDPA
 """
@@ -60,6 +62,18 @@ def attention(impl: str, q: torch.Tensor) -> bool:
 
 def takes_head_dim(D: int) -> bool:
     return 0 < D <= MAX_HEAD_DIM and D % 16 == 0
+
+
+def warp_specialised(*views: torch.Tensor) -> bool:
+    """For views (B, N, H, D) of one shape, all that a launch reads and writes: on sm_90 where TMA can take them."""
+    from .device import arch
+    from .interpreter import INTERPRETED
+
+    if arch(views[0].device) != "sm_90" or INTERPRETED:
+        return False
+    from .attention_hopper import fits  # Gluon is imported only where it runs
+
+    return fits(*views)
 
 
 def onednn(x: torch.Tensor) -> bool:

@@ -225,8 +225,9 @@ def embedding_backward_tile(arch: str, element_bytes: int, d: int) -> Tile:
 FEW_PICTURES = 8
 
 # One decoding step's products for few pictures (kernels/decode_linear.py): (what goes in or comes out, columns up to)
-# -> BLOCK_N output features a program. Nothing in them is one architecture's: what an H200 likes best is taken
-# everywhere. The other widths keep to 128 weights a thread, which fit its registers even in fp32.
+# -> BLOCK_N output features a program. Nothing in them is one architecture's: what an H200 was quick with, in
+# a prototype of these kernels, is taken everywhere (its best for gelu at 1536, 4 rows, spills here with int8 and many
+# pictures). The other widths keep to 128 weights a thread, which fit its registers even in fp32.
 DECODE_LINEAR = {
     ("norm", 256): Tile(1, 32, num_warps=4),
     ("norm", 512): Tile(1, 16, num_warps=8, early=False, evidence="H200 2026-11-27"),

@@ -271,7 +271,7 @@ def draw(logits, n_ctx, sampler, device):
     ids=str,
 )  # fmt: skip
 def test_draws_are_those_of_the_specification(options, device):
-    """Token for token what igpt/draw.py takes, which says what a draw is."""
+    """Token for token what igpt/sample/draw.py takes, which says what a draw is."""
     sampler = Sampler(**{"seed": 3, "first": 7} | options)
     logits = 2 * torch.randn(6, 37, generator=generator(1))
     expected = torch.stack([sampler(logits, noise) for noise in sampler.noise(6, 37, 0, 8, "cpu")], 1)

@@ -58,7 +58,7 @@ def test_norm_mlp_and_norm_linear_on_the_torch_path(rows, d, inner, dtype, bias,
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_recomputing_the_mlp_changes_no_bit_and_keeps_less(dtype, impl):
-    """bf16 on the torch path is igpt/cpu.py's, fp16 is plain PyTorch's."""
+    """bf16 on the torch path is igpt/ops/cpu.py's, fp16 is plain PyTorch's."""
     inputs = {name: t.requires_grad_() for name, t in block_inputs(33, 48, 192, dtype, True).items()}
 
     def run(recompute):

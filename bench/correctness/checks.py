@@ -76,7 +76,7 @@ def step(way: str, device: str, N: int) -> Row:
         if way == "compiled":
             whole = torch.compile(model.loss, fullgraph=True, backend="aot_eager")
             answer = equal(row, run(second), [run(second, whole)])
-            # On a CPU, where this is only rehearsed, what is compiled leaves igpt/cpu.py out.
+            # On a CPU, where this is only rehearsed, what is compiled leaves igpt/ops/cpu.py out.
             return dataclasses.replace(answer, ok=answer.ok or device == "cpu")
         tokens, aside, graph = first.clone(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
         aside.wait_stream(torch.cuda.current_stream())

@@ -1,4 +1,4 @@
-"""Image GPT's classes of transformers with forwards of our own: what igpt/hf.py puts in their place.
+"""Image GPT's classes of transformers with forwards of our own: what patch.py puts in their place.
 
 Each class stands in for its base: the same parameters, arguments and outputs. Attention is exact, its scale is
 1/sqrt(head dim), a static cache's empty slots are never seen; means of squares, softmax and the loss are fp32 for half

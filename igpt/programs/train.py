@@ -57,7 +57,7 @@ class Options:
     batch: int | None = None  # pictures an update, over all processes; default: the paper's 128 (xl 64; tiny 16)
     lr: float | None = None  # at its peak; default: the paper's for this preset and objective
     warmup: int | None = None  # updates of linear warm-up; default: one epoch, at most a tenth of the run
-    optimizer: Literal["adam", "muon"] = "adam"  # muon: for the blocks' matrices, Adam for the rest; igpt/muon.py
+    optimizer: Literal["adam", "muon"] = "adam"  # muon: of the blocks' matrices, Adam of the rest; training/muon.py
     beta1: float = 0.9  # Adam's, as are the next two
     beta2: float = 0.95
     eps: float = 1e-8  # the paper doesn't say
