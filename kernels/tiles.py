@@ -143,7 +143,7 @@ ATTENTION_FORWARD = {
     ("sm_100", 128): Tile(128, 128, num_warps=8, num_stages=2, tma=True),
     ("gfx942", 64): Tile(128, 64, num_warps=8, num_stages=2),
     ("gfx942", 96): Tile(128, 32, num_warps=8, num_stages=2),
-    ("gfx942", 128): Tile(128, 64, num_warps=8, num_stages=2),
+    ("gfx942", 128): Tile(128, 32, num_warps=8, num_stages=2),
     ("fp32", 64): Tile(32, 32, num_warps=8, num_stages=2),
     ("fp32", 128): Tile(32, 16, num_warps=8, num_stages=2),
     ("unaligned", 128): Tile(64, 64, num_warps=8, num_stages=1),
@@ -167,7 +167,7 @@ ATTENTION_DQ = {
 ATTENTION_DKDV = {
     ("portable", 64): Tile(64, 64, num_warps=4, num_stages=2),
     ("portable", 96): Tile(32, 64, num_warps=4, num_stages=2),
-    ("portable", 128): Tile(32, 64, num_warps=4, num_stages=2),
+    ("portable", 128): Tile(32, 64, num_warps=8, num_stages=2),
     ("sm_80", 64): Tile(64, 64, num_warps=8, num_stages=3),
     ("sm_80", 96): Tile(32, 128, num_warps=8, num_stages=2),
     ("sm_80", 128): Tile(64, 64, num_warps=8, num_stages=3),
@@ -176,7 +176,7 @@ ATTENTION_DKDV = {
     ("sm_100", 128): Tile(64, 128, num_warps=8, num_stages=2, tma=True),
     ("gfx942", 64): Tile(32, 128, num_warps=4, num_stages=2),
     ("gfx942", 96): Tile(32, 128, num_warps=4, num_stages=2),
-    ("gfx942", 128): Tile(32, 128, num_warps=4, num_stages=2),
+    ("gfx942", 128): Tile(32, 64, num_warps=4, num_stages=2),
     ("fp32", 128): Tile(16, 32, num_warps=8, num_stages=2),
     ("unaligned", 128): Tile(16, 64, num_warps=8, num_stages=1),
 }
