@@ -473,12 +473,12 @@ def test_only_pictures_of_ours_are_overwritten(checkpoint):
 def test_programs_refuse(checkpoint, monkeypatch):
     Image.new("RGB", (9, 5)).save(checkpoint / "wide.png")
     wide = {"pictures": (checkpoint / "wide.png",), "out": checkpoint / "c.png", "completions": 1}
-    with pytest.raises(ValueError, match=r"wide.png: got 9 x 5, expected 4 x 4, or --resize"):
-        complete.run(complete.Options(str(checkpoint), **wide))
-    complete.run(complete.Options(str(checkpoint), resize=True, **wide))
+    with pytest.raises(ValueError, match=r"wide.png: got 9 x 5, expected 4 x 4 without --resize"):
+        complete.run(complete.Options(str(checkpoint), resize=False, **wide))
+    complete.run(complete.Options(str(checkpoint), **wide))
     for bad in ({"keep": 0.0}, {"keep": 1.0}, {"keep": 0.01}, {"completions": 0}, {"pictures": ()}, {"batch": 0}):
         with pytest.raises(ValueError, match=next(iter(bad))):
-            complete.run(complete.Options(str(checkpoint), **{**wide, "resize": True, **bad}))
+            complete.run(complete.Options(str(checkpoint), **{**wide, **bad}))
     monkeypatch.setattr(Sampling, "load", None)  # what follows is refused before a model is read
     for bad in ({"columns": 0}, {"out": checkpoint}, {"out": checkpoint / "a.jpg"}, {"out": checkpoint / "a"}):
         with pytest.raises(ValueError, match=next(iter(bad))):

@@ -19,7 +19,7 @@ from igpt.sample import decoder_of
 class Sampling(OfRun):
     """How the programs load a model and draw pixels."""
 
-    model: str  # our directory, a run's, a Hugging Face directory or hub id, or an OpenAI checkpoint prefix
+    model: str  # builtin:emoji, our directory, a run's, a Hugging Face directory or hub id, or an OpenAI prefix
     palette: Path | None = None  # palette.npy, kmeans_centers.npy or a directory with one; default: the model's own
     temperature: float = 1.0  # divides the logits; 0 is greedy
     top_k: int | None = None  # draw from the k likeliest colours only
