@@ -125,7 +125,8 @@ class ImageGPT(nn.Module):
         an OpenAI TF1 checkpoint prefix, or the box ("builtin:emoji", 1 M parameters); the checkpoint's dtype unless
         `dtype` is given. `step`: which checkpoint of a run, a number or "last"; default: the best by validation loss.
         `attn_scale`: of Hugging Face's, "exact", or "hf" for 1/int(sqrt(head dim)). `palette` is the one beside the
-        weights, or None, `class_names` are the classifier's. Raises ValueError naming what is wrong, before anything is allocated."""
+        weights, or None, `class_names` are the classifier's. Raises ValueError naming what is wrong, before anything is
+        allocated."""
         checkpoint = convert.open_checkpoint(source, step, attn_scale)
         model = cls(checkpoint.config, impl=impl, device="meta", dtype=dtype or checkpoint.dtype)
         model.to_empty(device=device if device is not None else torch.get_default_device())

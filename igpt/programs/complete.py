@@ -63,7 +63,9 @@ def read(options: Options, side: int) -> list[np.ndarray]:
             say(f"pictures of another size are taken by their middle square, resized to {side} x {side}")
             squares.append(eval_crop(picture, side))
         else:
-            raise ValueError(f"{path}: got {picture.width} x {picture.height}, expected {side} x {side} without --resize")
+            raise ValueError(
+                f"{path}: got {picture.width} x {picture.height}, expected {side} x {side} without --resize"
+            )
     if not squares:
         raise ValueError(f"pictures: none of the {len(bad)} files can be read")
     warn_of_bad("pictures", bad, len(options.pictures))
