@@ -3,39 +3,41 @@
     forward     u = x @ w_fc^T + b_fc,  h = quick_gelu(u)                x (M, K), w_fc (N, K), u and h (M, N)
     backward    du = (dz @ w_proj) * quick_gelu'(u),  h again            dz (M, K), w_proj (K, N), u, du and h (M, N)
 
-One persistent program a multiprocessor: a producer, one warp, and two consumers, warpgroups that own a tile of 64 x 256
-each, 128 accumulators a thread, and finish it in registers: what passes through shared memory is 16 bits wide and on
-its way in or out by TMA. They play ping-pong, but on one ring: theirs are the two tiles of a band of 128 rows, so that
-both read each block of the weights once it is there, the second LEAD steps behind the first. Then the first finishes
-its tile under the last LEAD steps of the second, and the second its own under the first LEAD of the first's next:
+One persistent program a multiprocessor: a producer, one warp, and two consumers, warpgroups with a tile of 64 x 256
+each, 128 accumulators a thread, which they finish in registers: what passes through shared memory has 16 bits and is on
+its way in or out by TMA. They play ping-pong on one ring: theirs are the halves of a band of 128 rows, and both read
+each block of the weights, the second at least LEAD steps behind the first. So the first finishes its tile under the
+last LEAD steps of the second, and the second its own under the first LEAD of the first's next:
 
-    first     products ....................  epilogue | products ....
-    second    epilogue | products ....................  epilogue | ...
-                  LEAD                       LEAD
+    first     | products .................... | epilogue | products ....
+    second       epilogue | products .................... | epilogue | ...
+                     LEAD                           LEAD
 
-`order` holds the second back at a tile's beginning; the ring holds the first back, PLACES steps ahead at most.
+`order` holds the second back at the beginning of a tile; the ring holds the first back, its places ahead at most.
 
-    s = sigmoid(1.702 u) = 0.5 + 0.5 tanh(0.851 u)          quick_gelu = u s          quick_gelu' = s + 1.702 u (s - s^2)
+    s = sigmoid(1.702 u) = 0.5 + 0.5 tanh(0.851 u)        quick_gelu = u s        quick_gelu' = s + 1.702 u (s - s^2)
 
-by one tanh.approx.f32, whose relative error PTX bounds by 2^-11. Where s is nearly 0 or 1 that would be multiplied by
-any u; so the tanh is stretched by as much and s saturated to [0, 1], in the same instruction. Its error is at most
-4.9e-4, a quarter of a rounding of s near 1 in bf16 and one in fp16, and none in the tails. u is rounded before h is
-made of it, as it is when it passes through memory: h has the same bits forward and backward.
+by one tanh.approx.f32, whose relative error PTX bounds by 2^-11. Where s is nearly 0 or 1 that error would count as
+often as u is large, so the tanh is stretched by as much and s saturated to [0, 1], in the instruction that makes it of
+the tanh. s is off by at most 4.9e-4, an eighth of bf16's step below 1 and one of fp16's, and by 1e-6 in the tails. u is
+rounded before h is made of it, as it is on its way through memory: h has the same bits forward and backward.
 
-Cost: 2 M N K FLOPs, (M K + N K + 2 M N) elements forward and one M N more for each of u read and h written backward;
-M N tanh; one launch. For iGPT-S, M, L at 32,768 tokens forward, in us on an H200: 70 / 278 / 626 of products at 989
-TFLOP/s, 70 / 141 / 213 of bytes at 4.3 TB/s. Why not private tiles of 128 x 128, the usual ping-pong: without multicast
-(Triton 3.6 has none) they copy 32 KB for 512 cycles of products where this ring copies 48 KB for 1024, and products
-would read 96 of the 128 bytes a cycle that shared memory gives, instead of 80.
+Cost: 2 M N K FLOPs; M K + N K + 2 M N elements forward, with u read and h written again one and two M N more backward
+than du alone; M N tanh; one launch. iGPT-S, M, L at 32,768 tokens, forward: 70 / 278 / 626 us of products at 989
+TFLOP/s, 70 / 141 / 213 of bytes at 4.3 TB/s.
 
-A prediction, not measured: what a tile of 128 x 256 took more for each 64 of K, between M and L, in the kernel
-that stood here before (accumulators finished by a fourth partition, 218 / 566 / 1076 us) is 0.65 us: 43 bytes a
-cycle from L2, of which 48 KB take 1143. An epilogue of 128 elements a thread is 1024 cycles of the special function
-unit and about 1600 in all, of which LEAD steps of 32 hide 256 each. Stepped through cycle by cycle, tensor cores would
-work 82 / 87 / 88% of the time: 104 / 372 / 824 us with the last wave's rest, at 1.7 GHz. To beat, cuBLAS and the
-elementwise pass: 180 / 560 / 1120.
+Why not a ring for each, with tiles of 128 x 128 or 64 x 256: they would copy 32 or 40 KB for 512 cycles of products,
+where this copies 48 KB for 1024. The kernel that stood here before (218 / 566 / 1076 us on an H200; accumulators
+through shared memory) had the same blocks, and each 64 of K more, from M to L, cost it 0.65 us: 43 bytes a cycle. At
+that rate this ring takes 1143 cycles, theirs 1523 or 1905 for as much. And wgmma reads 80 of shared memory's 128 bytes
+a cycle with 256 columns, 96 with 128.
 
-A candidate: nothing calls it but tests and `make gpu`, which times it against those. Deterministic.
+A prediction, not a measurement. An epilogue is 1024 cycles of the special function unit under 1020 instructions, 1536
+backward: about 1500 cycles, and 2000. Stepped through in time with 43 bytes a cycle, 1000 cycles of latency and LEAD 2,
+the tensor cores work 84 / 87 / 88% of it, and a call takes 91 / 354 / 773 us forward, 96 / 363 / 786 backward, at 1.7
+GHz if the power allows. To beat, as measured there: cuBLAS and the elementwise pass, about 180 / 560 / 1120.
+
+A candidate: only tests call it, and `make gpu`, which times it against those. Deterministic.
 """
 
 import torch
@@ -269,9 +271,9 @@ def require(name: str, tile: tiles.Tile, **tensors: torch.Tensor | None) -> None
         if not fits(t) or t.dtype != first.dtype or not t.numel():
             got = f"{checks.said(t)}, strides {t.stride()}, on {arch(t.device)}"
             checks.refuse(name, key, got, "fp16 or bf16 like the others, not empty, rows at 16 bytes, on sm_90")
-    # The ring keeps consumers within STAGES steps of each other: with as many to a tile, `order` is never a phase ahead.
+    # The ring keeps consumers within its places of each other: where a tile fills them, `order` is never a phase ahead.
     if first.shape[1] <= (least := (tile.num_stages - 1) * tile.BLOCK_K):
-        checks.refuse(name, next(iter(given)), checks.said(first), f"more than {least} columns, {tile.num_stages} steps")
+        checks.refuse(name, next(iter(given)), checks.said(first), f"more than {least} columns, to fill the ring")
 
 
 def matrix(t: torch.Tensor | None, rows: int, columns: int) -> TensorDescriptor | None:
