@@ -140,8 +140,10 @@ def attention(job: Job) -> None:
 
 
 def gelu(job: Job) -> None:
-    """quick-gelu's products: the vendor's with a pass, beside the Gluon candidates."""
-    job.log.take(products.rows(job.small(sized("gelu", PRESETS, ("fwd", "bwd"), STEP_TOKENS)), job.run("")))
+    """quick-gelu's products: the vendor's with a pass, beside the Gluon candidates; then where no tile is whole."""
+    chosen = sized("gelu", PRESETS, ("fwd", "bwd"), STEP_TOKENS)
+    chosen += [Case("gelu", 1, 1001, 3, 88, "fp16", direction=direction) for direction in ("fwd", "bwd")]
+    job.log.take(products.rows(job.small(chosen), job.run("")))
 
 
 def profiled(job: Job) -> None:
