@@ -22,9 +22,9 @@ often as u is large, so the tanh is stretched by as much and s saturated to [0, 
 the tanh. s is off by at most 4.9e-4, an eighth of bf16's step below 1 and one of fp16's, and by 1e-6 in the tails. u is
 rounded before h is made of it, as it is on its way through memory: h has the same bits forward and backward.
 
-Cost: 2 M N K FLOPs; M K + N K + 2 M N elements forward, with u read and h written again one and two M N more backward
-than du alone; M N tanh; one launch. iGPT-S, M, L at 32,768 tokens, forward: 70 / 278 / 626 us of products at 989
-TFLOP/s, 70 / 141 / 213 of bytes at 4.3 TB/s.
+Cost: 2 M N K FLOPs, M N tanh, one launch; M K + N K elements and 2 M N more forward, 3 M N backward with h. iGPT-S, M, L
+at 32,768 tokens: 70 / 278 / 626 us of products at 989 TFLOP/s; of bytes, at 4.3 TB/s, 71 / 142 / 215 us forward and
+102 / 205 / 309 backward.
 
 Why not a ring for each, with tiles of 128 x 128 or 64 x 256: they would copy 32 or 40 KB for 512 cycles of products,
 where this copies 48 KB for 1024. The kernel that stood here before (218 / 566 / 1076 us on an H200; accumulators
@@ -34,8 +34,9 @@ a cycle with 256 columns, 96 with 128.
 
 A prediction, not a measurement. An epilogue is 1024 cycles of the special function unit under 1020 instructions, 1536
 backward: about 1500 cycles, and 2000. Stepped through in time with 43 bytes a cycle, 1000 cycles of latency and LEAD 2,
-the tensor cores work 84 / 87 / 88% of it, and a call takes 91 / 354 / 773 us forward, 96 / 363 / 786 backward, at 1.7
-GHz if the power allows. To beat, as measured there: cuBLAS and the elementwise pass, about 180 / 560 / 1120.
+the tensor cores work 85 / 87 / 88% of it forward, 70 / 79 / 82% backward, where u comes the same way: 91 / 354 / 773
+and 110 / 392 / 829 us a call, at 1.7 GHz if the power allows. To beat, as measured there: cuBLAS and the elementwise
+pass, about 180 / 560 / 1120.
 
 A candidate: only tests call it, and `make gpu`, which times it against those. Deterministic.
 """
