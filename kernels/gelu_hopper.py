@@ -22,8 +22,8 @@ often as u is large, so the tanh is stretched by as much and s saturated to [0, 
 the tanh. s is off by at most 4.9e-4, an eighth of bf16's step below 1 and one of fp16's, and by 1e-6 in the tails. u is
 rounded before h is made of it, as it is on its way through memory: h has the same bits forward and backward.
 
-Cost: 2 M N K FLOPs, M N tanh, one launch; M K + N K elements and 2 M N more forward, 3 M N backward with h. iGPT-S, M, L
-at 32,768 tokens: 70 / 278 / 626 us of products at 989 TFLOP/s; of bytes, at 4.3 TB/s, 71 / 142 / 215 us forward and
+Cost: 2 M N K FLOPs, M N tanh, one launch; M K + N K elements and 2 M N more forward, 3 M N backward with h. iGPT-S, M,
+L at 32,768 tokens: 70 / 278 / 626 us of products at 989 TFLOP/s; of bytes, at 4.3 TB/s, 71 / 142 / 215 us forward and
 102 / 205 / 309 backward.
 
 Why not a ring for each, with tiles of 128 x 128 or 64 x 256: they would copy 32 or 40 KB for 512 cycles of products,
