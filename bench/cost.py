@@ -143,6 +143,7 @@ FLOPS = {
     "attention_dq_kernel": lambda v: attention_products(3, v),
     "attention_dkdv_kernel": lambda v: attention_products(4, v),
     "attention_hopper_backward_kernel": lambda v: attention_products(4 if v["OWNS_KEYS"] else 3, v),
+    "gelu_hopper_kernel": lambda v: 2 * v["a_desc"].base.numel() * v["N"],
     "head_loss_kernel": lambda v: 2 * v["T"] * v["d"] * v["V"],
     "table_backward_kernel": lambda v: 2 * v["R"] * v["V"] * v["d"],
     "linear_kernel": lambda v: 2 * v["B"] * v["O"] * v["K"],

@@ -28,7 +28,7 @@ from bench.correctness import checks
 from bench.log import Log
 from bench.machine import ROOT
 from bench.rows import Row
-from bench.speed import measure, models, sampling, tune
+from bench.speed import measure, models, products, sampling, tune
 from bench.speed.models import ModelCase
 from igpt.kernels.interpreter import INTERPRETED
 
@@ -139,6 +139,13 @@ def attention(job: Job) -> None:
     job.operations(chosen, "sdpa,sdpa cudnn,sdpa flash,sdpa efficient,flash-attn 4")
 
 
+def gelu(job: Job) -> None:
+    """quick-gelu's products: the vendor's with a pass, beside the Gluon candidates; then where no tile is whole."""
+    chosen = sized("gelu", PRESETS, ("fwd", "bwd"), STEP_TOKENS)
+    chosen += [Case("gelu", 1, 1001, 3, 88, "fp16", direction=direction) for direction in ("fwd", "bwd")]
+    job.log.take(products.rows(job.small(chosen), job.run("")))
+
+
 def profiled(job: Job) -> None:
     """What a step's time is made of, kernel by kernel: profile.txt."""
     for case in job.small(ModelCase(preset, STEP_TOKENS // 1024, 1024, "bf16", "step") for preset in PRESETS):
@@ -196,7 +203,7 @@ def other_tiles(job: Job) -> None:
 # Seconds a stage may take; what one leaves, the later ones have, and REST all that is left.
 REST = 1000
 HALVES = {
-    "first": {compiled: 50, correct: 70, attention: 75, profiled: 30, attention_tiles: REST},
+    "first": {compiled: 50, correct: 70, attention: 65, gelu: 15, profiled: 25, attention_tiles: REST},
     "second": {steps: 75, sampled: 45, others: 35, cold: 30, sanitized: 20, autotuned: 30, other_tiles: REST},
 }
 STAGES = {stage.__name__: (stage, seconds) for half in HALVES.values() for stage, seconds in half.items()}

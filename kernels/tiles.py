@@ -49,15 +49,16 @@ def using(table: dict, key, tile: Tile) -> Iterator[None]:
             table[key] = before
 
 
-def require(kernel: str, tile: Tile, x: torch.Tensor, elements: int, stages: int = 1) -> None:
+def require(kernel: str, tile: Tile, x: torch.Tensor, elements: int, stages: int = 1, held: int = 0) -> None:
     """Refuse a tile that cannot fit: raise ValueError if what its loop keeps in flight, `elements` of x's dtype a step,
-    alone exceeds the shared memory, or if it has fewer stages than the kernel's waits need not to wait for themselves.
+    and what it holds beside them exceed the shared memory, or if it has fewer stages than the kernel's waits need not
+    to wait for themselves.
     Before anything is compiled, and never for a tile that fits."""
     if tile.num_stages < stages:
         raise ValueError(f"{kernel}: {tile} has {tile.num_stages} stages, expected at least {stages}")
     machine = arch(x.device)
     stages = tile.num_stages if tile.tma else tile.num_stages - 1  # a plain load's last stage lies in registers
-    needed, there = stages * elements * x.element_size(), SHARED_BYTES[machine]
+    needed, there = (stages * elements + held) * x.element_size(), SHARED_BYTES[machine]
     if needed > there:
         raise ValueError(f"{kernel}: {tile} keeps {needed} bytes in shared memory, {machine} has {there} for a block")
 
@@ -201,6 +202,13 @@ ATTENTION_HOPPER_BACKWARD = {
     96: Tile(128, 64, num_stages=4, tma=True, evidence="H200 2026-11-27"),
     128: Tile(128, 64, num_stages=3, tma=True, evidence="H200 2026-11-27"),
 }
+
+# Candidates for quick-gelu's products (kernels/gelu_hopper.py), which tests and `make gpu` alone read: BLOCK_M rows in
+# two consumers, BLOCK_N columns, BLOCK_K columns of the operands in each of the ring's num_stages places.
+GELU_HOPPER = (
+    Tile(128, 256, 32, num_stages=6, tma=True),
+    Tile(128, 256, 64, num_stages=3, tma=True),
+)
 
 # The embedding table's gradient (kernels/embedding.py): (architecture, bytes of an element) -> BLOCK_M colours,
 # BLOCK_N columns, BLOCK_K positions a step. "ragged": widths that 16 doesn't divide. fp32 has 32 rows: from 64 on
