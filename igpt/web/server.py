@@ -154,7 +154,9 @@ class Handler(BaseHTTPRequestHandler):
                 try:
                     for row in rows:
                         self.wfile.write(json.dumps(row).encode() + b"\n")
-                except (RuntimeError, ValueError):
+                except OSError:
+                    raise
+                except Exception:
                     traceback.print_exc(file=sys.stderr)
                     self.wfile.write(b'{"error": "this went wrong on our side; the terminal says more"}\n')
         finally:
