@@ -48,7 +48,9 @@ def model(tmp_path_factory) -> str:
 def serving(model: str):
     """`igpt web` as a process: yields it and its address."""
     command = [sys.executable, "-m", "igpt", "web", "--model", model, "--port", "0", "--device", "cpu"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A shell's background job, and so its children, would not hear Ctrl-C.
+    how = {"cwd": ROOT, "text": True, "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **how)
     try:
         said = next((line for line in process.stderr if line.startswith("igpt web: http")), None)
         assert said, "igpt web ended before it served"
