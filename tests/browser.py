@@ -14,18 +14,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from selenium import webdriver
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.ui import WebDriverWait
 
 ROOT = Path(__file__).parent.parent
 SHOTS = ROOT / "build" / "web"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")
-if not (CHROMIUM and DRIVER):
-    pytest.exit("web-test: needs chromium and chromedriver (Debian: apt-get install chromium chromium-driver)", 2)
-
-from selenium import webdriver  # noqa: E402
-from selenium.webdriver.common.action_chains import ActionChains  # noqa: E402
-from selenium.webdriver.common.by import By  # noqa: E402
-from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
 
 
 def igpt(*argv: str) -> None:
@@ -68,6 +65,8 @@ def url(model):
 
 @pytest.fixture(scope="module")
 def browser():
+    if not (CHROMIUM and DRIVER):
+        pytest.exit("web-test: needs chromium and chromedriver (Debian: apt-get install chromium chromium-driver)", 2)
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
     for argument in ("--headless=new", "--window-size=1280,940", "--disable-gpu", "--hide-scrollbars"):
