@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import PIL
 import pytest
+import torch
 
 import igpt.data
 
@@ -86,6 +87,23 @@ def test_notices_carry_the_licences():
     notices = (ASSETS / "NOTICES.md").read_text(encoding="utf-8")
     for phrase in ("2022 Google Inc.", "SIL OPEN FONT LICENSE", "Apache License", "UNICODE, INC."):
         assert phrase in notices
+
+
+def test_the_model_in_the_box_is_what_its_card_says():
+    folder = ASSETS / "emoji"
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 3e6
+    model = igpt.ImageGPT.from_pretrained("builtin:emoji", device="cpu")
+    valid = igpt.data.load("builtin:emoji", "valid")
+    assert model.wte.dtype == torch.bfloat16 and model.palette == valid.palette
+    assert sum(p.numel() for p in model.parameters()) == 1_049_856
+    tokens = valid.encoded().tokens
+    with torch.no_grad():
+        losses = [float(model.float().loss(torch.from_numpy(row[None].astype(np.int64)))) for row in tokens]
+    loss = np.mean(losses)
+    assert abs(loss - model.trained.valid_loss) < 0.002, "bf16 rounds the weights"
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert f"{loss:.2f} nats" in card and f"step {model.trained.step:,}" in card
+    assert igpt.convert.open_checkpoint("builtin:emoji").config == model.config
 
 
 def test_palette_is_what_fit_gives():

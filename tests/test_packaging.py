@@ -86,6 +86,8 @@ def test_the_wheel_runs_in_a_fresh_environment(installed, tmp_path):
         said = run(*command, "info", "--preset", "tiny", "--gpus", "1", cwd=tmp_path)
         assert json.loads(said.splitlines()[-1])["preset"] == "tiny"
         assert run(*command, "--version", cwd=tmp_path) == f"igpt {igpt.__version__}\n"
+    said = run(installed, "-m", "igpt", "info", "--model", "builtin:emoji", cwd=tmp_path)
+    assert json.loads(said.splitlines()[-1])["parameters"] == 1_049_856
 
 
 def test_a_script_beside_a_clone_imports_what_is_installed_from_it(checkout, tmp_path):
