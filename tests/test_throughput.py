@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from igpt import ImageGPT, Palette, sample
+from igpt.kernels import choose
 from igpt.programs import complete
 from igpt.programs import sample as program
 from igpt.programs.writing import Writer
@@ -131,3 +132,15 @@ def test_ctrl_c_keeps_what_is_drawn(checkpoint, monkeypatch, what):
         module.run(options)
     assert np.array_equal(np.asarray(Image.open(options.out)), whole[: 2 * 6 + 2])
     assert not list(checkpoint.glob("*.part"))
+
+
+@pytest.mark.parametrize("batch", [3, 4])
+@pytest.mark.parametrize("vendor", ["GenuineIntel", "AuthenticAMD"])
+def test_weights_are_packed_where_that_is_quicker(monkeypatch, vendor, batch):
+    monkeypatch.setattr(choose, "processor", lambda: vendor)
+    model, is_quicker = tiny(), vendor == "AuthenticAMD" or batch == 4
+    assert sample.decoder_of(model, batch).layers[0].qkv.packed == (choose.HAS_ONEDNN and is_quicker)
+    assert sample.decoder_of(model, batch, weights="bf16").layers[0].qkv.packed == choose.HAS_ONEDNN
+    tokens = torch.randint(8, (batch, 16), generator=torch.Generator().manual_seed(1))
+    nll = model.nll(model.trunk(tokens), tokens)
+    torch.testing.assert_close(-sample.log_likelihood(model, tokens), nll.detach(), rtol=1e-5, atol=1e-5)

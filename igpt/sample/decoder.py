@@ -47,7 +47,7 @@ class Product:
             self.scale = scale.to(self.dtype)
         else:
             self.weight = weight.to(self.dtype).contiguous()
-        self.packed = kind != "int8" and choose.onednn(self.weight)
+        self.packed = kind != "int8" and choose.packs(self.weight, rows)
         # torch's int8 product is a CPU's, and reads past the end of rows that are no multiple of its 16 columns.
         self.pack_mm = kind == "int8" and weight.device.type == "cpu" and weight.shape[1] % 32 == 0
         if self.packed:
