@@ -36,10 +36,10 @@ def test_the_batch_is_chosen_by_memory(monkeypatch):
     model = tiny()
     each = model.config.n_ctx * (model.kv_bytes_per_token(4) + 12 * model.config.width * 4)
     room = 4 * model.num_parameters()
-    assert sample.batch_of(model, 5) == 5 and sample.batch_of(model, 17) == 9 and sample.batch_of(model, 1000) == 16
+    assert sample.batch_of(model, 5) == 5 and sample.batch_of(model, 33) == 17 and sample.batch_of(model, 1000) == 32
     assert sample.batch_of(model, 17, 4) == 4 and sample.batch_of(model, 9, 4) == 3
     monkeypatch.setattr(decode, "available_bytes", lambda device: int((room + 6 * each) / 0.9) + 8)
-    with pytest.warns(UserWarning, match="batch: 6 at once, as memory allows, not 16"):
+    with pytest.warns(UserWarning, match="batch: 6 at once, as memory allows, not 32"):
         assert sample.batch_of(model, 1000) == 6
     with pytest.warns(UserWarning, match="batch: 6 at once, as memory allows, not 10"):
         assert sample.batch_of(model, 10) == 5

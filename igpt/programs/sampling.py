@@ -26,7 +26,7 @@ class Sampling(OfRun):
     top_k: int | None = None  # draw from the k likeliest colours only
     top_p: float | None = None  # draw from the likeliest colours that together reach this probability
     seed: int = 0  # the same seed gives the same pictures, whatever --batch
-    batch: int | None = None  # pictures decoded at once, at most; default: 128 on a GPU, 16 on a CPU, if they fit
+    batch: int | None = None  # pictures decoded at once, at most; default: 128 on a GPU, 32 on a CPU, if they fit
     weights: Literal["bf16", "int8"] | None = None  # default: the parameters' dtype, but bf16 for fp32 on a GPU
     cache_dtype: Literal["fp32", "bf16", "fp8"] | None = None  # of the cache; default: fp32 on a CPU, bf16 on a GPU
     device: Literal["auto", "cpu", "cuda"] = "auto"
