@@ -132,7 +132,7 @@ def attention_packed_op(qkv, causal: bool, scale: float, out, lse) -> None:
 @operation(
     "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, bool causal, float scale) "
     "-> (Tensor, Tensor, Tensor)",
-    lambda dout, q, *_: tuple(q.new_empty(q.shape) for _ in range(3)),
+    lambda dout, q, *_: tuple(torch.empty_like(q, memory_format=torch.contiguous_format) for _ in range(3)),
 )
 def attention_backward_op(dout, q, k, v, out, lse, causal: bool, scale: float, dq, dk, dv) -> None:
     attention_backward(_rows(dout), _rows(q), _rows(k), _rows(v), out, lse, dq, dk, dv, causal, scale)
@@ -140,7 +140,7 @@ def attention_backward_op(dout, q, k, v, out, lse, causal: bool, scale: float, d
 
 @operation(
     "attention_packed_backward(Tensor dout, Tensor qkv, Tensor out, Tensor lse, bool causal, float scale) -> Tensor",
-    lambda dout, qkv, *_: qkv.new_empty(qkv.shape),
+    lambda dout, qkv, *_: torch.empty_like(qkv, memory_format=torch.contiguous_format),
 )
 def attention_packed_backward_op(dout, qkv, out, lse, causal: bool, scale: float, dqkv) -> None:
     attention_backward(_rows(dout), *_rows(qkv).unbind(2), out, lse, *dqkv.unbind(2), causal, scale)

@@ -125,39 +125,33 @@ def attention_backward(dout, q, k, v, out, lse, dq, dk, dv, causal: bool, scale:
     """Fill dq, dk, dv. All are views (B, N, H, D) with a contiguous last dimension, lse fp32 (B, H, N) in base 2."""
     if not q.numel():
         return
-    aligned = all(map(is_aligned, (dout, q, k, v)))
     if warp_specialised(dout, q, k, v, out, dq, dk, dv):
         from .attention_hopper_backward import attention_backward_hopper
 
         return attention_backward_hopper(dout, q, k, v, out, lse, dq, dk, dv, causal, scale)
-    delta = torch.empty_like(lse)
+    B, N, H, D = q.shape
+    aligned, delta = all(map(is_aligned, (dout, q, k, v))), torch.empty_like(lse)
+
+    def both(tile: tiles.Tile) -> dict:
+        """What both launches take: queries and dout in tiles of BLOCK_M rows, keys and values of BLOCK_N."""
+        return {
+            **view_args("q", q, tile.BLOCK_M, tile.tma), **view_args("dout", dout, tile.BLOCK_M, tile.tma),
+            **view_args("k", k, tile.BLOCK_N, tile.tma), **view_args("v", v, tile.BLOCK_N, tile.tma),
+            "lse": lse, "delta": delta, "scale": scale, "scale_log2": scale * LOG2E.value,
+            "N": N, "H": H, "HEADS": B * H, "GROUP": heads_in_group(q, tile), "D": D, "IS_CAUSAL": causal,
+            "BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N,
+            "num_warps": tile.num_warps, "num_stages": tile.num_stages,
+        }  # fmt: skip
+
     tile = tiles.attention_tile(tiles.ATTENTION_DQ, q, aligned)
-    tiles.require("attention_dq_kernel", tile, q, 2 * tile.BLOCK_N * q.shape[3])
+    tiles.require("attention_dq_kernel", tile, q, 2 * tile.BLOCK_N * D)
     launch(
-        attention_dq_kernel, (blocks(q.shape[1], tile.BLOCK_M) * lse.shape[0] * lse.shape[1],),
-        **_views(dout, q, k, v, tile), **view_args("out", out, tile.BLOCK_M, tile.tma),
-        lse=lse, delta=delta, dq=dq, dq_strides=dq.stride()[:3], **_shape(q, scale, tile),
-        IS_CAUSAL=causal, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        attention_dq_kernel, (blocks(N, tile.BLOCK_M) * B * H,), **both(tile),
+        **view_args("out", out, tile.BLOCK_M, tile.tma), dq=dq, dq_strides=dq.stride()[:3],
     )  # fmt: skip
     tile = tiles.attention_tile(tiles.ATTENTION_DKDV, q, aligned)
-    tiles.require("attention_dkdv_kernel", tile, q, 2 * tile.BLOCK_M * q.shape[3])
+    tiles.require("attention_dkdv_kernel", tile, q, 2 * tile.BLOCK_M * D)
     launch(
-        attention_dkdv_kernel, (blocks(q.shape[1], tile.BLOCK_N) * lse.shape[0] * lse.shape[1],),
-        **_views(dout, q, k, v, tile),
-        lse=lse, delta=delta, dk=dk, dk_strides=dk.stride()[:3], dv=dv, dv_strides=dv.stride()[:3],
-        **_shape(q, scale, tile), IS_CAUSAL=causal, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        attention_dkdv_kernel, (blocks(N, tile.BLOCK_N) * B * H,), **both(tile),
+        dk=dk, dk_strides=dk.stride()[:3], dv=dv, dv_strides=dv.stride()[:3],
     )  # fmt: skip
-
-
-def _views(dout, q, k, v, tile: tiles.Tile) -> dict:
-    """Queries and dout in tiles of BLOCK_M rows, keys and values of BLOCK_N."""
-    views = ("q", q, tile.BLOCK_M), ("k", k, tile.BLOCK_N), ("v", v, tile.BLOCK_N), ("dout", dout, tile.BLOCK_M)
-    return {name: value for view in views for name, value in view_args(*view, tile.tma).items()}
-
-
-def _shape(q, scale: float, tile: tiles.Tile) -> dict:
-    B, N, H, D = q.shape
-    scales = {"scale": scale, "scale_log2": scale * LOG2E.value}
-    return scales | {"N": N, "H": H, "HEADS": B * H, "GROUP": heads_in_group(q, tile), "D": D}

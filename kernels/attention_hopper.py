@@ -17,6 +17,8 @@ either direction. A tile's step, its number in the ring's history, says which pl
     consumers            wait_filled  view, read ....  release
 """
 
+import functools
+
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -169,45 +171,41 @@ def row_dots(a, b):
     return dots
 
 
-def fits(*tensors: torch.Tensor) -> bool:
-    """Whether these views (B, N, H, D) of one shape suit the kernels: fp16 or bf16, heads side by side, rows and
-    pictures that start at 16 bytes."""
-    B, D = tensors[0].shape[0], tensors[0].shape[3]
-    return D in (64, 96, 128) and all(
-        t.dtype in (torch.float16, torch.bfloat16)
-        and t.stride()[2:] == (D, 1)
-        and all(stride > 0 and stride % 8 == 0 for stride in t.stride()[B == 1 : 2])
-        and t.data_ptr() % 16 == 0
-        for t in tensors
-    )
+@functools.cache
+def layout_of(dtype: torch.dtype, rows: int, width: int) -> gl.NVMMASharedLayout:
+    """Of a tile in shared memory. Gluon takes 8 us to make one, and a block's attention asks for 12."""
+    element = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
+    return gl.NVMMASharedLayout.get_default_for([1, rows, width], element)
 
 
-def require(scale: float, **tensors: torch.Tensor) -> None:
-    """Raises ValueError for tensors that do not fit, or a scale that is not positive."""
-    if not fits(*tensors.values()) or not scale > 0:
-        first, said = next(iter(tensors.values())), ", ".join(tensors)
-        raise ValueError(
-            f"{said}: got {first.dtype} {tuple(first.shape)}, strides {[t.stride() for t in tensors.values()]}, scale "
-            f"{scale}; expected fp16 or bf16, D 64, 96 or 128, heads side by side, rows at 16 bytes, scale > 0"
-        )
+FLAT = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
 
 
-def describe(name: str, t: torch.Tensor, rows: int) -> dict:
-    """A kernel's two arguments for t (B, N, H, D), in tiles of `rows`: name_desc, and name_tail or None."""
+class Descriptor(TensorDescriptor):
+    def __post_init__(self):
+        """Nothing: choose.takes_views has seen what Triton would look at again, for 2 us each."""
+
+
+def describe(t: torch.Tensor, rows: int) -> tuple:
+    """Descriptors of t (B, N, H, D) for tiles of `rows`: of its chunk, or its first, and of its tail, or None."""
     B, N, H, D = t.shape
-    pictures = t.stride(0) if B > 1 else N * t.stride(1)
-    matrix = t.as_strided((B, N, H * D), (pictures, t.stride(1), 1))
+    picture, row, _, _ = t.stride()
+    strides = [picture if B > 1 else N * row, row, 1]
 
-    def chunk(first, width):
-        block, dtype = [1, rows, width], gl.bfloat16 if t.dtype == torch.bfloat16 else gl.float16
-        layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
-        return TensorDescriptor.from_tensor(matrix[..., first:], block, layout)
+    def chunk(base, columns, width):
+        return Descriptor(base, [B, N, columns], strides, [1, rows, width], layout_of(t.dtype, rows, width))
 
-    tail = chunk(64, 32) if D == 96 else None
-    return {f"{name}_desc": chunk(0, 64 if D == 96 else D), f"{name}_tail": tail}
+    return (chunk(t, H * D, 64), chunk(t[..., 64:], H * D - 64, 32)) if D == 96 else (chunk(t, H * D, D), None)
 
 
 def describe_flat(t: torch.Tensor) -> TensorDescriptor:
     """A contiguous fp32 tensor as one long row, read in blocks of ROWS."""
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
-    return TensorDescriptor.from_tensor(t.view(-1), [ROWS], layout)
+    return Descriptor(t, [t.numel()], [1], [ROWS], FLAT)
+
+
+def named(**described: tuple) -> dict:
+    """What `describe` made as a kernel's arguments: name_desc and name_tail."""
+    arguments = {}
+    for name, descs in described.items():
+        arguments[f"{name}_desc"], arguments[f"{name}_tail"] = descs
+    return arguments

@@ -25,11 +25,10 @@ it, and the other one has the triangle to mask; then each has seen one more. A l
 what the next multiple does: queries past it have an lse of infinity, p = 0, and keys past it are masked.
 
 14 B H N^2 D FLOPs, half of it if causal. Each sum belongs to one consumer and runs in a fixed order: deterministic.
-attention_hopper.fits says what it takes; attention_backward.py does the rest.
+choose.takes_views says which views; attention_backward.py does the rest.
 """
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma, warpgroup_mma_wait
@@ -48,10 +47,10 @@ from .attention_hopper import (
     describe,
     describe_flat,
     issue_dots,
+    named,
     place_of,
     product_layout,
     release,
-    require,
     row_dots,
     store_through,
     tile_of,
@@ -61,7 +60,7 @@ from .attention_hopper import (
 )
 from .device import multiprocessors
 from .heads import heads_in_group
-from .launching import launch
+from .launching import blocks, launch
 from .primitives import LOG2E
 
 
@@ -285,36 +284,30 @@ def attention_hopper_backward_kernel(
 
 
 def attention_backward_hopper(dout, q, k, v, out, lse, dq, dk, dv, causal: bool, scale: float) -> None:
-    """Fill dq, dk, dv, views (B, N, H, D) like the others; lse (base 2) fp32 (B, H, N).
-
-    Raises ValueError if the tensors do not fit."""
-    require(scale, dout=dout, q=q, k=k, v=v, out=out, dq=dq, dk=dk, dv=dv)
+    """Fill dq, dk, dv, views (B, N, H, D) that fit, like the others; lse (base 2) fp32 (B, H, N)."""
     B, N, H, D = q.shape
     tile = tiles.ATTENTION_HOPPER_BACKWARD[D]
     tiles.require("attention_hopper_backward_kernel", tile, q, 2 * tile.BLOCK_N * D)
     # lse and delta of every row of every tile: a block of them starts at 16 bytes, as a copy by TMA must.
-    TILES = triton.cdiv(N, tile.BLOCK_M)
+    TILES = blocks(N, tile.BLOCK_M)
     statistics = torch.empty((2, B, H, TILES * tile.BLOCK_M), dtype=torch.float32, device=q.device)
-
-    def run(owned, streamed, grads, **arguments) -> None:
-        views = zip(("a", "b", "x", "y", "da", "db", "out"), (*owned, *streamed, *grads, out))
-        launch(
-            attention_hopper_backward_kernel, (min(multiprocessors(q.device), TILES * B * H),),
-            **{key: value for name, t in views for key, value in describe(name, t, ROWS).items()}, **arguments,
-            scale=scale, scale_log2=scale * LOG2E.value,
-            N=N, H=H, WORK=TILES * B * H, TILES=TILES, HEADS=B * H, GROUP=heads_in_group(q, tile),
-            D=D, STAGES=tile.num_stages, IS_CAUSAL=causal,
-            CONSUMER_REGISTERS=CONSUMER_REGISTERS, PRODUCER_REGISTERS=PRODUCER_REGISTERS, num_warps=tile.num_warps,
-        )  # fmt: skip
-
-    run(
-        (q, dout), (k, v), (dq, dq), statistics_desc=None, p_lse=lse, p_statistics=statistics, PLACES=2,
-        IS_RAGGED=N % tile.BLOCK_M != 0, OWNS_KEYS=False,
+    grid = (min(multiprocessors(q.device), TILES * B * H),)
+    both = {
+        "scale": scale, "scale_log2": scale * LOG2E.value,
+        "N": N, "H": H, "WORK": TILES * B * H, "TILES": TILES, "HEADS": B * H, "GROUP": heads_in_group(q, tile),
+        "D": D, "STAGES": tile.num_stages, "IS_CAUSAL": causal,
+        "CONSUMER_REGISTERS": CONSUMER_REGISTERS, "PRODUCER_REGISTERS": PRODUCER_REGISTERS, "num_warps": tile.num_warps,
+    }  # fmt: skip
+    dout, q, k, v, out, dq, dk, dv = (describe(t, ROWS) for t in (dout, q, k, v, out, dq, dk, dv))
+    launch(
+        attention_hopper_backward_kernel, grid, **named(a=q, b=dout, x=k, y=v, da=dq, db=dq, out=out),
+        statistics_desc=None, p_lse=lse, p_statistics=statistics, PLACES=2,
+        IS_RAGGED=N % tile.BLOCK_M != 0, OWNS_KEYS=False, **both,
     )  # fmt: skip
     # With two places a tile's rows come while the last tile's gradients leave; two accumulators of 128 columns leave no
     # registers to tell them apart.
-    places = 1 if D == 128 else 2
-    run(
-        (k, v), (q, dout), (dk, dv), statistics_desc=describe_flat(statistics), p_lse=None, p_statistics=None,
-        PLACES=places, IS_RAGGED=False, OWNS_KEYS=True,
+    launch(
+        attention_hopper_backward_kernel, grid, **named(a=k, b=v, x=q, y=dout, da=dk, db=dv, out=out),
+        statistics_desc=describe_flat(statistics), p_lse=None, p_statistics=None, PLACES=1 if D == 128 else 2,
+        IS_RAGGED=False, OWNS_KEYS=True, **both,
     )  # fmt: skip

@@ -12,10 +12,9 @@ cycles of products and 512 of exp2: without the overlap the kernel could not pas
 Blocks run from the last one down, so that only the first is masked, by the diagonal or the end of the keys; it stands
 before the loop. Tiles go longest first, in groups of heads whose keys and values fit L2 together. Queries have two
 places: a tile's output leaves by one while the next tile has begun in the other. A length that 128 does not divide
-costs what the next multiple does. Deterministic. attention_hopper.fits says what it takes; attention.py does the rest.
+costs what the next multiple does. Deterministic. choose.takes_views says which views; attention.py does the rest.
 """
 
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma, warpgroup_mma_wait
@@ -33,9 +32,9 @@ from .attention_hopper import (
     copy,
     describe,
     issue_dots,
+    named,
     product_layout,
     release,
-    require,
     scale_rows,
     store_through,
     tile_of,
@@ -45,7 +44,7 @@ from .attention_hopper import (
 )
 from .device import multiprocessors
 from .heads import heads_in_group
-from .launching import launch
+from .launching import blocks, launch
 from .primitives import LOG2E
 
 
@@ -175,17 +174,18 @@ def attention_hopper_forward_kernel(
 
 
 def attention_forward_hopper(q, k, v, causal: bool, scale: float, out, lse) -> None:
-    """Fill out (B, N, H, D) contiguous, lse fp32 (B, H, N) in base 2. Raises ValueError if the tensors do not fit."""
-    require(scale, q=q, k=k, v=v)
+    """Fill out (B, N, H, D) contiguous, lse fp32 (B, H, N) in base 2, from views that fit."""
     B, N, H, D = q.shape
     tile = tiles.ATTENTION_HOPPER_FORWARD[D]
     # Two stages at least: the loop waits for the next block's values before it has read the last one's.
     tiles.require("attention_hopper_forward_kernel", tile, q, 2 * tile.BLOCK_N * D, stages=2)
-    TILES = triton.cdiv(N, tile.BLOCK_M)
+    TILES = blocks(N, tile.BLOCK_M)
     launch(
         attention_hopper_forward_kernel, (min(multiprocessors(q.device), TILES * B * H),),
-        **describe("q", q, ROWS), **describe("k", k, tile.BLOCK_N), **describe("v", v, tile.BLOCK_N),
-        **describe("out", out, ROWS), p_lse=lse, scale_log2=scale * LOG2E.value,
+        **named(
+            q=describe(q, ROWS), k=describe(k, tile.BLOCK_N), v=describe(v, tile.BLOCK_N), out=describe(out, ROWS)
+        ),
+        p_lse=lse, scale_log2=scale * LOG2E.value,
         N=N, H=H, WORK=TILES * B * H, TILES=TILES, HEADS=B * H, GROUP=heads_in_group(q, tile),
         D=D, STAGES=tile.num_stages, IS_CAUSAL=causal, IS_RAGGED=N % tile.BLOCK_M != 0,
         CONSUMER_REGISTERS=CONSUMER_REGISTERS, PRODUCER_REGISTERS=PRODUCER_REGISTERS, num_warps=tile.num_warps,

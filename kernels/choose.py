@@ -6,6 +6,7 @@ pictures are drawn: FEW_PICTURES in tiles.py, asked by igpt/sample/kernel_decode
     warp_specialised  attention's Gluon kernels (attention_hopper*.py), or the plain ones
     onednn            the torch path on a CPU: functions over oneDNN's products (igpt/ops/cpu.py), or plain PyTorch
     blocks            its attention: by blocks (igpt/ops/cpu_attention.py), or SDPA
+    packs             decoding's weights on a CPU: packed for oneDNN, or as they are for MKL
 """
 
 import functools
@@ -22,6 +23,9 @@ IMPLS = ("auto", "triton", "torch")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what the kernels take
 MAX_HEAD_DIM = 128  # wider accumulators would not fit the registers
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # Linux only; elsewhere the torch path is all there is
+if HAS_TRITON:
+    from .device import arch, check_device
+    from .interpreter import INTERPRETED
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 # Where attention by blocks was measured quicker than SDPA, by processor and dtype. SDPA multiplies through MKL, which
 # on AMD stops at AVX2. On 2 cores of an Intel Xeon with AVX-512 (2026-11-28, N 1024, H 8, D 64) it takes 7.3 ms to the
@@ -47,8 +51,6 @@ def kernels(impl: str, x: torch.Tensor) -> bool:
         raise ValueError("impl='triton': Triton is not installed; expected impl='torch' or 'auto'")
     if checks.is_vmap():
         raise ValueError("impl='triton': the kernels take no batch of vmap's; expected impl='torch' or 'auto'")
-    from .device import check_device  # imports Triton
-
     check_device("impl='triton'", x)
     if x.is_floating_point() and x.dtype not in FLOATS:
         raise ValueError(f"impl='triton': got {x.dtype}, expected one of {FLOATS}; fp64 runs with impl='torch'")
@@ -66,14 +68,21 @@ def takes_head_dim(D: int) -> bool:
 
 def warp_specialised(*views: torch.Tensor) -> bool:
     """For views (B, N, H, D) of one shape, all that a launch reads and writes: on sm_90 where TMA can take them."""
-    from .device import arch
-    from .interpreter import INTERPRETED
+    return arch(views[0].device) == "sm_90" and not INTERPRETED and takes_views(*views)
 
-    if arch(views[0].device) != "sm_90" or INTERPRETED:
+
+def takes_views(*tensors: torch.Tensor) -> bool:
+    """Whether these views (B, N, H, D) of one shape suit the Gluon kernels: fp16 or bf16, heads side by side, rows and
+    pictures that start at 16 bytes."""
+    (B, _, _, D), dtype = tensors[0].shape, tensors[0].dtype
+    if D not in (64, 96, 128) or dtype not in (torch.float16, torch.bfloat16):
         return False
-    from .attention_hopper import fits  # Gluon is imported only where it runs
-
-    return fits(*views)
+    for t in tensors:
+        picture, row, head, column = t.stride()
+        starts = row > 0 and row % 8 == 0 and (B == 1 or (picture > 0 and picture % 8 == 0))
+        if not (starts and head == D and column == 1 and t.dtype == dtype and t.data_ptr() % 16 == 0):
+            return False
+    return True
 
 
 def onednn(x: torch.Tensor) -> bool:
@@ -96,6 +105,13 @@ def blocks(q: torch.Tensor) -> bool:
         and torch.get_num_threads() <= MAX_THREADS
         and (processor(), q.dtype) in BLOCKS
     )
+
+
+def packs(weight: torch.Tensor, rows: int) -> bool:
+    """Whether a decoding step's product of `rows` rows reads a weight that oneDNN has packed. One core of an Intel Xeon
+    with AVX-512 (2026-11-28) streams S's fp32 weights 6 to 14% quicker through MKL up to 3 rows, and 22% slower from 4
+    on; bf16's through oneDNN always."""
+    return onednn(weight) and not (weight.dtype == torch.float32 and rows < 4 and processor() == "GenuineIntel")
 
 
 @functools.cache

@@ -71,10 +71,11 @@ def check_device(name: str, *tensors: torch.Tensor | None) -> None:
 
     Raises ValueError if a tensor is neither on a GPU nor (interpreted) on the CPU, if devices differ, or if they are a
     GPU other than the current one, where Triton would launch."""
-    devices = {t.device for t in tensors if t is not None}
-    if len(devices) > 1:
-        raise ValueError(f"{name}: tensors on several devices {sorted(map(str, devices))}; expected one")
-    device = next(iter(devices))
+    device = tensors[0].device
+    for t in tensors:
+        if t is not None and t.device != device:
+            devices = sorted({str(t.device) for t in tensors if t is not None})
+            raise ValueError(f"{name}: tensors on several devices {devices}; expected one")
     kind = device.type
     if kind not in ("cuda", "meta") and not (kind == "cpu" and INTERPRETED):
         raise ValueError(

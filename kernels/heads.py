@@ -149,8 +149,11 @@ def heads_in_group(x: torch.Tensor, tile: Tile) -> int:
 
 def is_aligned(x: torch.Tensor) -> bool:
     """Whether TMA can address x: 16-byte aligned start and strides, none of them zero."""
-    steps = [stride * x.element_size() for stride in x.stride()[:-1]]
-    return x.data_ptr() % 16 == 0 and all(step > 0 and step % 16 == 0 for step in steps)
+    size = x.element_size()
+    for stride in x.stride()[:-1]:
+        if stride <= 0 or stride * size % 16:
+            return False
+    return x.data_ptr() % 16 == 0
 
 
 def view_args(name: str, x: torch.Tensor | None, rows: int, tma: bool) -> dict:

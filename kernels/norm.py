@@ -27,7 +27,7 @@ from . import checks, tiles
 from .device import arch, check_device, multiprocessors
 from .launching import blocks, launch
 from .registration import differentiable, operation
-from .rows import as_rows, load_rows, store_rows, sum_partials
+from .rows import as_rows, load_rows, store_rows, sum_partials, with_row_stride
 
 
 @triton.jit
@@ -87,7 +87,8 @@ def norm_backward_kernel(
 
 
 def _forward_outputs(x, add, gain, eps, centred):
-    n, stats = x.new_empty(x.shape), x.new_empty((1 + centred, x.shape[0]), dtype=torch.float32)
+    n = torch.empty_like(x, memory_format=torch.contiguous_format)
+    stats = x.new_empty((1 + centred, x.numel() // x.shape[-1]), dtype=torch.float32)
     return n, stats, x.new_empty(0) if add is None else torch.empty_like(n)
 
 
@@ -95,22 +96,24 @@ def _forward_outputs(x, add, gain, eps, centred):
     "norm(Tensor x, Tensor? add, Tensor gain, float eps, bool centred) -> (Tensor, Tensor, Tensor)", _forward_outputs
 )
 def norm_op(x, add, gain, eps: float, centred: bool, n, stats, s) -> None:
-    """x, add [M, d] -> n [M, d], stats, s [M, d] (empty without `add`)."""
-    M, d = x.shape
+    """x, add (..., d), M rows -> n (..., d), stats [1 or 2, M], s (..., d) (empty without `add`)."""
+    M, d = stats.shape[1], x.shape[-1]
     tile = tiles.row_tile(tiles.NORM_FORWARD, arch(x.device), d)
     if M:
+        x, stride_x = with_row_stride(x)
+        add, stride_add = (None, 0) if add is None else with_row_stride(add)
         launch(
             norm_forward_kernel, (blocks(M, tile.BLOCK_M),),
             x=x, add=add, gain=gain, n=n, stats=stats, s=s, M=M, d=d,
-            stride_x=x.stride(0), stride_add=0 if add is None else add.stride(0), eps=eps,
+            stride_x=stride_x, stride_add=stride_add, eps=eps,
             HAS_ADD=add is not None, IS_CENTRED=centred, BLOCK_M=tile.BLOCK_M, BLOCK_D=tile.BLOCK_N,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
 
 
 def _backward_outputs(dn, x, gain, stats, dres, write_n):
-    dx = x.new_empty(x.shape)
-    return dx, torch.empty_like(gain), torch.empty_like(dx) if write_n else x.new_empty(0)
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return dx, torch.empty_like(gain), torch.empty_like(dn) if write_n else x.new_empty(0)
 
 
 @operation(
@@ -119,16 +122,18 @@ def _backward_outputs(dn, x, gain, stats, dres, write_n):
     _backward_outputs,
 )
 def norm_backward_op(dn, x, gain, stats, dres, write_n: bool, dx, dgain, n) -> None:
-    """dn, x, dres [M, d] -> dx [M, d], dgain [d], n [M, d] (empty unless `write_n`)."""
-    M, d = x.shape
+    """dn [M, d], x, dres (..., d) -> dx (..., d), dgain [d], n [M, d] (empty unless `write_n`)."""
+    M, d = dn.shape
     tile = tiles.row_tile(tiles.NORM_BACKWARD, arch(x.device), d)
     programs = min(blocks(M, tile.BLOCK_M), tile.programs * multiprocessors(x.device))
     partials = torch.empty((programs, d), dtype=torch.float32, device=x.device)
     if M:
+        x, stride_x = with_row_stride(x)
+        dres, stride_dres = (None, 0) if dres is None else with_row_stride(dres)
         launch(
             norm_backward_kernel, (programs,),
             dn=dn, x=x, gain=gain, stats=stats, dres=dres, dx=dx, n=n, partials=partials, M=M, d=d,
-            stride_dn=dn.stride(0), stride_x=x.stride(0), stride_dres=0 if dres is None else dres.stride(0),
+            stride_dn=dn.stride(0), stride_x=stride_x, stride_dres=stride_dres,
             HAS_DRES=dres is not None, HAS_N=write_n, IS_CENTRED=stats.shape[0] == 2,
             BLOCK_M=tile.BLOCK_M, BLOCK_D=tile.BLOCK_N, num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
@@ -137,7 +142,7 @@ def norm_backward_op(dn, x, gain, stats, dres, write_n: bool, dx, dgain, n) -> N
 
 @differentiable
 class Norm(torch.autograd.Function):
-    """x [M, d], gain, eps, centred -> n."""
+    """x (..., d), gain, eps, centred -> n (..., d), the norm's statistics."""
 
     @staticmethod
     def forward(x, gain, eps, centred):
@@ -164,4 +169,4 @@ def norm(x, weight, eps: float = 1e-5, centred: bool = False):
     checks.norm("norm", x, None, weight, x.dtype)
     tiles.check_kernel_rows("norm", x)
     check_device("norm", x, weight)
-    return Norm(as_rows(x), weight, eps, centred)[0].view(x.shape)
+    return Norm(x, weight, eps, centred)[0]

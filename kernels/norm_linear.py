@@ -24,7 +24,7 @@ from .rows import as_rows
 
 @differentiable
 class NormLinear(torch.autograd.Function):
-    """x, add [M, d], gain, weight, bias, eps, centred -> y [M, out], s [M, d], the norm's statistics."""
+    """x, add (..., d), gain, weight, bias, eps, centred -> y (..., out), s (..., d), the norm's statistics."""
 
     @staticmethod
     def forward(x, add, gain, weight, bias, eps, centred):
@@ -45,7 +45,7 @@ class NormLinear(torch.autograd.Function):
         if dy is None:
             return dres, dres if ctx.has_add else None, *[None] * 5
         s, gain, weight, stats = ctx.saved_tensors
-        dy, dres = as_rows(dy), None if dres is None else as_rows(dres)
+        dy = as_rows(dy)
         ds, dgain, n = norm_backward_op(dy @ weight, s, gain, stats, dres, True)
         dbias = dy.sum(0) if ctx.has_bias else None
         return ds, ds if ctx.has_add else None, dgain, dy.t() @ n, dbias, None, None
@@ -61,7 +61,5 @@ def norm_linear(
     checks.norm_linear(x, add, norm_weight, weight, bias, x.dtype)
     tiles.check_kernel_rows("norm_linear", x)
     check_device("norm_linear", x, add, norm_weight, weight, bias)
-    rows, added = as_rows(x), None if add is None else as_rows(add)
-    y, s, _ = NormLinear(rows, added, norm_weight, weight, bias, eps, centred)
-    y = y.view(*x.shape[:-1], weight.shape[0])
-    return (y, s.view(x.shape)) if through else y
+    y, s, _ = NormLinear(x, add, norm_weight, weight, bias, eps, centred)
+    return (y, s) if through else y

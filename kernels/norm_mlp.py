@@ -72,7 +72,7 @@ def quick_gelu_backward_op(u, dh, write_h: bool, h) -> None:
 
 @differentiable
 class NormMLP(torch.autograd.Function):
-    """x, add [M, d], gain, w_fc, w_proj, b_fc, b_proj, eps, centred, kept -> z, s [M, d], the norm's statistics and
+    """x, add (..., d), gain, w_fc, w_proj, b_fc, b_proj, eps, centred, kept -> z, s (..., d), the norm's statistics and
     what is kept for backward (else empty): 2 u and h, 1 u, 0 neither."""
 
     @staticmethod
@@ -80,8 +80,8 @@ class NormMLP(torch.autograd.Function):
         n, stats, s = norm_op(x, add, gain, eps, centred)
         u = F.linear(n, w_fc, b_fc)
         h = quick_gelu_op(u)
-        nothing, s = x.new_empty(0), x.view_as(x) if add is None else s
-        return F.linear(h, w_proj, b_proj), s, stats, u if kept else nothing, h if kept == 2 else nothing
+        z, s = F.linear(h, w_proj, b_proj), x.view_as(x) if add is None else s
+        return z, s, stats, u if kept else x.new_empty(0), h if kept == 2 else x.new_empty(0)
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):
@@ -97,12 +97,11 @@ class NormMLP(torch.autograd.Function):
         if dz is None:
             return dres, dres if ctx.has_add else None, *[None] * 8
         s, gain, w_fc, w_proj, stats, u, h = ctx.saved_tensors
-        dz, dres = as_rows(dz), None if dres is None else as_rows(dres)
-        recompute = h.shape != u.shape
+        dz, recompute = as_rows(dz), h.shape != u.shape
         du = dz @ w_proj
         again = quick_gelu_backward_op(u, du, recompute)
         ds, dgain, n = norm_backward_op(du @ w_fc, s, gain, stats, dres, True)
-        dw_fc, dw_proj = du.t() @ n, dz.t() @ (again if recompute else h)
+        dw_fc, dw_proj = du.t() @ n, dz.t() @ as_rows(again if recompute else h)
         db_fc = du.sum(0) if ctx.has_b_fc else None
         db_proj = dz.sum(0) if ctx.has_b_proj else None
         return ds, ds if ctx.has_add else None, dgain, dw_fc, dw_proj, db_fc, db_proj, None, None, None
@@ -120,9 +119,7 @@ def norm_mlp(
     checks.norm_mlp(x, add, norm_weight, w_fc, w_proj, b_fc, b_proj, x.dtype)
     tiles.check_kernel_rows("norm_mlp", x)
     check_device("norm_mlp", x, add, norm_weight, w_fc, w_proj, b_fc, b_proj)
-    rows, added = as_rows(x), None if add is None else as_rows(add)
-    tensors = rows, added, norm_weight, w_fc, w_proj, b_fc, b_proj
+    tensors = x, add, norm_weight, w_fc, w_proj, b_fc, b_proj
     is_training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     z, s, *_ = NormMLP(*tensors, eps, centred, (1 if recompute else 2) if is_training else 0)
-    z, s = z.view(x.shape), s.view(x.shape)
     return (z, s) if through else s + z

@@ -50,23 +50,22 @@ def operation(schema: str, outputs: Callable) -> Callable[[Callable], torch._ops
 
 def differentiable(function: type[torch.autograd.Function]) -> Callable:
     """A function that applies this autograd function. A second derivative raises: its operations have none."""
-    function.backward = once_differentiable(function.backward)
+    backward = function.backward
+    refusing = function.backward = once_differentiable(backward)
 
-    class Quick(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, *inputs):
-            outputs = function.forward(*inputs)
-            function.setup_context(ctx, inputs, outputs)
-            return outputs
+    def forward(ctx, *inputs):
+        outputs = function.forward(*inputs)
+        function.setup_context(ctx, inputs, outputs)
+        return outputs
 
-        backward = staticmethod(function.backward)
+    def first_backward(ctx, *gradients):
+        return (refusing if torch.is_grad_enabled() else backward)(ctx, *gradients)
 
-    Quick.__name__ = Quick.__qualname__ = function.__name__  # the name that profiles and grad_fn show
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(first_backward)}
+    quick = type(function.__name__, (torch.autograd.Function,), methods)  # the name that profiles and grad_fn show
 
     def apply(*inputs):
-        if checks.is_transformed():
-            return function.apply(*inputs)
-        return Quick.apply(*inputs)
+        return (function if checks.is_transformed() else quick).apply(*inputs)
 
     apply.__doc__ = function.__doc__
     return apply

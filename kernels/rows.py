@@ -38,6 +38,14 @@ def sum_partials(partials, out) -> None:
     )  # fmt: skip
 
 
+def with_row_stride(x: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """(..., d) as a kernel reads its rows, a copy only where their columns are apart or they themselves unevenly."""
+    if x.is_contiguous():
+        return x, x.shape[-1]
+    x = as_rows(x)
+    return x, x.stride(0)
+
+
 def as_rows(x: torch.Tensor) -> torch.Tensor:
     """(..., d) as [M, d] with contiguous columns: a view wherever the strides allow one."""
     x = x if x.dim() == 2 else x.reshape(x.numel() // max(x.shape[-1], 1), x.shape[-1])

@@ -185,9 +185,12 @@ ATTENTION_DKDV = {
 
 def attention_tile(table: dict, q: torch.Tensor, aligned: bool) -> Tile:
     """The tile of the narrowest row that holds the head dim of q (B, N, H, D)."""
-    row = "fp32" if q.dtype == torch.float32 else arch(q.device) if aligned else "unaligned"
-    row = row if any(name == row for name, _ in table) else "portable"
-    return table[row, min(width for name, width in table if name == row and width >= q.shape[3])]
+    row, D = "fp32" if q.dtype == torch.float32 else arch(q.device) if aligned else "unaligned", q.shape[3]
+    for name in (row, "portable"):
+        for width in (64, 96, 128):
+            if width >= D and (name, width) in table:
+                return table[name, width]
+    raise ValueError(f"attention: no tile for head dim {D}, expected up to 128")
 
 
 # The warp-specialised kernels of sm_90 (kernels/attention_hopper.py, attention_hopper_backward.py) by head dim: BLOCK_M

@@ -168,14 +168,12 @@ def settle(bar):
 
 
 class Descriptor:
-    """A tensor descriptor over a view: what lies outside of it reads as zero and is not written."""
+    """A tensor descriptor over a view from its base's start on: what lies outside of it reads as zero and is not
+    written."""
 
-    def __init__(self, view, block, layout):
-        self.view, self.block_shape, self.layout, self.dtype = view, block, layout, view.dtype
-
-    @classmethod
-    def from_tensor(cls, view, block, layout):
-        return cls(view, block, layout)
+    def __init__(self, base, shape, strides, block, layout):
+        self.view = base.as_strided(shape, strides)
+        self.block_shape, self.layout, self.dtype = block, layout, base.dtype
 
     def inside(self, at, block):
         """The part of the view at `at`, and the part of a block that it fills."""

@@ -11,6 +11,7 @@ from gluon_simulator import POLICIES, caught, load
 
 from bench.correctness.budget import compare
 from igpt.kernels import device, reference, tiles
+from igpt.kernels.choose import takes_views
 
 
 @pytest.fixture(autouse=True)
@@ -218,10 +219,21 @@ def test_a_tile_that_cannot_fit_is_refused(monkeypatch):
         simulated("attention_hopper_forward")["attention_forward_hopper"](q, q, q, True, 0.1, q, None)
 
 
-def test_what_does_not_fit_is_refused():
-    forward, backward = simulated("attention_hopper_forward"), simulated("attention_hopper_backward")
-    q, k, v = torch.zeros((1, 128, 3, 2, 80), dtype=torch.bfloat16).unbind(2)
-    with pytest.raises(ValueError, match=r"q, k, v: got .*expected fp16 or bf16"):
-        forward["attention_forward_hopper"](q, k, v, True, 0.1, q, None)
-    with pytest.raises(ValueError, match=r"dout, q, k, v, out, dq, dk, dv: got .*expected fp16 or bf16"):
-        backward["attention_backward_hopper"](q, q, k, v, q, None, q, k, v, True, 0.1)
+def test_which_views_it_takes():
+    """16 bits, a head dim with a tile, heads side by side, pictures and rows that start at 16 bytes."""
+    q, k, _ = torch.zeros(2, 128, 3, 2, 64, dtype=torch.bfloat16).unbind(2)
+    flat = torch.zeros(1 << 16, dtype=torch.bfloat16)
+
+    def view(picture, row, head=64, start=0):
+        return flat[start:].as_strided((2, 100, 2, 64), (picture, row, head, 1))
+
+    assert takes_views(q, k) and takes_views(q[:, 1:])
+    assert takes_views(view(100 * 128, 128)) and takes_views(view(0, 128)[:1])
+    assert not takes_views(q, k.half())
+    unfit = {
+        "fp32": q.float(), "head dim": q[..., :48], "columns apart": torch.cat([q, k], -1)[..., ::2],
+        "heads apart": view(100 * 256, 256, head=128), "one picture twice": view(0, 128), "one row": view(128, 0),
+        "rows at 8 bytes": view(100 * 132, 132), "pictures at 8 bytes": view(100 * 128 + 4, 128),
+        "start at 8 bytes": view(100 * 128, 128, start=4),
+    }  # fmt: skip
+    assert not [what for what, t in unfit.items() if takes_views(t)]

@@ -117,6 +117,17 @@ def test_opcheck_and_compile(centred, device):
     assert all(torch.equal(a, b) for a, b in zip(got, want))
 
 
+def test_a_second_derivative_is_refused(device):
+    """Its first derivative may be part of a graph; what comes out of it knows that it cannot be differentiated."""
+    x, w = torch.randn(3, 8, device=device, requires_grad=True), torch.ones(8, device=device, requires_grad=True)
+    y = norm(x, w)
+    assert y.grad_fn.name() == "NormBackward"
+    (once,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    assert torch.equal(once.detach(), *torch.autograd.grad(norm(x, w).square().sum(), x))
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        once.sum().backward()
+
+
 def test_bad_input(device):
     x = torch.zeros(2, 8, device=device)
     with pytest.raises(ValueError, match=r"norm_weight: got torch.float32 \(7,\), expected torch.float32 \(8,\)"):

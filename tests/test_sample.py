@@ -440,7 +440,7 @@ def test_sample_program(checkpoint):
 
     whole = pixels(batch=5)
     assert whole.shape == (2 * 6 + 2, 3 * 6 + 2, 3)
-    assert np.array_equal(whole, pixels(batch=2))
+    assert np.array_equal(whole, pixels(batch=2)) and np.array_equal(whole, pixels())
     assert not np.array_equal(whole, pixels(batch=5, seed=1))
 
 

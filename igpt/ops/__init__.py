@@ -244,4 +244,4 @@ def _addmm(added, a, weight, alpha: float = 1.0):
 
 
 def _cast(dtype, *tensors):
-    return [t if t is None else t.to(dtype) for t in tensors]
+    return [t if t is None or t.dtype == dtype else t.to(dtype) for t in tensors]

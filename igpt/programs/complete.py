@@ -36,13 +36,19 @@ def run(options: Options) -> dict:
     keep = round(options.keep * model.config.n_ctx)
     truth = palette.encode(np.stack(read(options, size[0])))
     asked = truth.repeat_interleave(options.completions, 0)
-    completed, report = options.run_batches(
+
+    def write(completed) -> None:
+        rows = len(completed) // options.completions  # that are whole
+        if rows:
+            done = palette.decode(completed[: rows * options.completions], size)
+            images = grid.beside(palette.decode(truth[:rows], size), done, keep)
+            grid.save(options.out, images, options.completions + 2, scale=options.scale)
+
+    report = options.run_batches(
         model, len(asked), model.config.n_ctx - keep,
-        lambda start, stop, **how: complete(model, asked[start:stop], keep, **how),
+        lambda start, stop, **how: complete(model, asked[start:stop], keep, **how), write,
     )  # fmt: skip
-    images = grid.beside(palette.decode(truth, size), palette.decode(completed, size), keep)
-    path = grid.save(options.out, images, options.completions + 2, scale=options.scale)
-    return {"out": str(path), "kept_pixels": keep, **report}
+    return {"out": str(options.out), "kept_pixels": keep, **report}
 
 
 def read(options: Options, side: int) -> list[np.ndarray]:

@@ -24,9 +24,10 @@ def run(options: Options) -> dict:
         raise ValueError(f"columns: got {options.columns}, expected at least 1")
     grid.prepare(options.out, options.force)
     model, palette, size = options.load()
-    tokens, report = options.run_batches(
-        model, options.n, model.config.n_ctx, lambda start, stop, **how: generate(model, stop - start, **how)
-    )
     columns = options.columns or math.ceil(math.sqrt(options.n))
-    path = grid.save(options.out, palette.decode(tokens, size), columns, scale=options.scale)
-    return {"out": str(path), **report}
+    report = options.run_batches(
+        model, options.n, model.config.n_ctx,
+        lambda start, stop, **how: generate(model, stop - start, **how),
+        lambda tokens: grid.save(options.out, palette.decode(tokens, size), columns, scale=options.scale),
+    )  # fmt: skip
+    return {"out": str(options.out), **report}

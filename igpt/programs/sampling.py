@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from igpt.palette import Palette
 from igpt.programs.source import OfRun
-from igpt.sample import decoder_of
+from igpt.programs.writing import Writer
+from igpt.sample import batch_of, decoder_of
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Sampling(OfRun):
     top_k: int | None = None  # draw from the k likeliest colours only
     top_p: float | None = None  # draw from the likeliest colours that together reach this probability
     seed: int = 0  # the same seed gives the same pictures, whatever --batch
-    batch: int = 16  # pictures decoded at once
+    batch: int | None = None  # pictures decoded at once, at most; default: 128 on a GPU, 32 on a CPU, if they fit
     weights: Literal["bf16", "int8"] | None = None  # default: the parameters' dtype, but bf16 for fp32 on a GPU
     cache_dtype: Literal["fp32", "bf16", "fp8"] | None = None  # of the cache; default: fp32 on a CPU, bf16 on a GPU
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -35,25 +36,28 @@ class Sampling(OfRun):
     def load(self):
         """(model, palette, (height, width)). Raises ValueError if they don't fit together."""
         for name in ("batch", "scale"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name}: got {value}, expected at least 1")
         return drawable(self.pretrained(self.model, self.device), self)
 
-    def run_batches(self, model, n: int, pixels: int, sample: Callable) -> tuple[torch.Tensor, dict]:
-        """sample(start, stop, **options) -> tokens, for slices of n pictures of which `pixels` are drawn each."""
+    def run_batches(self, model, n: int, pixels: int, sample: Callable, write: Callable) -> dict:
+        """sample(start, stop, **options) -> tokens, for slices of n pictures of which `pixels` are drawn each, and
+        write(tokens) of all so far as they come. The slices are of one size, for one decoder: the last one goes over
+        pictures of the one before it again."""
         weights = self.weights or ("bf16" if model.wte.is_cuda and model.wte.dtype == torch.float32 else None)
         drawn = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p, "seed": self.seed}
-        began, done, decoder = time.perf_counter(), [], None
+        how = {"weights": weights, "cache_dtype": self.cache_dtype}
+        batch, began = batch_of(model, n, self.batch, **how), time.perf_counter()
+        decoder = decoder_of(model, batch, total=n, **how)
         form = "{percentage:3.0f}%|{bar}| {n:.2f}/{total:.0f} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
-        with tqdm(total=n * pixels, unit=" pictures", unit_scale=1 / pixels, bar_format=form) as bar:
-            for start in range(0, n, self.batch):
-                stop = min(start + self.batch, n)
-                if decoder is None or decoder.batch != stop - start:
-                    how = {"weights": weights, "cache_dtype": self.cache_dtype, "total": n}
-                    decoder = decoder_of(model, stop - start, **how)
-                done.append(sample(start, stop, first=start, progress=bar.update, decoder=decoder, **drawn).cpu())
-        seconds = time.perf_counter() - began
-        return torch.cat(done), {"pictures": n, "seconds": round(seconds, 3), "pictures_per_s": round(n / seconds, 4)}
+        shown = tqdm(total=n * pixels, unit=" pictures", unit_scale=1 / pixels, bar_format=form)
+        with Writer(write) as writer, shown as bar:
+            for start in range(0, n, batch):
+                first, new = min(start, n - batch), min(batch, n - start)
+                options = {"first": first, "progress": lambda _, new=new: bar.update(new), "decoder": decoder, **drawn}
+                writer.put(sample(first, first + batch, **options)[-new:].cpu())
+            seconds = time.perf_counter() - began
+        return {"pictures": n, "seconds": round(seconds, 3), "pictures_per_s": round(n / seconds, 4)}
 
 
 def drawable(model, options):

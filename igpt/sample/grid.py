@@ -60,11 +60,13 @@ def is_ours(path: Path) -> bool:
 
 
 def save(path, images, columns: int, gap: int = 2, scale: int = 1) -> Path:
-    """Write `tile(images, columns, gap)` as a PNG, every pixel `scale` x `scale`; makes the folder."""
+    """Write `tile(images, columns, gap)` as a PNG, every pixel `scale` x `scale`; makes the folder. What stood there
+    stays until the new one is whole."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet = tile(images, columns, gap).repeat(scale, 0).repeat(scale, 1)
     signed = PngInfo()
     signed.add_text("Software", SOFTWARE)
-    Image.fromarray(sheet).save(path, format="PNG", pnginfo=signed)
-    return path
+    unfinished = path.with_name(f"{path.name}.part")
+    Image.fromarray(sheet).save(unfinished, format="PNG", pnginfo=signed)
+    return unfinished.replace(path)
