@@ -47,8 +47,23 @@ def tokens(B: int, N: int, device="cpu") -> torch.Tensor:
     return all_of_them[index].view(B, N).to(device)
 
 
+class Timed:
+    """What a case tells of its row: what must be right in which dtype before it has a speed (`needs`), how many `unit`s
+    are done in the row's milliseconds (ratios compare rates), and what part of a call those are (`share`)."""
+
+    unit, rate, share = "", 1.0, 1.0
+    is_whole = False  # a model: its memory is measured too, and its batch halved until that fits
+
+    @property
+    def needs(self) -> list[tuple[str, str]]:
+        return [(self.op, self.dtype)]
+
+    def useful(self) -> float | None:
+        """FLOPs that a model-FLOPs utilisation counts."""
+
+
 @dataclass(frozen=True)
-class Case:
+class Case(Timed):
     """One operation at one size. d = H D; the MLP's inner width is 4 d; V = 512."""
 
     op: str
@@ -93,6 +108,12 @@ class Case:
 
     def cost(self) -> cost.Cost:
         return OPS[self.op].cost(self, cost.ELEMENT[self.dtype])
+
+    def answers(self, impl: str, inputs: dict) -> list[torch.Tensor]:
+        """The output and every gradient of one call."""
+        args = {k: v.detach().requires_grad_(k in self.diff) for k, v in inputs.items()}
+        out = self.ours(impl)(**args)
+        return [out.detach(), *torch.autograd.grad(out, [args[k] for k in self.diff], torch.ones_like(out))]
 
 
 class Draw:

@@ -10,8 +10,6 @@ import argparse
 import dataclasses
 import os
 import shutil
-import signal
-import subprocess
 import sys
 import tarfile
 import time
@@ -26,10 +24,10 @@ from bench.cases import Case, sized
 from bench.compiled import step
 from bench.correctness import checks
 from bench.log import Log
-from bench.machine import ROOT
+from bench.machine import ROOT, ended
+from bench.model_cases import DecodeCase, ModelCase
 from bench.rows import Row
 from bench.speed import measure, models, sampling, tune
-from bench.speed.models import ModelCase
 from igpt.kernels.interpreter import INTERPRETED
 
 PRESETS, LENGTHS = ("s", "m", "l"), (1024, 2304, 4096)
@@ -90,7 +88,7 @@ class LyingTimer:
 SMALL = {
     Case: {"B": 1, "N": 16, "H": 1, "D": 16, "dtype": "fp32", "preset": ""},
     ModelCase: {"preset": "tiny", "B": 1, "N": 64, "dtype": "fp32"},
-    sampling.DecodeCase: {"preset": "tiny", "B": 1, "N": 24, "dtype": "fp32", "steps": 8},
+    DecodeCase: {"preset": "tiny", "B": 1, "N": 24, "dtype": "fp32", "steps": 8},
 }
 
 
@@ -206,14 +204,11 @@ HALF_S = 225.0
 def stage(name: str, log: Log, seconds: float) -> None:
     """One stage in its own process, ended when its time is over; its death is a line in the report."""
     command = [sys.executable, "-m", "bench.gpu", "--stage", name, "--seconds", str(seconds), "--out", log.path.parent]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=sys.stderr, start_new_session=True)
-    try:
-        if code := process.wait(timeout=seconds + GRACE_S):
-            log.event(f"stage {name}", f"ended with exit code {code}")
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    code, _ = ended(command, seconds + GRACE_S, stdout=sys.stderr)
+    if code is None:
         log.event(f"stage {name}", "ended at its time limit; its rows so far are kept", ok=True)
+    elif code:
+        log.event(f"stage {name}", f"ended with exit code {code}")
 
 
 def unpack(archive: Path) -> None:

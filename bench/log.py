@@ -32,8 +32,7 @@ class Log:
 
     def take(self, found: Iterable[Row]) -> None:
         for row in found:
-            with self.path.open("a") as file:
-                print(rows.to_json(row), file=file)
+            rows.append(row, self.path)
             took = f"{row.median_ms:.3g} ms" if row.median_ms else row.note
             against = "".join(f", {ratio:.2f}x {peer}" for peer, ratio in row.ratios.items())
             self.say(f"{row.op} {row.case} {row.impl}: {took}{against}")
@@ -84,14 +83,16 @@ class Log:
         """A Run of so many seconds that knows which operations are red, and how far each is from fp64."""
         red, errors = set(), {}
         for row in self.rows():
-            if isinstance(row, Row) and not row.ok and (row.suite, row.op) == ("harness", "bench.correctness"):
+            if not isinstance(row, Row):
+                continue
+            subject = row.op, row.dtype
+            if (row.suite, row.op, row.ok) == ("harness", "bench.correctness", False):
                 red |= set(itertools.product((*cases.OPS, "model", "decode"), cases.DTYPES))
-            elif isinstance(row, Row) and row.suite == "correctness":
-                if not row.ok:
-                    red.add(measure.subject(row))
-                elif row.err_vs_fp64 is not None:
-                    known = errors.get(measure.subject(row), (0.0, 0.0))
-                    errors[measure.subject(row)] = max(known, (row.err_vs_fp64, row.eager_err_vs_fp64))
+            elif row.suite == "correctness" and not row.ok:
+                red.add(subject)
+            elif row.suite == "correctness" and row.err_vs_fp64 is not None:
+                known = errors.get(subject, (0.0, 0.0))
+                errors[subject] = max(known, (row.err_vs_fp64, row.eager_err_vs_fp64))
         return measure.Run(
             device, *measure.timers(device), deadline=time.monotonic() + seconds, red=frozenset(red), errors=errors,
             **options,

@@ -133,6 +133,13 @@ def to_json(row) -> str:
     return json.dumps(asdict(row))
 
 
+def append(row, path: Path | None) -> None:
+    """One more line of the file, if there is one."""
+    if path:
+        with path.open("a") as file:
+            print(to_json(row), file=file)
+
+
 def from_json(line: str):
     """The row of one line; `suite` says of which kind. Raises ValueError naming unknown or missing fields."""
     values = json.loads(line)
@@ -157,11 +164,13 @@ def joined(before: Row | None, row: Row) -> Row:
     return replace(row, ratios=before.ratios | row.ratios)
 
 
-def regressions(rows: list, earlier: list, allowed: float = 1.1) -> tuple[dict[tuple, float], list[str]]:
-    """Time over the earlier time of every measured row found in both, and the names of those slower by more than
-    `allowed` with their 20-80% ranges apart."""
-    before = {r.key: r for r in earlier if isinstance(r, Row) and r.median_ms}
-    both = [(r, before[r.key]) for r in rows if isinstance(r, Row) and r.median_ms and r.key in before]
-    ratio = {r.key: r.median_ms / b.median_ms for r, b in both}
-    slower = [(r, b) for r, b in both if ratio[r.key] > allowed and r.p20_ms > b.p80_ms]
-    return ratio, [f"{r.op} {r.case} {r.impl}: {ratio[r.key]:.2f}x the earlier time" for r, b in slower]
+def regressions(rows: list, earlier: list, allowed: float = 1.1) -> list[str]:
+    """Time over the earlier time of every measured row found in both; a regression is slower by more than `allowed`
+    with the 20-80% ranges apart."""
+    before, lines = {r.key: r for r in earlier if isinstance(r, Row) and r.median_ms}, []
+    for r in rows:
+        if isinstance(r, Row) and r.median_ms and (b := before.get(r.key)):
+            is_slower = r.median_ms > allowed * b.median_ms and r.p20_ms > b.p80_ms
+            verdict = ": REGRESSION" if is_slower else ""
+            lines.append(f"{r.op} {r.case} {r.impl}: {r.median_ms / b.median_ms:.2f}x the earlier time{verdict}")
+    return lines

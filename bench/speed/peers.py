@@ -64,46 +64,32 @@ def operands(name: str, case: Case, inputs: dict) -> tuple[dict, tuple[str, ...]
     return {n: t.contiguous() for n, t in zip("qkv", inputs["qkv"].unbind(2))}, ("q", "k", "v")
 
 
-def _sdpa(case: Case, q, k, v):
+def fused_attention(q, k, v, causal: bool, scale=None, fn=F.scaled_dot_product_attention):
+    """torch's, or a function that takes the same, on heads (B, N, H, D)."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=case.causal).transpose(1, 2)
+    return fn(q, k, v, is_causal=causal, scale=scale).transpose(1, 2)
 
 
 def sdpa(case: Case, device: str, backend: SDPBackend | None = None):
     """torch's fused attention: its own choice, or one backend forced."""
-    if backend is None:
-        return functools.partial(_sdpa, case)
-    if absent := missing(device):
-        return absent
-
-    def forced(q, k, v):
-        with sdpa_kernel(backend):
-            return _sdpa(case, q, k, v)
-
-    return forced
-
-
-@functools.cache
-def _flex(device: str):
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=False)  # its own tiles: autotuning them takes a minute a shape
+    fused = functools.partial(fused_attention, causal=case.causal)
+    return fused if backend is None else missing(device) or sdpa_kernel(backend)(fused)
 
 
 def flex(case: Case, device: str):
+    """With its own tiles: autotuning them takes a minute a shape."""
     if absent := missing(device):
         return absent
-    from torch.nn.attention.flex_attention import create_block_mask
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    mask = None
+    mask, run = None, torch.compile(flex_attention, dynamic=False)
     if case.causal:
         mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, case.N, case.N, device=device)
 
-    def run(q, k, v):
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        return _flex(device)(q, k, v, block_mask=mask).transpose(1, 2)
+    def blocked(q, k, v, is_causal, scale):
+        return run(q, k, v, block_mask=mask, scale=scale)
 
-    return run
+    return functools.partial(fused_attention, causal=case.causal, fn=blocked)
 
 
 def flash4(case: Case, device: str):
@@ -122,7 +108,7 @@ def compiled_reference(case: Case, device: str):
     """torch.compile of what a careful user would write: SDPA for attention, the reference for the rest."""
     if case.op.startswith("palette"):
         return Absent("the reference's argmin is numpy's")
-    return compiled(functools.partial(_sdpa, case) if case.op == "attention" else case.reference(), device)
+    return compiled(sdpa(case, device) if case.op == "attention" else case.reference(), device)
 
 
 def liger(case: Case, device: str):
@@ -186,7 +172,7 @@ def chosen(names: dict, wanted: str) -> dict:
     """Those of "all" or "NAME,NAME". Raises ValueError for a name that no peer has."""
     if wanted == "all":
         return names
-    asked = [w.strip() for w in wanted.split(",") if w.strip()]
-    if unknown := sorted(set(asked) - set(NAMES)):
+    asked = {w.strip() for w in wanted.split(",")}
+    if unknown := sorted(asked - set(NAMES)):
         raise ValueError(f"peers: got {unknown}, expected 'all' or some of {NAMES}")
     return {name: build for name, build in names.items() if name in asked}

@@ -6,13 +6,11 @@ own row, in turns, and must give what the table's row gives. Nothing searches in
 """
 
 import argparse
-import contextlib
 import dataclasses
 import datetime
 import functools
 import itertools
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,7 +23,7 @@ import torch
 from bench import rows
 from bench.cases import Case, sized
 from bench.compiled.cases import CompileCase, forward_and_backward
-from bench.machine import FAULTS, ROOT, raised, stamp
+from bench.machine import FAULTS, ended, raised, stamp
 from bench.speed.measure import call
 from bench.speed.timing import CudaTimer, interleaved
 from igpt.kernels import tiles
@@ -115,19 +113,10 @@ def clean(arch: str, only: str, limit_s: float) -> set[str]:
     flags = ["--cases", "bench.speed.tune", "--case", only, "--arch", arch, "--workers", str(os.cpu_count() or 1)]
     with tempfile.NamedTemporaryFile(suffix=".jsonl") as file:
         command = [sys.executable, "-m", "bench.compiled", *flags, "--out", file.name]
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            subprocess.run(command, cwd=ROOT, env=env, timeout=limit_s, stdout=sys.stderr)
+        ended(command, limit_s, env, stdout=sys.stderr)
         kernels = {search.name: search.kernel for search in searches(arch)}
         found = [row for row in rows.read(file.name) if row.function == kernels[row.case.split("#")[0]]]
     return {row.case for row in found if row.ok} - {row.case for row in found if not row.ok}
-
-
-def answers(search: Search, inputs: dict, tile: Tile, arch: str):
-    with search.using(tile, arch):
-        args = {k: v.detach().requires_grad_(k in search.case.diff) for k, v in inputs.items()}
-        out = search.case.ours("triton")(**args)
-        grads = torch.autograd.grad(out, [args[k] for k in search.case.diff], torch.ones_like(out))
-    return [out.detach(), *grads]
 
 
 def agree(a, b) -> bool:
@@ -141,31 +130,30 @@ def agree(a, b) -> bool:
 def timed(
     search: Search, arch: str, device: str, tried: Callable[[str], bool], timer, seconds: float
 ) -> list[tuple[float, Tile]]:
-    """(ms, tile) of every candidate that is to be tried, runs, and agrees with the table's row, quickest first."""
-    inputs = search.case.inputs(device)
-    candidates = search.candidates(arch)
-    wanted, variants = answers(search, inputs, candidates[0], arch), {}
-    for place, tile in enumerate(candidates):
+    """(ms, tile) of the quickest few candidates that are to be tried, run and agree with the table's row, and of that
+    row itself, quickest first. All are timed first, those few then for longer."""
+    case, variants, wanted = search.case, {}, None
+    inputs = case.inputs(device)
+    for place, tile in enumerate(search.candidates(arch)):
         if place and not tried(f"{search.name}#{place}"):
             continue
+        using = search.using(tile, arch)  # as a decorator too
         try:
-            if not agree(answers(search, inputs, tile, arch), wanted):
-                continue
-            with search.using(tile, arch):
-                fn = call(search.case.ours("triton"), inputs, search.case.diff, search.case.direction)
-
-            def variant(fn=fn, tile=tile):
-                with search.using(tile, arch):
-                    return fn()
-
-            variant()
-            variants[tile] = variant
+            found = using(case.answers)("triton", inputs)
+            wanted = wanted or found
+            if agree(found, wanted):
+                variant = using(using(call)(case.ours("triton"), inputs, case.diff, case.direction))
+                variant()
+                variants[tile] = variant
         except FAULTS as fault:
             print(f"  {tile}: {raised(fault)}", file=sys.stderr)
-    first = interleaved(variants, timer, seconds / 2, least=3, most=10)
-    best = sorted(first, key=lambda t: first[t].median)[:4]
-    last = interleaved({t: variants[t] for t in {*best, candidates[0]}}, timer, seconds / 2, least=5, most=50)
-    return sorted(((s.median, t) for t, s in last.items()), key=lambda x: x[0])
+
+    def ranked(tiles: list[Tile], least: int, most: int) -> list[tuple[float, Tile]]:
+        found = interleaved([variants[t] for t in tiles], timer, seconds / 2, least, most)
+        return sorted(zip((s.median for s in found), tiles), key=lambda x: x[0])
+
+    best = [tile for _, tile in ranked(list(variants), 3, 10)[:4]]
+    return ranked(list(dict.fromkeys([*best, search.current(arch)])), 5, 50)
 
 
 def paste(search: Search, arch: str, ranked: list[tuple[float, Tile]], device: str) -> str:
@@ -177,11 +165,11 @@ def paste(search: Search, arch: str, ranked: list[tuple[float, Tile]], device: s
         best_ms, best = mine, now
     gpu, note = stamp(device)["gpu"].removeprefix("NVIDIA "), f"{best_ms:.4f} ms, the table's {mine:.4f}"
     best = dataclasses.replace(best, evidence=f"{gpu} {datetime.date.today().isoformat()}")
-    defaults = {f.name: f.default for f in dataclasses.fields(Tile)}
-    options = {k: v for k, v in dataclasses.asdict(best).items() if v != defaults[k] and not k.startswith("BLOCK")}
-    shown = [f"{k}={v!r}" for k, v in options.items()]
-    sizes = [str(v) for v in (best.BLOCK_M, best.BLOCK_N, best.BLOCK_K) if v]
-    return f"    {search.row_key(arch)!r}: Tile({', '.join([*sizes, *shown])}),  # {note}"
+    shown = [str(v) for v in (best.BLOCK_M, best.BLOCK_N, best.BLOCK_K) if v]
+    for f in dataclasses.fields(Tile):
+        value = getattr(best, f.name)
+        shown += [f"{f.name}={value!r}"] if value != f.default and not f.name.startswith("BLOCK") else []
+    return f"    {search.row_key(arch)!r}: Tile({', '.join(shown)}),  # {note}"
 
 
 def run(
