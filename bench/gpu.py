@@ -13,15 +13,16 @@ import shutil
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from bench import cases
-from bench.cases import Case, sized
+from bench.cases import PIXELS, ROW_OPS, Case, correctness, sized, speed
 from bench.compiled import step
+from bench.compiled.cases import CompileCase, of
+from bench.compiled.cases import cases as compile_cases
 from bench.correctness import checks
 from bench.log import Log
 from bench.machine import ROOT, ended
@@ -45,7 +46,7 @@ class Job:
     device: str = "cuda"
     presets: tuple[str, ...] = PRESETS
     checks: str = "gpu"  # bench.correctness's list
-    binaries: tuple[str, ...] = ("--cases", "bench.compiled.gpu_cases")
+    binaries: tuple[str, ...] = ("--cases", "bench.gpu")
     sanitizer: str | None = shutil.which("compute-sanitizer")
 
     @property
@@ -109,8 +110,7 @@ class Rehearsal(Job):
     def search(self, only: str) -> None:
         *_, last = (search for search in tune.searches("portable") if only in search.name)
         last = dataclasses.replace(last, case=self.small([last.case])[0], values={"num_warps": (4, 8)})
-        out = self.log.path.with_name("tiles.txt")
-        tune.run([last], "portable", self.device, lambda name: True, LyingTimer(), self.seconds, out)
+        tune.search([last], "portable", bool, self.run("all"), self.log.path.with_name("tiles.txt"))
 
     def small(self, chosen: Iterable) -> list:
         return list(dict.fromkeys(dataclasses.replace(case, **SMALL[type(case)]) for case in chosen))
@@ -163,8 +163,8 @@ def sampled(job: Job) -> None:
 
 def others(job: Job) -> None:
     """MLP, head, palette and the rest, against everything but torch.compile, whose autotuning takes its time."""
-    chosen = [case for op in cases.ROW_OPS for case in sized(op, PRESETS, ("fwd", "bwd"), TOKENS)]
-    job.operations([*chosen, *sized("head_loss", PRESETS, ("fwd+bwd",), TOKENS), *cases.PIXELS], "torch path,liger")
+    chosen = [case for op in ROW_OPS for case in sized(op, PRESETS, ("fwd", "bwd"), TOKENS)]
+    job.operations([*chosen, *sized("head_loss", PRESETS, ("fwd+bwd",), TOKENS), *PIXELS], "torch path,liger")
 
 
 def cold(job: Job) -> None:
@@ -189,6 +189,14 @@ def attention_tiles(job: Job) -> None:
 
 def other_tiles(job: Job) -> None:
     job.search("")
+
+
+def cases() -> Iterator[CompileCase]:
+    """What the stages launch, for bench.compiled: the same cases, and so the same binaries; what comes first, first."""
+    presets = speed(PRESETS, LENGTHS, ("bf16",), ("fwd+bwd",), TOKENS)
+    for case in [*correctness(quick=False, gpu=True), *presets, *PIXELS]:
+        yield of(case, Row("compile", impl="", **case.labels).case)
+    yield from (case for case in compile_cases() if case.name.startswith("decode"))
 
 
 # Seconds a stage may take; what one leaves, the later ones have, and REST all that is left.

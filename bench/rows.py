@@ -1,7 +1,8 @@
 """Rows of a report: frozen dataclasses, one JSON line each. DESIGN.md's schema is these fields."""
 
 import json
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 
@@ -143,25 +144,25 @@ def append(row, path: Path | None) -> None:
 def from_json(line: str):
     """The row of one line; `suite` says of which kind. Raises ValueError naming unknown or missing fields."""
     values = json.loads(line)
-    kind = KINDS.get(values.get("suite"), Row)
-    if unknown := sorted(set(values) - {f.name for f in fields(kind)}):
-        raise ValueError(f"{kind.__name__}: unknown fields {unknown}")
-    needed = {f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING}
-    if missing := sorted(needed - set(values)):
-        raise ValueError(f"{kind.__name__}: missing fields {missing}")
-    return kind(**values)
+    try:
+        return KINDS.get(values.get("suite"), Row)(**values)
+    except TypeError as error:
+        raise ValueError(f"{line[:80]}: {error}") from error
 
 
 def read(path: str | Path) -> list:
     return [from_json(line) for line in Path(path).read_text().splitlines() if line.strip()]
 
 
-def joined(before: Row | None, row: Row) -> Row:
-    """What stands for a case of which `before` came earlier in the run: timed again beside other peers its ratios join,
-    each to the time of its own run, and a row that found no time left takes none away."""
-    if before is None or (before.median_ms and not row.median_ms):
-        return before or row
-    return replace(row, ratios=before.ratios | row.ratios)
+def joined(found: Iterable[Row], key: Callable[[Row], Hashable]) -> dict[Hashable, Row]:
+    """The rows by their key, those of one key as one: timed again beside other peers its ratios join, each to the time
+    of its own run, and a row that found no time left takes none away."""
+    kept: dict[Hashable, Row] = {}
+    for row in found:
+        before = kept.setdefault(key(row), row)
+        if row.median_ms or not before.median_ms:
+            kept[key(row)] = replace(row, ratios=before.ratios | row.ratios)
+    return kept
 
 
 def regressions(rows: list, earlier: list, allowed: float = 1.1) -> list[str]:

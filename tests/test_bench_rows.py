@@ -38,7 +38,7 @@ def test_rows_survive_a_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("line", "says"), [('{"suite": "kernels", "speed": 1}', "unknown fields"), ('{"suite": "step"}', "missing fields")]
+    ("line", "says"), [('{"suite": "kernels", "speed": 1}', "'speed'"), ('{"suite": "step"}', "missing.*'B'")]
 )
 def test_a_foreign_line_is_refused_by_name(line, says):
     with pytest.raises(ValueError, match=says):

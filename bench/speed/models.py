@@ -18,7 +18,7 @@ from bench.model_cases import ModelCase
 from bench.rows import Row
 from bench.speed import peers
 from bench.speed.measure import Run, Variant, rows_of
-from bench.speed.peers import Absent, compiled, fused_attention, importable
+from bench.speed.peers import Absent, compiled, fused_attention
 from igpt import ImageGPT
 from igpt.config import PRESETS
 from igpt.hf.patch import apply_igpt_kernels
@@ -55,8 +55,6 @@ def eager_block(h, norm_a, qkv, proj, norm_m, w_fc, w_proj, heads, scale, eps, c
 def hugging_face(case: ModelCase, device: str):
     """transformers' ImageGPT of the same size. Its attention divides by int(sqrt(head dim)), right only for 64, and
     is left as shipped; dropout, 0.1 by its default and none in the paper, is off, in its favour."""
-    if not importable("transformers"):
-        return Absent("transformers is not installed")
     from transformers import ImageGPTConfig, ImageGPTForCausalImageModeling
 
     c = PRESETS[case.preset]
@@ -108,7 +106,7 @@ def build(name: str, case: ModelCase, device: str):
         return runner(case, ours(case, device), ImageGPT.__call__, ImageGPT.loss, device, graph=device == "cuda")
     if name.startswith("hugging face"):
         model, logits = hugging_face(case, device), hugging_face_logits
-        if name == "hugging face patched" and not isinstance(model, Absent):
+        if name == "hugging face patched":
             apply_igpt_kernels(model)
     elif name == "eager":
         model, logits = ours(case, device), eager_logits

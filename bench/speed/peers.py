@@ -1,10 +1,10 @@
 """The others: for each operation and for the whole model, peers by name, with the reason where one is absent.
 
-A peer is built for a case and answers with a callable that takes the case's inputs, or with `Absent`.
+A peer is built for a case and answers with a callable that takes the case's inputs, or with `Absent`; so does one
+whose package can't be imported.
 """
 
 import functools
-import importlib.util
 import os
 import shutil
 from collections.abc import Callable
@@ -30,15 +30,7 @@ class Absent:
     why: str
 
 
-def importable(name: str) -> bool:
-    return importlib.util.find_spec(name) is not None
-
-
-def missing(device: str, package: str = "torch") -> Absent | None:
-    """Why a GPU's peer out of this package cannot run here."""
-    if device != "cuda":
-        return Absent("needs a GPU")
-    return None if importable(package) else Absent(f"{package} is not installed")
+NO_GPU = Absent("needs a GPU")
 
 
 def compiled(fn: Callable, device: str) -> Callable | Absent:
@@ -73,13 +65,15 @@ def fused_attention(q, k, v, causal: bool, scale=None, fn=F.scaled_dot_product_a
 def sdpa(case: Case, device: str, backend: SDPBackend | None = None):
     """torch's fused attention: its own choice, or one backend forced."""
     fused = functools.partial(fused_attention, causal=case.causal)
-    return fused if backend is None else missing(device) or sdpa_kernel(backend)(fused)
+    if backend is None:
+        return fused
+    return sdpa_kernel(backend)(fused) if device == "cuda" else NO_GPU
 
 
 def flex(case: Case, device: str):
     """With its own tiles: autotuning them takes a minute a shape."""
-    if absent := missing(device):
-        return absent
+    if device != "cuda":
+        return NO_GPU
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     mask, run = None, torch.compile(flex_attention, dynamic=False)
@@ -93,8 +87,8 @@ def flex(case: Case, device: str):
 
 
 def flash4(case: Case, device: str):
-    if absent := missing(device, "flash_attn") or missing(device, "flash_attn.cute"):
-        return absent
+    if device != "cuda":
+        return NO_GPU
     from flash_attn.cute import flash_attn_func
 
     def run(q, k, v):
@@ -113,8 +107,8 @@ def compiled_reference(case: Case, device: str):
 
 def liger(case: Case, device: str):
     """Liger-Kernel's norm, or its fused linear cross-entropy behind its norm."""
-    if absent := missing(device, "liger_kernel"):
-        return absent
+    if device != "cuda":
+        return NO_GPU
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as HeadLoss
     from liger_kernel.ops.rms_norm import LigerRMSNormFunction as Norm
 

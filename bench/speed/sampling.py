@@ -41,10 +41,7 @@ def ours(case: DecodeCase, device: str) -> Callable[[], object]:
 
 def hugging_face(case: DecodeCase, device: str):
     """generate() of transformers' ImageGPT, sampling; the cache up to the window is there already."""
-    model = models.hugging_face(case.model, device)
-    if isinstance(model, Absent):
-        return model
-    model.eval()
+    model = models.hugging_face(case.model, device).eval()
     sos = torch.full((case.B, 1), model.config.vocab_size - 1, device=device)
     prompt = torch.cat([sos, tokens(case.B, case.start, device)], 1) if case.start else sos
     cache = None

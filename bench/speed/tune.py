@@ -24,8 +24,8 @@ from bench import rows
 from bench.cases import Case, sized
 from bench.compiled.cases import CompileCase, forward_and_backward
 from bench.machine import FAULTS, ended, raised, stamp
-from bench.speed.measure import call
-from bench.speed.timing import CudaTimer, interleaved
+from bench.speed.measure import Run, Variant, call, rows_of, timers
+from bench.speed.peers import Absent
 from igpt.kernels import tiles
 from igpt.kernels.device import ARCHS, arch
 from igpt.kernels.tiles import Tile
@@ -127,33 +127,24 @@ def agree(a, b) -> bool:
     )
 
 
-def timed(
-    search: Search, arch: str, device: str, tried: Callable[[str], bool], timer, seconds: float
-) -> list[tuple[float, Tile]]:
-    """(ms, tile) of the quickest few candidates that are to be tried, run and agree with the table's row, and of that
-    row itself, quickest first. All are timed first, those few then for longer."""
-    case, variants, wanted = search.case, {}, None
-    inputs = case.inputs(device)
-    for place, tile in enumerate(search.candidates(arch)):
-        if place and not tried(f"{search.name}#{place}"):
-            continue
+def timed(search: Search, arch: str, tried: Callable[[str], bool], run: Run) -> list[tuple[float, Tile]]:
+    """(ms, tile) of every candidate that is to be tried, runs, and agrees with the table's row, quickest first."""
+    inputs, now, *others = search.case.inputs(run.device), *search.candidates(arch)
+    wanted = search.using(now, arch)(search.case.answers)("triton", inputs)
+    tiles = {"ours": now}  # it must run, or there is nothing to compare with
+    tiles |= {name: tile for i, tile in enumerate(others, 1) if tried(name := f"{search.name}#{i}")}
+
+    def build(case, tile):
         using = search.using(tile, arch)  # as a decorator too
-        try:
-            found = using(case.answers)("triton", inputs)
-            wanted = wanted or found
-            if agree(found, wanted):
-                variant = using(using(call)(case.ours("triton"), inputs, case.diff, case.direction))
-                variant()
-                variants[tile] = variant
-        except FAULTS as fault:
-            print(f"  {tile}: {raised(fault)}", file=sys.stderr)
+        if not agree(using(case.answers)("triton", inputs), wanted):
+            return Absent("it gives something else")
+        return using(using(call)(case.ours("triton"), inputs, case.diff, case.direction))
 
-    def ranked(tiles: list[Tile], least: int, most: int) -> list[tuple[float, Tile]]:
-        found = interleaved([variants[t] for t in tiles], timer, seconds / 2, least, most)
-        return sorted(zip((s.median for s in found), tiles), key=lambda x: x[0])
-
-    best = [tile for _, tile in ranked(list(variants), 3, 10)[:4]]
-    return ranked(list(dict.fromkeys([*best, search.current(arch)])), 5, 50)
+    variants = [Variant(name, search.case, functools.partial(build, tile=tile)) for name, tile in tiles.items()]
+    found = list(rows_of("tune", variants, run, run.timer))
+    for row in found:
+        print(f"  {tiles[row.impl]}: {row.note or f'{row.median_ms:.4f} ms'}", file=sys.stderr)
+    return sorted(((row.median_ms, tiles[row.impl]) for row in found if row.median_ms), key=lambda x: x[0])
 
 
 def paste(search: Search, arch: str, ranked: list[tuple[float, Tile]], device: str) -> str:
@@ -172,18 +163,15 @@ def paste(search: Search, arch: str, ranked: list[tuple[float, Tile]], device: s
     return f"    {search.row_key(arch)!r}: Tile({', '.join(shown)}),  # {note}"
 
 
-def run(
-    chosen: Iterable[Search], arch: str, device: str, tried: Callable[[str], bool], timer, seconds: float, out: Path
-) -> None:
-    """Search until the time is over; the rows to paste go to stdout and to the end of `out`."""
-    end = time.monotonic() + seconds
+def search(chosen: Iterable[Search], arch: str, tried: Callable[[str], bool], run: Run, out: Path) -> None:
+    """Until the run's time is over; the rows to paste go to stdout and to the end of `out`."""
     for search in chosen:
-        if (left := end - time.monotonic()) < 5:
+        if (left := run.deadline - time.monotonic()) < 5:
             print(f"no time was left for {search.name} and what follows", file=sys.stderr)
             break
         try:
-            found = timed(search, arch, device, tried, timer, min(10.0, left / 2))
-            line = f"{search.table}  {paste(search, arch, found, device).strip()}"
+            run.case_s = min(run.case_s, left / 2)
+            line = f"{search.table}  {paste(search, arch, timed(search, arch, tried, run), run.device).strip()}"
         except FAULTS as fault:
             line = f"{search.name}: {raised(fault)}"
         print(line, flush=True)
@@ -197,10 +185,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="only tables whose name and key contain this")
     parser.add_argument("--out", type=Path, default=Path("tiles.txt"), help="append the rows to paste to this file")
     args = parser.parse_args(argv)
-    end, arch = time.monotonic() + args.seconds, this_arch()
-    tried = clean(arch, args.only, args.seconds / 3)
-    chosen = [s for s in searches(arch) if args.only in s.name]
-    run(chosen, arch, "cuda", tried.__contains__, CudaTimer(), end - time.monotonic(), args.out)
+    run = Run("cuda", *timers("cuda"), case_s=10.0, deadline=time.monotonic() + args.seconds, least=10)
+    tried = clean(arch := this_arch(), args.only, args.seconds / 3)
+    search([s for s in searches(arch) if args.only in s.name], arch, tried.__contains__, run, args.out)
     return 0
 
 
