@@ -121,12 +121,9 @@ class Draw:
 
     def __init__(self, case: Case, device):
         self.case, self.device, self.dtype = case, torch.device(device), DTYPES[case.dtype]
-        self.meta = self.device.type == "meta"
-        self.generator = None if self.meta else torch.Generator(self.device).manual_seed(0)
+        self.generator = None if self.device.type == "meta" else torch.Generator(self.device).manual_seed(0)
 
     def normal(self, *shape, std: float = 1.0, mean: float = 0.0) -> torch.Tensor:
-        if self.meta:
-            return torch.empty(shape, dtype=self.dtype, device="meta")
         return (torch.randn(shape, generator=self.generator, device=self.device) * std + mean).to(self.dtype)
 
     def tokens(self) -> torch.Tensor:
@@ -141,8 +138,7 @@ class Draw:
     def stream(self) -> torch.Tensor:
         """A residual stream (B, N, d): pictures embedded, plus noise for what attention would have added."""
         c = self.case
-        table, noise = self.normal(VOCAB, c.d), self.normal(c.B, c.N, c.d, std=0.5)
-        return noise if self.meta else table[self.tokens()] + noise
+        return self.normal(VOCAB, c.d)[self.tokens()] + self.normal(c.B, c.N, c.d, std=0.5)
 
     def gain(self) -> torch.Tensor:
         return self.normal(self.case.d, std=0.1, mean=1.0)
@@ -206,11 +202,11 @@ OPS = {
     ),
     "palette_encode": Op(
         lambda c, draw: {"pixels": draw.pixels(), "palette": draw.palette()},
-        lambda c, e: cost.palette_encode(c.B * c.N, VOCAB),
+        lambda c, e: cost.palette(c.B * c.N, VOCAB),
     ),
     "palette_decode": Op(
         lambda c, draw: {"tokens": draw.tokens(), "palette": draw.palette()},
-        lambda c, e: cost.palette_decode(c.B * c.N, VOCAB),
+        lambda c, e: cost.palette(c.B * c.N, VOCAB),
     ),
 }  # fmt: skip
 

@@ -67,6 +67,15 @@ class Row:
     def key(self) -> tuple[str, ...]:
         return self.suite, self.op, self.case, self.impl, self.device
 
+    def __str__(self) -> str:
+        """For whoever waits: what was found."""
+        found = [f"{self.median_ms:.3g} ms"] if self.median_ms else []
+        found += [f"{ratio:.2f}x {peer}" for peer, ratio in self.ratios.items()]
+        if self.err_vs_fp64 is not None and not found:
+            found.append(f"{self.err_vs_fp64:.2e} (eager {self.eager_err_vs_fp64:.2e})")
+        found += [] if found and self.ok else [self.note]
+        return f"{self.op} {self.case} {self.impl}: {'' if self.ok else 'RED '}{', '.join(found)}"
+
 
 @dataclass(frozen=True)
 class StepRow:

@@ -5,11 +5,13 @@ if every correctness row holds and everything that sm_90 would run compiles clea
 """
 
 import argparse
+import functools
 import itertools
 import os
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,21 +28,22 @@ from bench.model_cases import ModelCase  # noqa: E402
 from bench.speed import measure, models, peers, pictures, sampling  # noqa: E402
 
 SUITES = ("quick", "kernels", "model", "sampling", "compile", "full")
+QUICK = ("--arch", "sm_90", "--quick")  # of what is compiled
 TIMED = ("quick", "kernels", "model", "full")  # operations or models, whose correctness is checked first
 
 
 def evidence(log: Log, device: str, suite: str) -> None:
     """Correctness and compilation, side by side on a CPU's two cores: neither is timed."""
-    running, cores, quick = [], os.cpu_count() or 1, suite == "quick"
+    quick, children = suite == "quick", []
     if suite in TIMED:
         flags = ["--device", device, *(["--list", "quick"] if quick else [])]
-        running.append(("correctness", log.begin("correctness", *flags, interpret=device == "cpu")))
+        children.append(functools.partial(log.child, "correctness", *flags, interpret=device == "cpu"))
     if suite in ("quick", "compile", "full"):
-        flags = ["--workers", str(max(1, min(8, cores - len(running))))]
-        flags += ["--arch", "sm_90", "--quick"] if quick else []
-        running.append(("compiled", log.begin("compiled", *flags)))
-    for module, process in running:
-        log.finish(module, process)
+        flags = ["--workers", str(max(1, min(8, (os.cpu_count() or 1) - len(children))))]
+        children.append(functools.partial(log.child, "compiled", *flags, *QUICK * quick))
+    if children:
+        with ThreadPool(len(children)) as pool:
+            pool.map(lambda child: child(), children)
 
 
 def speeds(args, log: Log) -> None:

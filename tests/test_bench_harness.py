@@ -34,7 +34,7 @@ def given_ceilings(monkeypatch):
 
 
 def lying_run(**options) -> measure.Run:
-    return measure.Run("cpu", gpu.LyingTimer(), gpu.LyingTimer(), case_s=0.0, least=2, **options)
+    return measure.Run("cpu", gpu.lying_timer(), gpu.lying_timer(), case_s=0.0, least=2, **options)
 
 
 def test_interleaving_takes_turns_and_keeps_to_its_budget():
@@ -200,9 +200,7 @@ def test_unknown_peers_and_options_are_refused(capsys):
 def quiet(monkeypatch, correct_rows):
     """run.py with its children replaced: correctness says what it is told, nothing is compiled."""
     monkeypatch.setattr(run, "evidence", lambda log, *_: log.take(correct_rows))
-    monkeypatch.setattr(Log, "begin", lambda *_, **__: None)
-    monkeypatch.setattr(Log, "finish", lambda *_: None)
-    monkeypatch.setattr(measure, "timers", lambda device: (gpu.LyingTimer(), gpu.LyingTimer()))
+    monkeypatch.setattr(measure, "timers", lambda device: (gpu.lying_timer(), gpu.lying_timer()))
     monkeypatch.setattr(run, "whole", lambda args: [ModelCase("tiny", 1, 32, "fp32", "fwd")])
     monkeypatch.setattr(run.step, "account", lambda *_: [])
     monkeypatch.setattr(pictures, "QUICK", ())
@@ -225,12 +223,9 @@ def test_last_line_is_json_and_red_exits_1(monkeypatch, tmp_path, capsys):
     assert all(r.median_ms is None for r in rows.read(tmp_path / "b" / "rows.jsonl"))
 
 
-def test_a_child_that_dies_is_a_failure_that_later_stages_know_of(tmp_path):
-    class Died:
-        def wait(self):
-            return -11
-
-    Log(tmp_path).finish("correctness", Died())
+def test_a_child_that_dies_is_a_failure_that_later_stages_know_of(tmp_path, monkeypatch):
+    monkeypatch.setattr("bench.log.ended", lambda command, **_: (-11, ""))
+    Log(tmp_path).child("correctness")
     log = Log(tmp_path, fresh=False)
     assert "exit code -11" in log.failures()[0]
     run = log.prepared("cpu", 1.0)
@@ -265,7 +260,7 @@ def test_both_halves_are_rehearsed(half, tmp_path, capfd):
     if half == "first":
         assert {("correctness", "step", "triton, compiled"), ("kernels", "attention", "sdpa")} <= seen
         assert {row.op for row in found if row.suite == "correctness"} >= {"norm", "model", "decode", "palette_encode"}
-        assert "launches" in (tmp_path / "profile.txt").read_text()
+        assert "# of Calls" in (tmp_path / "profile.txt").read_text()
         assert "ATTENTION_DQ  ('portable', 96): Tile(" in (tmp_path / "tiles.txt").read_text()
         with tarfile.open(tmp_path / "triton_cache.tar.gz") as tar:
             assert any(name.endswith(".cubin") for name in tar.getnames())

@@ -32,7 +32,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from bench.compiled.rings import read as read_rings
-from bench.machine import FAULTS
+from bench.machine import FAULTS, raised
 from bench.rows import CompileRow, append
 from bench.tables import columns
 from igpt.kernels.device import SHARED_BYTES, target
@@ -139,10 +139,6 @@ def occupancy(machine: Machine, regs: int, shared: int, warps: int) -> float:
     return min(by_registers, by_shared, machine.blocks, machine.warps // warps) * warps / machine.warps
 
 
-def _tool(name: str) -> str:
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
-
-
 def _count(pattern: str, text: str) -> int:
     return len(re.findall(pattern, text))
 
@@ -175,9 +171,8 @@ def read_cubin(cubin: bytes, ptx: str) -> dict:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        run = {"capture_output": True, "text": True, "check": True}
-        usage = subprocess.run([_tool("cuobjdump"), "-res-usage", file.name], **run).stdout
-        sass = subprocess.run([_tool("cuobjdump"), "-sass", file.name], **run).stdout
+        tool = [Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump", file.name]
+        usage, sass = (subprocess.check_output([*tool, flag], text=True) for flag in ("-res-usage", "-sass"))
     usage = dict(re.findall(r"(REG|STACK):(\d+)", usage))
     wgmma = _count(r"\bHGMMA\.", sass)
     return {
@@ -255,8 +250,7 @@ class Job:
 
 def judged(job: Job, evidence: dict) -> CompileRow:
     row = dataclasses.replace(job.row, **evidence)
-    wrong = problems(row)
-    return dataclasses.replace(row, ok=not wrong, note="; ".join(wrong) or row.note)
+    return dataclasses.replace(row, ok=not problems(row), note="; ".join(problems(row)))
 
 
 def _child(job: Job, pipe, log: Path) -> None:
@@ -275,18 +269,17 @@ def compiled(job: Job, limit_s: float) -> CompileRow:
         process = context.Process(target=_child, args=(job, sender, log := Path(file.name)))
         process.start()
         process.join(limit_s)
-        if process.exitcode == 0:
-            return judged(job, receiver.recv())
-        why = "the compiler ran past its time limit"
-        if process.exitcode is None:
+        if (code := process.exitcode) is None:
             process.kill()
             process.join()
-        else:
-            how = f"exit {code}" if (code := process.exitcode) > 0 else signal.Signals(-code).name
-            lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()] or [""]
-            said = [line for line in lines if re.search(r"(?i)error|assert|fail", line)][-1:]
-            why = f"the compiler failed ({how}): {' '.join(dict.fromkeys([*said, lines[-1]]))[:300]}"
-        return dataclasses.replace(job.row, ok=False, note=why)
+            return dataclasses.replace(job.row, ok=False, note="the compiler ran past its time limit")
+        lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    if code == 0:
+        return judged(job, receiver.recv())
+    said = [line for line in lines if re.search(r"(?i)error|assert|fail", line)]
+    why = " ".join(dict.fromkeys([*said[-1:], *lines[-1:]]))[:300]
+    how = f"exit {code}" if code > 0 else signal.Signals(-code).name
+    return dataclasses.replace(job.row, ok=False, note=f"the compiler failed ({how}): {why}")
 
 
 def compile_all(jobs: Iterable[Job], workers: int = 2, limit_s: float = 240) -> Iterator[CompileRow]:
@@ -297,7 +290,7 @@ def compile_all(jobs: Iterable[Job], workers: int = 2, limit_s: float = 240) -> 
 
 def plan(cases: Iterable, archs: Iterable[str]) -> tuple[list[Job], list[CompileRow]]:
     """Jobs for every case on every architecture, each binary once, and red rows of launchers that raised."""
-    jobs, broken, seen, names = [], [], {}, Counter()
+    jobs, broken, names = {}, [], Counter()
     for arch in archs:
         for case in cases:
             if arch not in case.archs:
@@ -307,22 +300,19 @@ def plan(cases: Iterable, archs: Iterable[str]) -> tuple[list[Job], list[Compile
                 try:
                     case.run()
                 except FAULTS as fault:
-                    note = f"the launcher raised {type(fault).__name__}: {fault}"
-                    broken.append(dataclasses.replace(row, note=note))
+                    broken.append(dataclasses.replace(row, note=f"the launcher {raised(fault)}"))
                     continue
             if not launches:
                 broken.append(dataclasses.replace(row, note="the launcher launched nothing"))
             for launch in launches:
-                if launch.key in seen:
-                    seen[launch.key].cases.add(case.name)
-                    continue
-                named = dataclasses.replace(row, **launch.names)
-                names[named.key] += 1
-                if names[named.key] > 1:
-                    named = dataclasses.replace(named, variant=f"{named.variant} #{names[named.key]}")
-                seen[launch.key] = Job(launch, named, {case.name})
-                jobs.append(seen[launch.key])
-    return jobs, broken
+                if launch.key not in jobs:
+                    named = dataclasses.replace(row, **launch.names)
+                    names[named.key] += 1
+                    if names[named.key] > 1:
+                        named = dataclasses.replace(named, variant=f"{named.variant} #{names[named.key]}")
+                    jobs[launch.key] = Job(launch, named, set())
+                jobs[launch.key].cases.add(case.name)
+    return list(jobs.values()), broken
 
 
 def verdict(row: CompileRow) -> str:

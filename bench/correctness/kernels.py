@@ -84,7 +84,5 @@ def main(argv: list[str] | None = None) -> int:
         row = dataclasses.replace(check.row, ok=False, note="out of time") if is_late else check()
         rows.append(row)
         append(row, args.out)
-        errors = "" if row.err_vs_fp64 is None else f"{row.err_vs_fp64:.2e} (eager {row.eager_err_vs_fp64:.2e}) "
-        verdict = f"{errors}{row.note}" if row.ok else f"RED {row.note}"
-        print(f"[{len(rows)}/{len(chosen)}] {row.op} {row.case}: {verdict}", file=sys.stderr, flush=True)
+        print(f"[{len(rows)}/{len(chosen)}] {row}", file=sys.stderr, flush=True)
     return 0 if rows and all(row.ok for row in rows) else 1

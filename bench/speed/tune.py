@@ -143,7 +143,7 @@ def timed(search: Search, arch: str, tried: Callable[[str], bool], run: Run) -> 
     variants = [Variant(name, search.case, functools.partial(build, tile=tile)) for name, tile in tiles.items()]
     found = list(rows_of("tune", variants, run, run.timer))
     for row in found:
-        print(f"  {tiles[row.impl]}: {row.note or f'{row.median_ms:.4f} ms'}", file=sys.stderr)
+        print(f"  {tiles[row.impl]}: {row}", file=sys.stderr)
     return sorted(((row.median_ms, tiles[row.impl]) for row in found if row.median_ms), key=lambda x: x[0])
 
 
