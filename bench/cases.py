@@ -6,14 +6,14 @@ real pictures: emoji as tokens of a colour cube, embedded and projected by rando
 
 import functools
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from bench import cost
-from igpt import data, ops
+from igpt import ImageGPT, data, ops
 from igpt.config import PRESETS
 from igpt.kernels import reference
 
@@ -64,7 +64,9 @@ class Timed:
 
 @dataclass(frozen=True)
 class Case(Timed):
-    """One operation at one size. d = H D; the MLP's inner width is 4 d; V = 512."""
+    """One operation at one size: d = H D; the MLP's inner width is 4 d; V = 512. Or the whole "model" of a preset: its
+    logits ("fwd"), loss and gradients, or these and the optimiser ("step"). Or a token of its "decode", on average over
+    positions N - steps .. N - 1: dtype is then the weights', `cached` are the bytes of the cache's elements."""
 
     op: str
     B: int
@@ -75,6 +77,8 @@ class Case(Timed):
     causal: bool = True
     direction: str = "fwd"
     preset: str = ""
+    steps: int = 0
+    cached: int = 0
 
     @property
     def d(self) -> int:
@@ -83,8 +87,58 @@ class Case(Timed):
     @property
     def labels(self) -> dict:
         """The fields that a Row takes from its case."""
-        names = ("op", "B", "N", "H", "D", "dtype", "causal", "direction", "preset")
-        return {n: getattr(self, n) for n in names} | {"d": self.d}
+        names = ("op", "B", "N", "H", "D", "d", "dtype", "causal", "direction", "preset")
+        return {n: getattr(self, n) for n in names}
+
+    @property
+    def start(self) -> int:
+        return self.N - self.steps
+
+    @property
+    def activations(self) -> str:
+        return "bf16" if self.dtype == "int8" else self.dtype
+
+    @property
+    def model(self) -> "Case":
+        """What decodes."""
+        n_ctx = PRESETS[self.preset].n_ctx
+        return replace(self, op="model", N=n_ctx, dtype=self.activations, direction="fwd", steps=0, cached=0)
+
+    @property
+    def is_whole(self) -> bool:
+        return self.op == "model"
+
+    @property
+    def needs(self) -> list[tuple[str, str]]:
+        parts = ("model", "attention", *ROW_OPS) if self.is_whole else (self.op,)
+        return [(part, self.activations) for part in parts]
+
+    @property
+    def rate(self) -> float:
+        if self.steps:
+            return self.B / PRESETS[self.preset].n_ctx
+        return self.B * self.N if self.is_whole else 1.0
+
+    @property
+    def unit(self) -> str:
+        """The start of a picture says nothing about a whole one."""
+        if self.steps:
+            return "pictures" if self.steps < self.N or self.steps == PRESETS[self.preset].n_ctx else ""
+        return "tokens" if self.is_whole else ""
+
+    @property
+    def share(self) -> float:
+        return 1 / self.steps if self.steps else 1.0
+
+    def useful(self) -> float | None:
+        """Of a model its own FLOPs, recomputation left out."""
+        if self.is_whole:
+            model = ImageGPT(replace(PRESETS[self.preset], n_ctx=self.N), device="meta")
+            return model.flops_per_token(training=self.direction != "fwd") * self.rate
+
+    def cost(self) -> cost.Cost:
+        e = cost.ELEMENT[self.activations]
+        return WHOLE[self.op](self, PRESETS[self.preset], e) if self.op in WHOLE else OPS[self.op].cost(self, e)
 
     def inputs(self, device="cpu") -> dict[str, torch.Tensor]:
         """Tensors by name; on "meta", their shapes alone."""
@@ -105,9 +159,6 @@ class Case(Timed):
     def diff(self) -> tuple[str, ...]:
         """The inputs with a gradient."""
         return OPS[self.op].diff
-
-    def cost(self) -> cost.Cost:
-        return OPS[self.op].cost(self, cost.ELEMENT[self.dtype])
 
     def answers(self, impl: str, inputs: dict) -> list[torch.Tensor]:
         """The output and every gradient of one call."""
@@ -210,6 +261,20 @@ OPS = {
     ),
 }  # fmt: skip
 
+def model_cost(c: Case, config, e: int) -> cost.Cost:
+    return cost.logits(config, c.B, c.N, e) if c.direction == "fwd" else cost.model(config, c.B, c.N, e, "fwd+bwd")
+
+
+def decode_cost(c: Case, config, e: int) -> cost.Cost:
+    """One step's compulsory bytes and FLOPs: every weight of a product once, the keys and values so far once, on
+    average over the window."""
+    weights = config.n_layer * (4 * c.d**2 + 2 * c.d * config.inner)
+    head, keys = config.vocab * c.d, c.N - (c.steps - 1) / 2
+    kv, stored = 2 * config.n_layer * c.B * keys * c.d, 1 if c.dtype == "int8" else e
+    return cost.Cost(2 * c.B * (weights + head) + 2 * kv, weights * stored + head * e + kv * c.cached)
+
+
+WHOLE = {"model": model_cost, "decode": decode_cost}
 ROW_OPS = ("norm_mlp", "norm_linear", "head_loss", "norm", "embed")
 PIXEL_OPS = ("palette_encode", "palette_decode")
 PIXELS = [Case(op, 4096, 1024, 1, 64, "fp32") for op in PIXEL_OPS]
@@ -236,6 +301,15 @@ def correctness(quick: bool, gpu: bool) -> list[Case]:
 
 def shapes(preset: str) -> tuple[int, int]:
     return PRESETS[preset].heads, PRESETS[preset].head_dim
+
+
+def model_case(preset: str, B: int, N: int, dtype: str, direction: str) -> Case:
+    return Case("model", B, N, *shapes(preset), dtype, PRESETS[preset].causal, direction, preset)
+
+
+def decode_case(preset: str, B: int, N: int, dtype: str, steps: int = 64, cached: int = 2) -> Case:
+    """A GPU's cache has the activations' dtype, a CPU's is fp32."""
+    return Case("decode", B, N, *shapes(preset), dtype, True, "token", preset, steps, cached)
 
 
 def sized(

@@ -22,14 +22,13 @@ from pathlib import Path
 
 import torch
 
-from bench.cases import PIXELS, ROW_OPS, Case, correctness, sized, speed
+from bench.cases import PIXELS, ROW_OPS, Case, correctness, model_case, shapes, sized, speed
 from bench.compiled import step
 from bench.compiled.cases import CompileCase, of
 from bench.compiled.cases import cases as compile_cases
 from bench.correctness import checks
 from bench.log import Log
 from bench.machine import ROOT, ended
-from bench.model_cases import DecodeCase, ModelCase
 from bench.rows import Row
 from bench.speed import measure, models, sampling, tune
 from bench.speed.timing import CpuTimer
@@ -60,13 +59,13 @@ class Job:
         """The cases, which a rehearsal makes small."""
         return list(chosen)
 
-    def time(self, chosen: Iterable[Case] | Iterable[ModelCase], peers: str) -> None:
+    def time(self, chosen: Iterable[Case], peers: str) -> None:
         """Operations, or whole models."""
         chosen = self.small(chosen)
-        if isinstance(chosen[0], Case):
-            self.log.take(measure.operations(chosen, self.run(peers)))
-        else:
+        if chosen[0].is_whole:
             self.log.take(models.rows(chosen, self.run(peers, case_s=2.0, least=3)))
+        else:
+            self.log.take(measure.operations(chosen, self.run(peers)))
 
     def search(self, only: str) -> None:
         """Tiles, with the time that is left: the rows to paste are in tiles.txt."""
@@ -78,11 +77,9 @@ def lying_timer() -> CpuTimer:
     return CpuTimer(clock=functools.partial(next, itertools.count(0, Fraction(1, 1000))))
 
 
-SMALL = {
-    Case: {"B": 1, "N": 16, "H": 1, "D": 16, "dtype": "fp32", "preset": ""},
-    ModelCase: {"preset": "tiny", "B": 1, "N": 64, "dtype": "fp32"},
-    DecodeCase: {"preset": "tiny", "B": 1, "N": 24, "dtype": "fp32", "steps": 8},
-}
+TINY = dict(zip(("preset", "H", "D"), ("tiny", *shapes("tiny"))), B=1, dtype="fp32")
+SMALL = {"model": TINY | {"N": 64}, "decode": TINY | {"N": 24, "steps": 8}}
+SMALLEST = {"B": 1, "N": 16, "H": 1, "D": 16, "dtype": "fp32", "preset": ""}
 
 
 @dataclass(frozen=True)
@@ -102,10 +99,10 @@ class Rehearsal(Job):
     def search(self, only: str) -> None:
         *_, last = (search for search in tune.searches("portable") if only in search.name)
         last = dataclasses.replace(last, case=self.small([last.case])[0], values={"num_warps": (4, 8)})
-        tune.search([last], "portable", bool, self.run("all"), self.log.path.with_name("tiles.txt"))
+        tune.search([last], bool, self.run("all"), self.log.path.with_name("tiles.txt"))
 
     def small(self, chosen: Iterable) -> list:
-        return list(dict.fromkeys(dataclasses.replace(case, **SMALL[type(case)]) for case in chosen))
+        return list(dict.fromkeys(dataclasses.replace(case, **SMALL.get(case.op, SMALLEST)) for case in chosen))
 
 
 def compiled(job: Job) -> None:
@@ -130,7 +127,7 @@ def attention(job: Job) -> None:
 
 def profiled(job: Job) -> None:
     """What a step's time is made of, kernel by kernel: profile.txt."""
-    for case in job.small(ModelCase(preset, STEP_TOKENS // 1024, 1024, "bf16", "step") for preset in PRESETS):
+    for case in job.small(model_case(preset, STEP_TOKENS // 1024, 1024, "bf16", "step") for preset in PRESETS):
         text = step.profile(models.build("ours", case, job.device))
         with job.log.path.with_name("profile.txt").open("a") as file:
             print(f"{case.preset}, {case.B} x {case.N}, {case.dtype}\n{text}\n", file=file)
@@ -138,7 +135,7 @@ def profiled(job: Job) -> None:
 
 def steps(job: Job) -> None:
     """Whole training steps against Hugging Face and, at 1024, torch.compile; the presets at 1024 first."""
-    chosen = [ModelCase(preset, max(1, STEP_TOKENS // N), N, "bf16", "step") for N in LENGTHS for preset in PRESETS]
+    chosen = [model_case(preset, max(1, STEP_TOKENS // N), N, "bf16", "step") for N in LENGTHS for preset in PRESETS]
     job.time(chosen[: len(PRESETS)], "hugging face")
     job.time(chosen[: len(PRESETS)], "torch.compile,torch.compile graphed")
     job.time(chosen[len(PRESETS) :], "hugging face")

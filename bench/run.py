@@ -22,9 +22,9 @@ if not __package__:
 import torch  # noqa: E402
 
 from bench import cases, rows  # noqa: E402
+from bench.cases import Case, model_case  # noqa: E402
 from bench.compiled import step  # noqa: E402
 from bench.log import Log  # noqa: E402
-from bench.model_cases import ModelCase  # noqa: E402
 from bench.speed import measure, models, peers, pictures, sampling  # noqa: E402
 
 SUITES = ("quick", "kernels", "model", "sampling", "compile", "full")
@@ -70,13 +70,13 @@ def speeds(args, log: Log) -> None:
         log.take(sampling.rows(sampling.groups(args.device, args.preset), run))
 
 
-def whole(args) -> list[ModelCase]:
+def whole(args) -> list[Case]:
     """Whole-model cases: on a GPU forward and training step; on a CPU of one picture forward and loss with gradients,
     and, but in the quick suite, a training step of the tiny preset."""
     gpu, sizes = args.device == "cuda", list(itertools.product(args.seq, args.dtype))
-    steps = [] if gpu or args.suite == "quick" else [ModelCase("tiny", 16, N, dtype, "step") for N, dtype in sizes]
+    steps = [] if gpu or args.suite == "quick" else [model_case("tiny", 16, N, dtype, "step") for N, dtype in sizes]
     return steps + [
-        ModelCase(preset, max(1, 32768 // N) if gpu else 1, N, dtype, direction)
+        model_case(preset, max(1, 32768 // N) if gpu else 1, N, dtype, direction)
         for preset in args.preset for direction in ("fwd", "step" if gpu else "fwd+bwd") for N, dtype in sizes
     ]  # fmt: skip
 

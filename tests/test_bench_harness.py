@@ -8,12 +8,11 @@ import pytest
 import torch
 
 from bench import gpu, machine, rows, run
-from bench.cases import DTYPES, OPS, Case
+from bench.cases import DTYPES, OPS, Case, decode_case, model_case
 from bench.correctness import checks
 from bench.correctness import kernels as correctness
 from bench.cost import Ceilings
 from bench.log import Log
-from bench.model_cases import DecodeCase, ModelCase
 from bench.report import report
 from bench.speed import measure, models, pictures, sampling, timing, tune
 from bench.speed.models import NOTES, build
@@ -89,7 +88,7 @@ def test_operations_have_ratios_floors_and_reasons():
 def test_red_correctness_shows_no_speed():
     (row,) = measure.operations([SMALL], lying_run(red=frozenset([("norm", "fp32")])))
     assert row.median_ms is None and row.flops == 0 and "correctness of norm fp32 is red" in row.note
-    (row,) = models.rows([ModelCase("tiny", 1, 32, "fp32", "fwd")], lying_run(red=frozenset([("norm", "fp32")])))
+    (row,) = models.rows([model_case("tiny", 1, 32, "fp32", "fwd")], lying_run(red=frozenset([("norm", "fp32")])))
     assert row.median_ms is None
 
 
@@ -110,13 +109,13 @@ def test_a_model_that_does_not_fit_halves_its_batch(monkeypatch):
         return lambda: None
 
     monkeypatch.setattr(models, "build", fake)
-    row = next(models.rows([ModelCase("tiny", 16, 32, "fp32", "fwd")], lying_run(peers="eager")))
+    row = next(models.rows([model_case("tiny", 16, 32, "fp32", "fwd")], lying_run(peers="eager")))
     assert row.B == 2 and row.median_ms == 1.0 and row.per_s == 2 * 32 * 1000
 
 
 @pytest.mark.parametrize("direction", ["fwd", "fwd+bwd", "step"])
 def test_every_whole_model_runs(direction):
-    found = {r.impl: r for r in models.rows([ModelCase("tiny", 1, 32, "fp32", direction)], lying_run())}
+    found = {r.impl: r for r in models.rows([model_case("tiny", 1, 32, "fp32", direction)], lying_run())}
     assert set(found) == set(NOTES)
     assert found.pop("torch.compile graphed").note.startswith("absent: ")
     assert all(r.median_ms and r.mfu for r in found.values()), {n: r.note for n, r in found.items()}
@@ -124,7 +123,7 @@ def test_every_whole_model_runs(direction):
 
 
 def test_eager_and_ours_are_one_model():
-    case = ModelCase("tiny", 2, 48, "fp32", "fwd")
+    case = model_case("tiny", 2, 48, "fp32", "fwd")
     ours, eager = build("ours", case, "cpu")(), build("eager", case, "cpu")()
     torch.testing.assert_close(ours, eager, rtol=2e-5, atol=2e-5)
 
@@ -132,8 +131,8 @@ def test_eager_and_ours_are_one_model():
 def test_hugging_face_on_a_device_that_is_not_the_cpu():
     """Built under `with torch.device("cuda")` its constructor left it on two devices: no row had this peer."""
     for direction in ("fwd", "step"):
-        build("hugging face", ModelCase("tiny", 2, 32, "bf16", direction), "meta")()
-    model = models.hugging_face(DecodeCase("tiny", 1, 24, "int8", steps=8).model, "meta")
+        build("hugging face", model_case("tiny", 2, 32, "bf16", direction), "meta")()
+    model = models.hugging_face(decode_case("tiny", 1, 24, "int8", steps=8).model, "meta")
     assert {t.device.type for t in (*model.parameters(), *model.buffers())} == {"meta"}
 
 
@@ -143,7 +142,7 @@ def test_decoding_is_red_by_dtype(monkeypatch):
         return [checks.Check(dataclasses.replace(blank, dtype=x), lambda x=x: {"ok": x != "bf16"}) for x in DTYPES]
 
     monkeypatch.setattr(sampling, "decoding", decoding)
-    group = [("ours", DecodeCase("tiny", 1, 24, dtype, steps=8)) for dtype in ("fp32", "bf16", "int8")]
+    group = [("ours", decode_case("tiny", 1, 24, dtype, steps=8)) for dtype in ("fp32", "bf16", "int8")]
     found = {r.dtype: r for r in sampling.rows([group], lying_run(peers="eager"), ("tiny",)) if r.suite == "sampling"}
     assert found["fp32"].median_ms
     for dtype in ("bf16", "int8"):
@@ -201,7 +200,7 @@ def quiet(monkeypatch, correct_rows):
     """run.py with its children replaced: correctness says what it is told, nothing is compiled."""
     monkeypatch.setattr(run, "evidence", lambda log, *_: log.take(correct_rows))
     monkeypatch.setattr(measure, "timers", lambda device: (gpu.lying_timer(), gpu.lying_timer()))
-    monkeypatch.setattr(run, "whole", lambda args: [ModelCase("tiny", 1, 32, "fp32", "fwd")])
+    monkeypatch.setattr(run, "whole", lambda args: [model_case("tiny", 1, 32, "fp32", "fwd")])
     monkeypatch.setattr(run.step, "account", lambda *_: [])
     monkeypatch.setattr(pictures, "QUICK", ())
     monkeypatch.setattr(run.cases, "speed", lambda *_: [SMALL])
@@ -297,22 +296,22 @@ def test_a_sanitizer_that_fails_is_red_and_one_that_hangs_leaves_nothing_behind(
 def test_what_is_of_another_dtype_takes_no_speed_away():
     others = frozenset([("norm", "bf16"), ("step", "fp32")])
     assert next(measure.operations([SMALL], lying_run(red=others, peers="eager"))).median_ms
-    cases = [ModelCase("tiny", 1, 32, "fp32", "fwd")]
+    cases = [model_case("tiny", 1, 32, "fp32", "fwd")]
     assert next(models.rows(cases, lying_run(red=others, peers="eager"))).median_ms
 
 
 def test_a_tile_is_pasted_where_it_beats_the_table(monkeypatch):
     monkeypatch.setattr(tune, "stamp", lambda device: {"gpu": "NVIDIA H200"})
-    assert "ATTENTION_FORWARD (64,)" in {s.name for s in tune.searches("sm_80")}
+    assert "ATTENTION_FORWARD ('sm_80', 64)" in {s.name for s in tune.searches("sm_80")}
     search = {s.name: s for s in tune.searches("sm_90")}["ATTENTION_HOPPER_FORWARD 128"]
-    now, *others = search.candidates("sm_90")
+    now, *others = search.candidates()
     assert now == tiles.ATTENTION_HOPPER_FORWARD[128] and len(others) == 3
-    with search.using(others[0], "sm_90"):
+    with search.using(others[0]):
         assert tiles.ATTENTION_HOPPER_FORWARD[128] == others[0]
-    row = tune.paste(search, "sm_90", [(1.0, others[-1]), (1.2, now)], "cuda")
+    row = tune.paste(search, [(1.0, others[-1]), (1.2, now)], "cuda")
     assert row.startswith(f"    128: Tile(128, 128, num_stages={others[-1].num_stages}, tma=True, ")
     assert "evidence='H200 2" in row
-    assert "num_stages" not in tune.paste(search, "sm_90", [(1.0, others[-1]), (1.01, now)], "cuda")  # the table's: 2
+    assert "num_stages" not in tune.paste(search, [(1.0, others[-1]), (1.01, now)], "cuda")  # the table's: 2
 
 
 def test_gpu_needs_a_gpu(monkeypatch):

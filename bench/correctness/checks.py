@@ -18,10 +18,9 @@ import torch
 import torch.nn.functional as F
 
 import igpt
-from bench.cases import DTYPES, PIXEL_OPS, Case, tokens
+from bench.cases import DTYPES, PIXEL_OPS, Case, decode_case, tokens
 from bench.correctness.budget import Errors, against_fp64, compare
 from bench.machine import FAULTS, ended, raised, stamp
-from bench.model_cases import DecodeCase, ModelCase
 from bench.rows import Row
 from bench.speed import models
 from bench.speed.measure import blank
@@ -87,7 +86,7 @@ def operation(case: Case, device: str, impl: str = "triton") -> dict:
     return {"ok": not differ, "err_vs_fp64": float(differ), "eager_err_vs_fp64": 0.0, "note": note}
 
 
-def whole_model(case: ModelCase, device: str, impl: str = "triton") -> dict:
+def whole_model(case: Case, device: str, impl: str = "triton") -> dict:
     """Loss of each pixel, and all gradients as one vector, of a whole model on real pictures."""
     model, ids = models.ours(case, device), tokens(case.B, case.N, device)
     model.impl = impl
@@ -105,7 +104,7 @@ def whole_model(case: ModelCase, device: str, impl: str = "triton") -> dict:
     return judged([compare("nll", *(x.detach() for x in losses)), compare("gradients", *grads)])
 
 
-def decoded(case: DecodeCase, device: str) -> dict:
+def decoded(case: Case, device: str) -> dict:
     """Decoding at a preset's width: two layers, N positions, the log-likelihood of real pictures by decode and by the
     full forward of the same dtype, both against fp64; in fp32 greedy decoding must be the argmax."""
     torch.manual_seed(0)
@@ -130,7 +129,7 @@ def decoding(presets: Iterable[str], device: str, dtypes: Iterable[str] = ("fp32
     """At the presets' widths; on a GPU for few pictures and for many, which are other kernels."""
     batches = (3, 16) if device == "cuda" else (3,)
     sizes = itertools.product(presets, dtypes, batches)
-    return [checked("decode", decoded, DecodeCase(name, B, 40, dtype), device) for name, dtype, B in sizes]
+    return [checked("decode", decoded, decode_case(name, B, 40, dtype), device) for name, dtype, B in sizes]
 
 
 def determinism(case: Case, device: str, runs: int) -> dict:
@@ -139,7 +138,7 @@ def determinism(case: Case, device: str, runs: int) -> dict:
     return equal(case.answers("triton", inputs), (case.answers("triton", inputs) for _ in range(runs - 1)))
 
 
-def step(case: ModelCase, device: str, way: str) -> dict:
+def step(case: Case, device: str, way: str) -> dict:
     """A loss and its gradients bit-equal to eager: "compiled", through torch.compile without a graph break, or "CUDA
     graph", replayed on other tokens than it was captured with."""
     if way == "CUDA graph" and device != "cuda":
@@ -161,7 +160,7 @@ def step(case: ModelCase, device: str, way: str) -> dict:
     return equal(run(second), [results])
 
 
-def graphed(case: ModelCase, device: str) -> dict:
+def graphed(case: Case, device: str) -> dict:
     """Six steps of igpt.graphed, the last four replayed, against a loop of its own: losses, norms and weights."""
     if device != "cuda":
         return {"note": "absent: no GPU"}

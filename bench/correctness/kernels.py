@@ -16,11 +16,10 @@ from pathlib import Path
 import torch
 
 from bench import cases
-from bench.cases import Case
+from bench.cases import Case, model_case
 from bench.correctness import checks
 from bench.correctness.checks import Check, checked
 from bench.machine import ROOT
-from bench.model_cases import ModelCase
 from bench.rows import append
 
 LISTS = ("quick", "full", "gpu", "rehearsal", "sanitizer")
@@ -43,8 +42,8 @@ def listed(name: str, device: str) -> list[Check]:
     if gpu:
         widths = "s", "m", "l"
         repeated = [Case(op, 4, 1024, 8, 64, "bf16") for op in ("attention", *cases.ROW_OPS)]
-    whole = [ModelCase(*(("s", 2, 1024) if gpu else ("tiny", 2, 48)), dtype, "fwd+bwd") for dtype in dtypes]
-    runs, stepped = 20 if gpu else 2, ModelCase("tiny", 1, 1024 if gpu else 64, "bf16", "fwd+bwd")
+    whole = [model_case(*(("s", 2, 1024) if gpu else ("tiny", 2, 48)), dtype, "fwd+bwd") for dtype in dtypes]
+    runs, stepped = 20 if gpu else 2, model_case("tiny", 1, 1024 if gpu else 64, "bf16", "fwd+bwd")
     found = [checked("triton", checks.operation, case, device) for case in found]
     found += [checked("triton", checks.whole_model, case, device) for case in whole]
     found += checks.decoding(widths, device, dtypes)
@@ -55,7 +54,7 @@ def listed(name: str, device: str) -> list[Check]:
     if widths:
         for way in ("compiled", "CUDA graph"):
             found.append(checked(f"triton, {way}", checks.step, stepped, device, way, op="step"))
-        case = ModelCase("tiny", 4, 1024, "fp32", "step")
+        case = model_case("tiny", 4, 1024, "fp32", "step")
         found.append(checked("triton, igpt.graphed", checks.graphed, case, device, op="step"))
     return found
 

@@ -107,7 +107,6 @@ def fitted(v: Variant, gpu: bool) -> tuple[Callable | Absent, Timed, float | Non
 
 
 OURS = ("ours", "ours, building", "hugging face patched")  # no rivals to each other
-PRODUCT_DTYPE = {"int8": "bf16"}  # what weights of a narrower dtype are multiplied in
 
 
 def rows_of(suite: str, variants: Iterable[Variant], run: Run, timer: Callable) -> Iterator[Row]:
@@ -141,7 +140,8 @@ def rows_of(suite: str, variants: Iterable[Variant], run: Run, timer: Callable) 
                     ratios[name] = theirs / mine
         if row.impl == "ours" and (errors := run.errors.get((row.op, row.dtype))):
             known = dict(zip(("err_vs_fp64", "eager_err_vs_fp64"), errors))
-        ms, dtype, roof = t.median * share, PRODUCT_DTYPE.get(row.dtype, row.dtype), ceilings(run.device)
+        ms, roof = t.median * share, ceilings(run.device)
+        dtype = "bf16" if row.dtype == "int8" else row.dtype  # what such weights are multiplied in
         if useful := case.useful():  # as others publish it: against the data sheet where that is known
             sheet = peak_flops(torch.device(run.device)) if row.dtype != "fp32" else None
             known["mfu"] = useful / (ms / 1e3) / (sheet or roof.flops[row.dtype])
@@ -156,23 +156,34 @@ def rows_of(suite: str, variants: Iterable[Variant], run: Run, timer: Callable) 
     torch.cuda.empty_cache()
 
 
-NOTES = {"ours again": "one version twice: the noise", "torch.compile": peers.COMPILED_NOTE}
+def rows(
+    suite: str, groups: Iterable[Iterable[tuple[str, Case]]], build: Callable, notes: dict[str, str], run: Run, timer
+) -> Iterator[Row]:
+    """Rows of groups that are timed together: (implementation, case) each, of which the peers asked for are built."""
+    asked = {"ours", "ours again", *peers.chosen(notes, run.peers)}
+    for group in groups:
+        yield from rows_of(suite, [
+            Variant(name, case, functools.partial(build, name, device=run.device), notes[name])
+            for name, case in group if name in asked
+        ], run, timer)  # fmt: skip
+
+
+def build(name: str, case: Case, device: str) -> Callable | Absent:
+    """The timed call of one implementation of an operation."""
+    made = case.ours() if name in ("ours", "ours again") else peers.of(case)[name](case, device)
+    if isinstance(made, Absent):
+        return made
+    return call(made, *peers.operands(name, case, inputs(case, device)), case.direction)
+
+
+inputs = functools.lru_cache(1)(Case.inputs)
+NOTES = dict.fromkeys(("ours", *peers.NAMES), "") | {
+    "ours again": "one version twice: the noise", "torch.compile": peers.COMPILED_NOTE,
+}  # fmt: skip
 
 
 def operations(cases: Iterable[Case], run: Run) -> Iterator[Row]:
-    """Rows of single operations."""
-    for case in cases:
-        inputs = functools.cache(case.inputs)
-        builders = {"ours": lambda case, device: case.ours()} | peers.chosen(peers.of(case), run.peers)
-        builders |= {"ours again": builders["ours"]} if run.device == "cuda" else {}
-
-        def build(case, name, make, inputs=inputs):
-            made = make(case, run.device)
-            return made if isinstance(made, Absent) else call(made, *peers.operands(name, case, inputs(run.device)),
-                                                              case.direction)  # fmt: skip
-
-        variants = [
-            Variant(name, case, functools.partial(build, name=name, make=make), NOTES.get(name, ""))
-            for name, make in builders.items()
-        ]
-        yield from rows_of("kernels", variants, run, run.timer)
+    """Rows of single operations, each case's variants timed together; on a GPU ours twice."""
+    again = ["ours again"] if run.device == "cuda" else []
+    groups = ([(name, case) for name in ("ours", *peers.of(case), *again)] for case in cases)
+    return rows("kernels", groups, build, NOTES, run, run.timer)

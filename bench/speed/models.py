@@ -6,6 +6,7 @@ GPU ours is what `igpt train` does, one CUDA graph.
 
 import functools
 import itertools
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -13,11 +14,10 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import igpt
-from bench.cases import DTYPES, tokens
-from bench.model_cases import ModelCase
+from bench.cases import DTYPES, Case, tokens
 from bench.rows import Row
-from bench.speed import peers
-from bench.speed.measure import Run, Variant, rows_of
+from bench.speed import measure, peers
+from bench.speed.measure import Run
 from bench.speed.peers import Absent, compiled, fused_attention
 from igpt import ImageGPT
 from igpt.config import PRESETS
@@ -27,7 +27,7 @@ from igpt.kernels import reference
 SDPA_ORDER = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 
 
-def ours(case: ModelCase, device: str) -> ImageGPT:
+def ours(case: Case, device: str) -> ImageGPT:
     """Random weights from one seed; the head drawn too, since with the zeros of the init every answer is right."""
     torch.manual_seed(0)
     model = ImageGPT.from_preset(case.preset, device=device, dtype=DTYPES[case.dtype], n_ctx=case.N)
@@ -52,7 +52,7 @@ def eager_block(h, norm_a, qkv, proj, norm_m, w_fc, w_proj, heads, scale, eps, c
     return reference.norm_mlp(h, norm_m, w_fc, w_proj, eps=eps)
 
 
-def hugging_face(case: ModelCase, device: str):
+def hugging_face(case: Case, device: str):
     """transformers' ImageGPT of the same size. Its attention divides by int(sqrt(head dim)), right only for 64, and
     is left as shipped; dropout, 0.1 by its default and none in the paper, is off, in its favour."""
     from transformers import ImageGPTConfig, ImageGPTForCausalImageModeling
@@ -76,7 +76,7 @@ def nll(logits, tokens_BN):
 
 
 def runner(
-    case: ModelCase, model, logits: Callable, loss: Callable, device: str, graph: bool = False
+    case: Case, model, logits: Callable, loss: Callable, device: str, graph: bool = False
 ) -> Callable[[], object]:
     """The call that is timed."""
     ids = tokens(case.B, case.N, device)
@@ -100,7 +100,7 @@ def runner(
     return step
 
 
-def build(name: str, case: ModelCase, device: str):
+def build(name: str, case: Case, device: str):
     """The timed call of one implementation, or Absent."""
     if name == "ours":
         return runner(case, ours(case, device), ImageGPT.__call__, ImageGPT.loss, device, graph=device == "cuda")
@@ -136,14 +136,11 @@ NOTES = {
 
 
 def rows(
-    cases: Iterable[ModelCase], run: Run, keep: Callable[[str, ModelCase], bool] = lambda *_: True
+    cases: Iterable[Case], run: Run, keep: Callable[[str, Case], bool] = lambda *_: True
 ) -> Iterator[Row]:
     """Rows of whole models. Cases of one preset, length and direction, whatever their dtype, are timed together."""
-    names = "ours", *peers.chosen({name: name for name in NOTES if name != "ours"}, run.peers)
-    groups: dict[tuple, list[Variant]] = {}
-    for case, name in itertools.product(cases, names):
+    groups = defaultdict(list)
+    for case, name in itertools.product(cases, NOTES):
         if keep(name, case):
-            variant = Variant(name, case, functools.partial(build, name, device=run.device), NOTES[name])
-            groups.setdefault((case.preset, case.N, case.B, case.direction), []).append(variant)
-    for group in groups.values():
-        yield from rows_of("model", group, run, run.step_timer)
+            groups[case.preset, case.N, case.B, case.direction].append((name, case))
+    return measure.rows("model", groups.values(), build, NOTES, run, run.step_timer)

@@ -7,20 +7,18 @@ decoding is checked against the full forward.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
 
-from bench.cases import tokens
+from bench.cases import Case, decode_case, tokens
 from bench.compiled.compile import capture
 from bench.compiled.step import Vendor
 from bench.correctness.checks import decoding
-from bench.model_cases import DecodeCase
 from bench.rows import Row
-from bench.speed import models, peers
-from bench.speed.measure import Run, Variant, rows_of
+from bench.speed import measure, models, peers
+from bench.speed.measure import Run
 from bench.speed.peers import Absent
 from bench.speed.timing import captured
 from igpt import ImageGPT
@@ -30,7 +28,7 @@ from igpt.sample import decoder_of
 from igpt.sample.draw import Sampler
 
 
-def ours(case: DecodeCase, device: str) -> Callable[[], object]:
+def ours(case: Case, device: str) -> Callable[[], object]:
     model = models.ours(case.model, device)
     decoder = decoder_of(model, case.B, weights=None if case.dtype == case.activations else case.dtype)
     drawn = tokens(case.B, model.config.n_ctx, device).clone()
@@ -39,7 +37,7 @@ def ours(case: DecodeCase, device: str) -> Callable[[], object]:
     return lambda: decoder.sample(drawn, case.start, case.N, Sampler())
 
 
-def hugging_face(case: DecodeCase, device: str):
+def hugging_face(case: Case, device: str):
     """generate() of transformers' ImageGPT, sampling; the cache up to the window is there already."""
     model = models.hugging_face(case.model, device).eval()
     sos = torch.full((case.B, 1), model.config.vocab_size - 1, device=device)
@@ -66,7 +64,7 @@ def _block(h, position, visible, keys, values, norm_a, qkv, proj, norm_m, fc, ou
     return reference.norm_mlp(reference.linear_residual(a.reshape(B, -1), proj, h), norm_m, fc, out)
 
 
-def compiled(case: DecodeCase, device: str):
+def compiled(case: Case, device: str):
     """A static cache and torch.compile of each block, as gpt-fast decodes; on a GPU the step is one CUDA graph."""
     block = peers.compiled(_block, device)
     if isinstance(block, Absent):
@@ -99,7 +97,10 @@ def compiled(case: DecodeCase, device: str):
     return run
 
 
-BUILD = {"ours": ours, "hugging face": hugging_face, "torch.compile": compiled}
+def build(name: str, case: Case, device: str):
+    return {"ours": ours, "hugging face": hugging_face, "torch.compile": compiled}[name](case, device)
+
+
 NOTES = {
     "ours": "",
     "hugging face": "generate(), dynamic cache; " + models.NOTES["hugging face"],
@@ -117,36 +118,30 @@ def launches(preset_name: str, B: int, arch: str = "sm_90") -> int:
     return len(found) + sum(name in ("mm", "addmm") for name, _ in vendor.found)
 
 
-def groups(device: str, presets: Iterable[str]) -> Iterator[list[tuple[str, DecodeCase]]]:
+def groups(device: str, presets: Iterable[str]) -> Iterator[list[tuple[str, Case]]]:
     """What is timed together, each variant and its case; the ends of the range of batches first."""
     for B in (1, 128, 16, 64) if device == "cuda" else (1, 4):
         for name in presets:
             if device == "cuda":
-                middle = [(impl, DecodeCase(name, B, 544, "bf16")) for impl in BUILD]
-                yield [*middle, ("ours", DecodeCase(name, B, 544, "int8"))]
-                yield [("ours", DecodeCase(name, B, 1024, "bf16", steps=1024))]
+                middle = [(impl, decode_case(name, B, 544, "bf16")) for impl in NOTES]
+                yield [*middle, ("ours", decode_case(name, B, 544, "int8"))]
+                yield [("ours", decode_case(name, B, 1024, "bf16", steps=1024))]
                 continue
             for N in (64, 544):
-                fp32, bf16, int8 = (DecodeCase(name, B, N, dtype, cached=4) for dtype in ("fp32", "bf16", "int8"))
+                fp32, bf16, int8 = (decode_case(name, B, N, dtype, cached=4) for dtype in ("fp32", "bf16", "int8"))
                 bf16s = [("ours", bf16), ("hugging face", bf16)]
-                yield [*((impl, fp32) for impl in BUILD), *bf16s, ("ours", int8)]
+                yield [*((impl, fp32) for impl in NOTES), *bf16s, ("ours", int8)]
 
 
-def rows(wanted: Iterable[list[tuple[str, DecodeCase]]], run: Run, checked: Iterable[str] = "sml") -> Iterator[Row]:
+def rows(wanted: Iterable[list[tuple[str, Case]]], run: Run, checked: Iterable[str] = "sml") -> Iterator[Row]:
     """Correctness at the widths of the presets `checked`, then the rows of each group, milliseconds a token of all B
     pictures, but those of a dtype whose correctness is red: int8 weights are multiplied in bf16."""
     for check in decoding(checked, run.device):
         row = check()
         run.red |= frozenset() if row.ok else {(row.op, row.dtype)}
         yield row
-    asked = {"ours", *peers.chosen(BUILD, run.peers)}
-    for group in wanted:
-        variants = [
-            Variant(name, case, functools.partial(BUILD[name], device=run.device), NOTES[name])
-            for name, case in group if name in asked
-        ]  # fmt: skip
-        for row in rows_of("sampling", variants, run, run.step_timer):
-            if row.impl == "ours" and row.dtype == "bf16" and row.median_ms:
-                whose = "" if run.device == "cuda" else "the kernels on sm_90: "
-                row = dataclasses.replace(row, note=f"{whose}{launches(row.preset, row.B)} launches a token")
-            yield row
+    for row in measure.rows("sampling", wanted, build, NOTES, run, run.step_timer):
+        if row.impl == "ours" and row.dtype == "bf16" and row.median_ms:
+            whose = "" if run.device == "cuda" else "the kernels on sm_90: "
+            row = dataclasses.replace(row, note=f"{whose}{launches(row.preset, row.B)} launches a token")
+        yield row
