@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 
 from bench import cost
+from bench.cost import VOCAB
 from igpt import ImageGPT, data, ops
 from igpt.config import PRESETS
 from igpt.kernels import reference
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-VOCAB = 512
 
 
 def palette_cube() -> torch.Tensor:
@@ -85,6 +85,14 @@ class Case(Timed):
         return self.H * self.D
 
     @property
+    def T(self) -> int:
+        return self.B * self.N
+
+    @property
+    def layers(self) -> int:
+        return PRESETS[self.preset].n_layer
+
+    @property
     def labels(self) -> dict:
         """The fields that a Row takes from its case."""
         names = ("op", "B", "N", "H", "D", "d", "dtype", "causal", "direction", "preset")
@@ -117,7 +125,7 @@ class Case(Timed):
     def rate(self) -> float:
         if self.steps:
             return self.B / PRESETS[self.preset].n_ctx
-        return self.B * self.N if self.is_whole else 1.0
+        return self.T if self.is_whole else 1.0
 
     @property
     def unit(self) -> str:
@@ -137,8 +145,7 @@ class Case(Timed):
             return model.flops_per_token(training=self.direction != "fwd") * self.rate
 
     def cost(self) -> cost.Cost:
-        e = cost.ELEMENT[self.activations]
-        return WHOLE[self.op](self, PRESETS[self.preset], e) if self.op in WHOLE else OPS[self.op].cost(self, e)
+        return getattr(cost, self.op)(self, cost.ELEMENT[self.activations])
 
     def inputs(self, device="cpu") -> dict[str, torch.Tensor]:
         """Tensors by name; on "meta", their shapes alone."""
@@ -197,35 +204,29 @@ class Draw:
     def weight(self, d_out: int, d_in: int) -> torch.Tensor:
         return self.normal(d_out, d_in, std=d_in**-0.5)
 
-    def qkv(self) -> torch.Tensor:
-        c = self.case
-        return F.linear(self.stream(), self.weight(3 * c.d, c.d)).view(c.B, c.N, 3, c.H, c.D)
-
 
 @dataclass(frozen=True)
 class Op:
-    """Its inputs, named and ordered as the functions of its name in igpt.ops and reference take them; its cost; and the
-    inputs with a gradient."""
+    """Its inputs, named and ordered as the functions of its name in igpt.ops and reference take them, and those with a
+    gradient."""
 
     inputs: Callable[[Case, Draw], dict]
-    cost: Callable[[Case, int], cost.Cost]
     diff: tuple[str, ...] = ()
 
 
 OPS = {
     "attention": Op(
-        lambda c, draw: {"qkv": draw.qkv()},
-        lambda c, e: cost.attention(c.B, c.N, c.H, c.D, e, c.causal, c.direction),
+        lambda c, draw: {
+            "qkv": F.linear(draw.stream(), draw.weight(3 * c.d, c.d)).view(c.B, c.N, 3, c.H, c.D),
+        },
         diff=("qkv",),
     ),
     "norm": Op(
         lambda c, draw: {"x": draw.stream(), "weight": draw.gain()},
-        lambda c, e: cost.norm(c.B * c.N, c.d, e, c.direction),
         diff=("x", "weight"),
     ),
     "norm_linear": Op(
         lambda c, draw: {"x": draw.stream(), "norm_weight": draw.gain(), "weight": draw.weight(3 * c.d, c.d)},
-        lambda c, e: cost.norm_linear(c.B * c.N, c.d, 3 * c.d, e, c.direction),
         diff=("x", "norm_weight", "weight"),
     ),
     "norm_mlp": Op(
@@ -233,7 +234,6 @@ OPS = {
             "x": draw.stream(), "norm_weight": draw.gain(),
             "w_fc": draw.weight(4 * c.d, c.d), "w_proj": draw.weight(c.d, 4 * c.d),
         },
-        lambda c, e: cost.norm_mlp(c.B * c.N, c.d, 4 * c.d, e, c.direction),
         diff=("x", "norm_weight", "w_fc", "w_proj"),
     ),
     "head_loss": Op(
@@ -241,40 +241,22 @@ OPS = {
             "x": draw.stream(), "norm_weight": draw.gain(),
             "head_weight": draw.weight(VOCAB, c.d), "targets": draw.tokens(),
         },
-        lambda c, e: cost.head_loss(c.B * c.N, c.d, VOCAB, e, c.direction),
         diff=("x", "norm_weight", "head_weight"),
     ),
     "embed": Op(
         lambda c, draw: {
             "tokens": draw.tokens(), "wte": draw.normal(VOCAB, c.d), "wpe": draw.normal(c.N, c.d), "sos": draw.gain(),
         },
-        lambda c, e: cost.embed(c.B * c.N, c.d, VOCAB, c.N, e, c.direction),
         diff=("wte", "wpe", "sos"),
     ),
     "palette_encode": Op(
         lambda c, draw: {"pixels": draw.pixels(), "palette": draw.palette()},
-        lambda c, e: cost.palette(c.B * c.N, VOCAB),
     ),
     "palette_decode": Op(
         lambda c, draw: {"tokens": draw.tokens(), "palette": draw.palette()},
-        lambda c, e: cost.palette(c.B * c.N, VOCAB),
     ),
 }  # fmt: skip
 
-def model_cost(c: Case, config, e: int) -> cost.Cost:
-    return cost.logits(config, c.B, c.N, e) if c.direction == "fwd" else cost.model(config, c.B, c.N, e, "fwd+bwd")
-
-
-def decode_cost(c: Case, config, e: int) -> cost.Cost:
-    """One step's compulsory bytes and FLOPs: every weight of a product once, the keys and values so far once, on
-    average over the window."""
-    weights = config.n_layer * (4 * c.d**2 + 2 * c.d * config.inner)
-    head, keys = config.vocab * c.d, c.N - (c.steps - 1) / 2
-    kv, stored = 2 * config.n_layer * c.B * keys * c.d, 1 if c.dtype == "int8" else e
-    return cost.Cost(2 * c.B * (weights + head) + 2 * kv, weights * stored + head * e + kv * c.cached)
-
-
-WHOLE = {"model": model_cost, "decode": decode_cost}
 ROW_OPS = ("norm_mlp", "norm_linear", "head_loss", "norm", "embed")
 PIXEL_OPS = ("palette_encode", "palette_decode")
 PIXELS = [Case(op, 4096, 1024, 1, 64, "fp32") for op in PIXEL_OPS]
