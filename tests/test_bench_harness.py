@@ -223,10 +223,11 @@ def test_last_line_is_json_and_red_exits_1(monkeypatch, tmp_path, capsys):
 
 
 def test_a_child_that_dies_is_a_failure_that_later_stages_know_of(tmp_path, monkeypatch):
-    monkeypatch.setattr("bench.log.ended", lambda command, **_: (-11, ""))
-    Log(tmp_path).child("correctness")
-    log = Log(tmp_path, fresh=False)
-    assert "exit code -11" in log.failures()[0]
+    for code in (1, -11):  # 1 is a traceback's too: there is no red row
+        monkeypatch.setattr("bench.log.ended", lambda command, code=code, **_: (code, ""))
+        Log(tmp_path).child("correctness")
+        log = Log(tmp_path, fresh=False)
+        assert f"exit code {code}" in log.failures()[0]
     run = log.prepared("cpu", 1.0)
     assert "is red" in run.refusal(SMALL) and set(OPS) < {op for op, _ in run.red}
 

@@ -50,21 +50,15 @@ class Vendor(TorchDispatchMode):
         return out
 
 
-@contextlib.contextmanager
-def without_autocast():
-    """Autocast knows no meta tensors, not even to be off for them."""
-    with (
-        mock.patch.object(torch, "is_autocast_enabled", return_value=False),
-        mock.patch.object(torch, "autocast", lambda *_, **__: contextlib.nullcontext()),
-    ):
-        yield
+# Autocast knows no meta tensors, not even to be off for them.
+WITHOUT_AUTOCAST = {"is_autocast_enabled": lambda *_: False, "autocast": lambda *_, **__: contextlib.nullcontext()}
 
 
 def account(preset: str, B: int, N: int, arch: str = "sm_90") -> list[StepRow]:
     """Rows of one training step (loss and backward, bf16) of B pictures, most of the floor first."""
     model = ImageGPT.from_preset(preset, impl="triton", device="meta", dtype=torch.bfloat16, n_ctx=N)
     tokens = torch.empty(B, N, dtype=torch.int64, device="meta")
-    with without_autocast(), Vendor() as vendor, capture(arch) as launches:
+    with mock.patch.multiple(torch, **WITHOUT_AUTOCAST), Vendor() as vendor, capture(arch) as launches:
         model.loss(tokens).backward()
     entries = defaultdict(list)
     for x in launches:
