@@ -149,7 +149,7 @@ class Case(Timed):
 
     def inputs(self, device="cpu") -> dict[str, torch.Tensor]:
         """Tensors by name; on "meta", their shapes alone."""
-        return OPS[self.op].inputs(self, Draw(self, device))
+        return OPS[self.op](self, Draw(self, device))
 
     def ours(self, impl: str = "auto") -> Callable:
         if self.op == "attention":
@@ -165,7 +165,7 @@ class Case(Timed):
     @property
     def diff(self) -> tuple[str, ...]:
         """The inputs with a gradient."""
-        return OPS[self.op].diff
+        return gradients(self.op)
 
     def answers(self, impl: str, inputs: dict) -> list[torch.Tensor]:
         """The output and every gradient of one call."""
@@ -205,57 +205,37 @@ class Draw:
         return self.normal(d_out, d_in, std=d_in**-0.5)
 
 
-@dataclass(frozen=True)
-class Op:
-    """Its inputs, named and ordered as the functions of its name in igpt.ops and reference take them, and those with a
-    gradient."""
-
-    inputs: Callable[[Case, Draw], dict]
-    diff: tuple[str, ...] = ()
-
-
-OPS = {
-    "attention": Op(
-        lambda c, draw: {
-            "qkv": F.linear(draw.stream(), draw.weight(3 * c.d, c.d)).view(c.B, c.N, 3, c.H, c.D),
-        },
-        diff=("qkv",),
-    ),
-    "norm": Op(
-        lambda c, draw: {"x": draw.stream(), "weight": draw.gain()},
-        diff=("x", "weight"),
-    ),
-    "norm_linear": Op(
-        lambda c, draw: {"x": draw.stream(), "norm_weight": draw.gain(), "weight": draw.weight(3 * c.d, c.d)},
-        diff=("x", "norm_weight", "weight"),
-    ),
-    "norm_mlp": Op(
-        lambda c, draw: {
-            "x": draw.stream(), "norm_weight": draw.gain(),
-            "w_fc": draw.weight(4 * c.d, c.d), "w_proj": draw.weight(c.d, 4 * c.d),
-        },
-        diff=("x", "norm_weight", "w_fc", "w_proj"),
-    ),
-    "head_loss": Op(
-        lambda c, draw: {
-            "x": draw.stream(), "norm_weight": draw.gain(),
-            "head_weight": draw.weight(VOCAB, c.d), "targets": draw.tokens(),
-        },
-        diff=("x", "norm_weight", "head_weight"),
-    ),
-    "embed": Op(
-        lambda c, draw: {
-            "tokens": draw.tokens(), "wte": draw.normal(VOCAB, c.d), "wpe": draw.normal(c.N, c.d), "sos": draw.gain(),
-        },
-        diff=("wte", "wpe", "sos"),
-    ),
-    "palette_encode": Op(
-        lambda c, draw: {"pixels": draw.pixels(), "palette": draw.palette()},
-    ),
-    "palette_decode": Op(
-        lambda c, draw: {"tokens": draw.tokens(), "palette": draw.palette()},
-    ),
+# Each operation's inputs, named and ordered as the functions of its name in igpt.ops and reference take them.
+OPS: dict[str, Callable[[Case, Draw], dict]] = {
+    "attention": lambda c, draw: {
+        "qkv": F.linear(draw.stream(), draw.weight(3 * c.d, c.d)).view(c.B, c.N, 3, c.H, c.D),
+    },
+    "norm": lambda c, draw: {"x": draw.stream(), "weight": draw.gain()},
+    "norm_linear": lambda c, draw: {
+        "x": draw.stream(), "norm_weight": draw.gain(), "weight": draw.weight(3 * c.d, c.d),
+    },
+    "norm_mlp": lambda c, draw: {
+        "x": draw.stream(), "norm_weight": draw.gain(),
+        "w_fc": draw.weight(4 * c.d, c.d), "w_proj": draw.weight(c.d, 4 * c.d),
+    },
+    "head_loss": lambda c, draw: {
+        "x": draw.stream(), "norm_weight": draw.gain(),
+        "head_weight": draw.weight(VOCAB, c.d), "targets": draw.tokens(),
+    },
+    "embed": lambda c, draw: {
+        "tokens": draw.tokens(), "wte": draw.normal(VOCAB, c.d), "wpe": draw.normal(c.N, c.d), "sos": draw.gain(),
+    },
+    "palette_encode": lambda c, draw: {"pixels": draw.pixels(), "palette": draw.palette()},
+    "palette_decode": lambda c, draw: {"tokens": draw.tokens(), "palette": draw.palette()},
 }  # fmt: skip
+
+
+@functools.cache
+def gradients(op: str) -> tuple[str, ...]:
+    """The inputs with a gradient: every float one but a palette."""
+    inputs = Case(op, 1, 16, 1, 16).inputs("meta")
+    return tuple(name for name, t in inputs.items() if t.is_floating_point() and name != "palette")
+
 
 ROW_OPS = ("norm_mlp", "norm_linear", "head_loss", "norm", "embed")
 PIXEL_OPS = ("palette_encode", "palette_decode")

@@ -21,10 +21,8 @@ class Cost:
     def __add__(self, other: "Cost") -> "Cost":
         return Cost(self.flops + other.flops, self.bytes + other.bytes)
 
-    def __mul__(self, times: float) -> "Cost":
-        return Cost(self.flops * times, self.bytes * times)
-
-    __rmul__ = __mul__
+    def __rmul__(self, times: float) -> "Cost":
+        return Cost(times * self.flops, times * self.bytes)
 
 
 @dataclass(frozen=True)

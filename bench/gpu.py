@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from bench.cases import PIXELS, ROW_OPS, Case, correctness, model_case, shapes, sized, speed
+from bench.cases import PIXELS, ROW_OPS, Case, correctness, shapes, sized, speed
 from bench.compiled import step
 from bench.compiled.cases import CompileCase, of
 from bench.compiled.cases import cases as compile_cases
@@ -127,7 +127,7 @@ def attention(job: Job) -> None:
 
 def profiled(job: Job) -> None:
     """What a step's time is made of, kernel by kernel: profile.txt."""
-    for case in job.small(model_case(preset, STEP_TOKENS // 1024, 1024, "bf16", "step") for preset in PRESETS):
+    for case in job.small(sized("model", PRESETS, ("step",), STEP_TOKENS)):
         text = step.profile(models.build("ours", case, job.device))
         with job.log.path.with_name("profile.txt").open("a") as file:
             print(f"{case.preset}, {case.B} x {case.N}, {case.dtype}\n{text}\n", file=file)
@@ -135,10 +135,10 @@ def profiled(job: Job) -> None:
 
 def steps(job: Job) -> None:
     """Whole training steps against Hugging Face and, at 1024, torch.compile; the presets at 1024 first."""
-    chosen = [model_case(preset, max(1, STEP_TOKENS // N), N, "bf16", "step") for N in LENGTHS for preset in PRESETS]
-    job.time(chosen[: len(PRESETS)], "hugging face")
-    job.time(chosen[: len(PRESETS)], "torch.compile,torch.compile graphed")
-    job.time(chosen[len(PRESETS) :], "hugging face")
+    first, *longer = (sized("model", PRESETS, ("step",), STEP_TOKENS, N) for N in LENGTHS)
+    job.time(first, "hugging face")
+    job.time(first, "torch.compile,torch.compile graphed")
+    job.time(itertools.chain(*longer), "hugging face")
 
 
 def sampled(job: Job) -> None:

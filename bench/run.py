@@ -22,7 +22,7 @@ if not __package__:
 import torch  # noqa: E402
 
 from bench import cases, rows  # noqa: E402
-from bench.cases import Case, model_case  # noqa: E402
+from bench.cases import Case  # noqa: E402
 from bench.compiled import step  # noqa: E402
 from bench.log import Log  # noqa: E402
 from bench.speed import measure, models, peers, pictures, sampling  # noqa: E402
@@ -73,12 +73,13 @@ def speeds(args, log: Log) -> None:
 def whole(args) -> list[Case]:
     """Whole-model cases: on a GPU forward and training step; on a CPU of one picture forward and loss with gradients,
     and, but in the quick suite, a training step of the tiny preset."""
-    gpu, sizes = args.device == "cuda", list(itertools.product(args.seq, args.dtype))
-    steps = [] if gpu or args.suite == "quick" else [model_case("tiny", 16, N, dtype, "step") for N, dtype in sizes]
-    return steps + [
-        model_case(preset, max(1, 32768 // N) if gpu else 1, N, dtype, direction)
-        for preset in args.preset for direction in ("fwd", "step" if gpu else "fwd+bwd") for N, dtype in sizes
-    ]  # fmt: skip
+    gpu, found = args.device == "cuda", []
+    for N, dtype in itertools.product(args.seq, args.dtype):
+        if not gpu and args.suite != "quick":
+            found += cases.sized("model", ("tiny",), ("step",), 16 * N, N, dtype)
+        directions, T = ("fwd", "step" if gpu else "fwd+bwd"), 32768 if gpu else N
+        found += cases.sized("model", args.preset, directions, T, N, dtype)
+    return found
 
 
 def some(*known) -> Callable[[str], list]:

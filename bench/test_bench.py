@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from bench import cases
-from bench.cases import model_case
 from bench.speed import host, models
 from bench.speed.measure import call
 
@@ -21,7 +20,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE, TOKENS = ("bf16", 65536) if DEVICE == "cuda" else ("fp32", 1024)
 PIXELS = [cases.Case(op, 16, 1024, 1, 64, "fp32") for op in cases.PIXEL_OPS]
 OPERATIONS = [*cases.speed(["s"], [1024], [DTYPE], ("fwd", "fwd+bwd"), TOKENS), *PIXELS]
-MODELS = [model_case("s", max(1, TOKENS // 2048), 1024, DTYPE, direction) for direction in ("fwd", "fwd+bwd")]
+MODELS = cases.sized("model", ["s"], ("fwd", "fwd+bwd"), TOKENS // 2, 1024, DTYPE)
 
 
 def run(benchmark, case, fn, rounds: int) -> None:
