@@ -117,7 +117,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.seq = args.seq or ([1024, 2304, 4096] if wide else [1024])
     args.dtype = args.dtype or (["bf16"] if args.device == "cuda" else ["fp32", "bf16"])
     try:
-        peers.chosen({}, args.peers)
+        peers.asked(args.peers)
     except ValueError as error:
         parser.error(f"--peers: {error}")
     return args

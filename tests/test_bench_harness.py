@@ -16,7 +16,7 @@ from bench.log import Log
 from bench.report import report
 from bench.speed import measure, models, pictures, sampling, timing, tune
 from bench.speed.models import NOTES, build
-from bench.speed.peers import Absent, chosen
+from bench.speed.peers import Absent, asked
 from bench.speed.timing import CpuTimer, CudaTimer, interleaved
 from igpt.kernels import tiles
 
@@ -189,7 +189,7 @@ def test_correctness_runs_as_processes_side_by_side(tmp_path, monkeypatch):
 
 def test_unknown_peers_and_options_are_refused(capsys):
     with pytest.raises(ValueError, match="nobody"):
-        chosen({}, "eager,nobody")
+        asked("eager,nobody")
     for flags in (["--peers", "nobody"], ["--preset", "xxl"], ["--seq", "17"], ["--suite", "none"]):
         with pytest.raises(SystemExit):
             run.parse(flags)

@@ -160,7 +160,7 @@ def rows(
     suite: str, groups: Iterable[Iterable[tuple[str, Case]]], build: Callable, notes: dict[str, str], run: Run, timer
 ) -> Iterator[Row]:
     """Rows of groups that are timed together: (implementation, case) each, of which the peers asked for are built."""
-    asked = {"ours", "ours again", *peers.chosen(notes, run.peers)}
+    asked = {"ours", "ours again", *peers.asked(run.peers)}
     for group in groups:
         yield from rows_of(suite, [
             Variant(name, case, functools.partial(build, name, device=run.device), notes[name])

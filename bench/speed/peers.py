@@ -162,11 +162,9 @@ def of(case: Case) -> dict[str, Callable]:
     return ATTENTION if case.op == "attention" else OTHERS
 
 
-def chosen(names: dict, wanted: str) -> dict:
-    """Those of "all" or "NAME,NAME". Raises ValueError for a name that no peer has."""
-    if wanted == "all":
-        return names
-    asked = {w.strip() for w in wanted.split(",")}
-    if unknown := sorted(asked - set(NAMES)):
+def asked(wanted: str) -> set[str]:
+    """The names of "all" or "NAME,NAME". Raises ValueError for one that no peer has."""
+    names = set(NAMES) if wanted == "all" else {w.strip() for w in wanted.split(",")}
+    if unknown := sorted(names - set(NAMES)):
         raise ValueError(f"peers: got {unknown}, expected 'all' or some of {NAMES}")
-    return {name: build for name, build in names.items() if name in asked}
+    return names
