@@ -166,13 +166,19 @@ def exp2_under(sass: str) -> int:
     return count
 
 
-def read_cubin(cubin: bytes, ptx: str) -> dict:
-    """Registers, stack and instruction counts of an Nvidia binary, by cuobjdump."""
+def dumped(cubin: bytes) -> tuple[str, str]:
+    """What cuobjdump says of an Nvidia binary: its resources, and its instructions."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         tool = [Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump", file.name]
         usage, sass = (subprocess.check_output([*tool, flag], text=True) for flag in ("-res-usage", "-sass"))
+    return usage, sass
+
+
+def read_cubin(cubin: bytes, ptx: str) -> dict:
+    """Registers, stack and instruction counts."""
+    usage, sass = dumped(cubin)
     usage = dict(re.findall(r"(REG|STACK):(\d+)", usage))
     wgmma = _count(r"\bHGMMA\.", sass)
     return {
@@ -204,18 +210,22 @@ def read_amdgcn(asm: str) -> dict:
     }
 
 
-def compile_launch(launch: Launch) -> dict:
-    """Compile for launch.arch and return CompileRow's evidence fields. Raises whatever the compiler raises."""
+def built(launch: Launch):
+    """Triton's compiled kernel for launch.arch."""
     source = GluonASTSource if launch.function.is_gluon() else ASTSource
-    machine = TARGETS[launch.arch]
     src = source(launch.function, launch.signature, launch.constexprs, launch.attrs)
-    kernel = triton.compile(src, target=machine.target, options=launch.options)
+    return triton.compile(src, target=TARGETS[launch.arch].target, options=launch.options)
+
+
+def compile_launch(launch: Launch) -> dict:
+    """CompileRow's evidence fields. Raises whatever the compiler raises."""
+    kernel = built(launch)
     asm, shared = kernel.asm, kernel.metadata.shared
     found = read_cubin(asm["cubin"], asm["ptx"]) if "cubin" in asm else read_amdgcn(asm["amdgcn"])
     # Warp specialisation adds warps to those asked for.
     total = re.search(r'"ttg\.total-num-warps" = (\d+)', asm["ttgir"])
     warps = int(total[1]) if total else kernel.metadata.num_warps
-    occupied = occupancy(machine, found["regs"], shared, warps)
+    occupied = occupancy(TARGETS[launch.arch], found["regs"], shared, warps)
     rings, races = read_rings(asm["ttgir"], asm.get("ptx", ""), launch.values, launch.grid[0])
     found |= {"shared": shared, "dots": half_dots(asm), "occupancy": round(occupied, 3)}
     return found | {"rings": "; ".join(map(str, rings)), "races": "; ".join(races)}
