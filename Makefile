@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: bench test demo gpu fuzz compile-baseline clean
+.PHONY: bench test web-test demo gpu fuzz compile-baseline clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -17,6 +17,11 @@ bench: $(VENV)/.ready
 test: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -q -n 2 tests
+
+# The page of `igpt web` in Debian's chromium (apt-get install chromium chromium-driver); screenshots in build/web.
+web-test: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check selenium
+	$(BIN)/python -m pytest -q -x tests/browser.py
 
 # On a machine with a GPU and its own torch and triton: no environment is made, nothing is installed.
 gpu:

@@ -84,6 +84,12 @@ def norm_mlp(c, e: int) -> Cost:
     return by_direction(c.direction, Cost(flops, forward), Cost(2 * flops, backward))
 
 
+def gelu(c, e: int) -> Cost:
+    """The product with 4 d columns and its elementwise pass: u and h out; backward reads u too."""
+    flops, x, w, wide = 8 * c.T * c.d**2, c.T * c.d * e, 4 * c.d**2 * e, 4 * c.T * c.d * e
+    return by_direction(c.direction, Cost(flops, x + w + 2 * wide), Cost(flops, x + w + 3 * wide))
+
+
 def embed(c, e: int) -> Cost:
     """Tokens (int64) and both tables in, (T, d) out; backward reads (T, d) and writes both tables."""
     cost = Cost(0, (c.T + VOCAB + c.N) * c.d * e + 8 * c.T)
@@ -136,6 +142,7 @@ FLOPS = {
     "attention_dq_kernel": lambda v: attention_products(3, v),
     "attention_dkdv_kernel": lambda v: attention_products(4, v),
     "attention_hopper_backward_kernel": lambda v: attention_products(4 if v["OWNS_KEYS"] else 3, v),
+    "gelu_hopper_kernel": lambda v: 2 * v["a_desc"].base.numel() * v["N"],
     "head_loss_kernel": lambda v: 2 * v["T"] * v["d"] * v["V"],
     "table_backward_kernel": lambda v: 2 * v["R"] * v["V"] * v["d"],
     "linear_kernel": lambda v: 2 * v["B"] * v["O"] * v["K"],

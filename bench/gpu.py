@@ -30,7 +30,7 @@ from bench.correctness import checks
 from bench.log import Log
 from bench.machine import ROOT, ended
 from bench.rows import Row
-from bench.speed import measure, models, sampling, tune
+from bench.speed import measure, models, products, sampling, tune
 from bench.speed.timing import CpuTimer
 from igpt.kernels.interpreter import INTERPRETED
 
@@ -125,6 +125,13 @@ def attention(job: Job) -> None:
     job.time(chosen, "sdpa,sdpa cudnn,sdpa flash,sdpa efficient,flash-attn 4")
 
 
+def gelu(job: Job) -> None:
+    """quick-gelu's products: the vendor's with a pass, beside the Gluon candidates; then where no tile is whole."""
+    chosen = sized("gelu", PRESETS, ("fwd", "bwd"), STEP_TOKENS)
+    chosen += [Case("gelu", 1, 1001, 3, 88, "fp16", direction=direction) for direction in ("fwd", "bwd")]
+    job.log.take(products.rows(job.small(chosen), job.run("")))
+
+
 def profiled(job: Job) -> None:
     """What a step's time is made of, kernel by kernel: profile.txt."""
     for case in job.small(sized("model", PRESETS, ("step",), STEP_TOKENS)):
@@ -168,14 +175,15 @@ def cases() -> Iterator[CompileCase]:
     presets = speed(PRESETS, LENGTHS, ("bf16",), ("fwd+bwd",), TOKENS)
     for case in [*correctness(quick=False, gpu=True), *presets, *PIXELS]:
         yield of(case, Row("compile", impl="", **case.labels).case)
-    yield from (case for case in compile_cases() if case.name.startswith("decode"))
+    yield from (case for case in compile_cases() if case.name.startswith(("decode", "gelu")))
 
 
 # Each stage and the seconds that it may take; what one leaves, the later ones have, and REST all that is left.
 REST = 1000
 HALVES: dict[str, dict[str, tuple[int, Callable[[Job], None]]]] = {
     "first": {
-        "compiled": (50, compiled), "correct": (70, correct), "attention": (75, attention), "profiled": (30, profiled),
+        "compiled": (50, compiled), "correct": (70, correct), "attention": (65, attention), "gelu": (15, gelu),
+        "profiled": (25, profiled),
         "attention_tiles": (REST, lambda job: job.search("ATTENTION")),
     },
     "second": {

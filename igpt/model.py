@@ -122,10 +122,11 @@ class ImageGPT(nn.Module):
         cls, source, *, step=None, impl: str = "auto", device=None, dtype=None, attn_scale: str = "exact"
     ) -> "ImageGPT":
         """A model from our directory, a run's, a Hugging Face directory or hub id ("org/name" or "org/name@revision"),
-        or an OpenAI TF1 checkpoint prefix; the checkpoint's dtype unless `dtype` is given. `step`: which checkpoint of
-        a run, a number or "last"; default: the best by validation loss. `attn_scale`: of Hugging Face's, "exact", or
-        "hf" for 1/int(sqrt(head dim)). `palette` is the one beside the weights, or None, `class_names` are the
-        classifier's. Raises ValueError naming what is wrong, before anything is allocated."""
+        an OpenAI TF1 checkpoint prefix, or the box ("builtin:emoji", 1 M parameters); the checkpoint's dtype unless
+        `dtype` is given. `step`: which checkpoint of a run, a number or "last"; default: the best by validation loss.
+        `attn_scale`: of Hugging Face's, "exact", or "hf" for 1/int(sqrt(head dim)). `palette` is the one beside the
+        weights, or None, `class_names` are the classifier's. Raises ValueError naming what is wrong, before anything is
+        allocated."""
         checkpoint = convert.open_checkpoint(source, step, attn_scale)
         model = cls(checkpoint.config, impl=impl, device="meta", dtype=dtype or checkpoint.dtype)
         model.to_empty(device=device if device is not None else torch.get_default_device())

@@ -1,4 +1,5 @@
-"""What the warp-specialised kernels attention_hopper_forward.py and attention_hopper_backward.py share, in Gluon.
+"""What the warp-specialised kernels attention_hopper_forward.py and attention_hopper_backward.py share, in Gluon; rings
+and the order of tiles also serve gelu_hopper.py.
 
 A program is persistent, one a multiprocessor: a producer, one warp, and two consumers, warpgroups of 64 rows each. A
 tile is a list of column chunks: D = 96 is 64 + 32, for widths are powers of two and padding would add a third; other

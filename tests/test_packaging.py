@@ -62,7 +62,8 @@ def installed(sdist, tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("env")
     wheel = build(sdist, place / "dist", "wheel")
     names = zipfile.ZipFile(wheel).namelist()
-    assert "igpt/kernels/attention.py" in names and {"igpt/assets/emoji.npz", "igpt/py.typed"} <= set(names)
+    assert "igpt/kernels/attention.py" in names
+    assert {"igpt/assets/emoji.npz", "igpt/py.typed", "igpt/web/page/page.js"} <= set(names)
     assert not any(name.startswith(("kernels/", "tests/", "bench/")) for name in names)
     return environment(place, wheel)
 

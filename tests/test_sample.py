@@ -262,6 +262,30 @@ def test_progress_counts_every_pixel_and_results_can_train():
     model.loss(tokens).backward()
 
 
+@pytest.mark.parametrize("keep", [0, 9])
+@pytest.mark.parametrize("every", [1, 5, 100])
+def test_a_stream_is_the_same_picture_in_parts(keep, every):
+    model = small()
+    tokens = random_tokens(model, 2)
+    whole = model.complete(tokens, keep, seed=3, top_k=9) if keep else model.generate(2, seed=3, top_k=9)
+    seen = []
+    parts = sample.stream(model, tokens[:, :keep], every, seed=3, top_k=9, progress=seen.append)
+    assert not seen, "nothing is drawn before it is asked for"
+    first = next(parts)
+    assert len(seen) == first.shape[1] == min(every, 21 - keep)
+    assert not torch.is_autocast_enabled("cpu") and not torch.is_inference_mode_enabled()
+    assert torch.equal(torch.cat([tokens[:, :keep], first, *parts], 1), whole)
+
+
+def test_a_stream_refuses_at_the_call():
+    model = small()
+    for every in (0, 2.0):
+        with pytest.raises(ValueError, match="every: got"):
+            sample.stream(model, random_tokens(model, 2)[:, :5], every)
+    with pytest.raises(ValueError, match=r"tokens: got shape \(2, 22\)"):
+        sample.stream(model, torch.zeros(2, 22, dtype=torch.int64), 1)
+
+
 def test_generation_ignores_autocast():
     model = small()
     with torch.autocast("cpu", torch.bfloat16):
@@ -293,6 +317,8 @@ def test_kernels_complete_truncate_and_reuse(device, poison_empty):
     tokens = random_tokens(model, 2).to(device)
     how = {"top_k": 9, "top_p": 0.8}
     assert torch.equal(model.complete(tokens, 2, seed=1, **how), plain.complete(tokens, 2, seed=1, **how))
+    parts = sample.stream(model, tokens[:, :2], 1, seed=1, **how)
+    assert torch.equal(torch.cat([tokens[:, :2], *parts], 1), plain.complete(tokens, 2, seed=1, **how))
     decoder = sample.decoder_of(model, 2)
     for seed in (3, 4):  # on a GPU the second picture replays the first one's graph
         drawn = torch.zeros(2, 4, dtype=torch.int64, device=device)
@@ -473,12 +499,12 @@ def test_only_pictures_of_ours_are_overwritten(checkpoint):
 def test_programs_refuse(checkpoint, monkeypatch):
     Image.new("RGB", (9, 5)).save(checkpoint / "wide.png")
     wide = {"pictures": (checkpoint / "wide.png",), "out": checkpoint / "c.png", "completions": 1}
-    with pytest.raises(ValueError, match=r"wide.png: got 9 x 5, expected 4 x 4, or --resize"):
-        complete.run(complete.Options(str(checkpoint), **wide))
-    complete.run(complete.Options(str(checkpoint), resize=True, **wide))
+    with pytest.raises(ValueError, match=r"wide.png: got 9 x 5, expected 4 x 4 without --resize"):
+        complete.run(complete.Options(str(checkpoint), resize=False, **wide))
+    complete.run(complete.Options(str(checkpoint), **wide))
     for bad in ({"keep": 0.0}, {"keep": 1.0}, {"keep": 0.01}, {"completions": 0}, {"pictures": ()}, {"batch": 0}):
         with pytest.raises(ValueError, match=next(iter(bad))):
-            complete.run(complete.Options(str(checkpoint), **{**wide, "resize": True, **bad}))
+            complete.run(complete.Options(str(checkpoint), **{**wide, **bad}))
     monkeypatch.setattr(Sampling, "load", None)  # what follows is refused before a model is read
     for bad in ({"columns": 0}, {"out": checkpoint}, {"out": checkpoint / "a.jpg"}, {"out": checkpoint / "a"}):
         with pytest.raises(ValueError, match=next(iter(bad))):

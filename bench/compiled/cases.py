@@ -5,13 +5,16 @@ Shapes matter to a binary only by their head dim and by what 16 divides, so a fe
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 
 from bench.cases import PIXEL_OPS, ROW_OPS, Case, shapes
+from bench.speed import products
 from igpt import ImageGPT
+from igpt.kernels import tiles
 from igpt.kernels.device import ARCHS
 from igpt.kernels.palette import palette_sums
 from igpt.sample.draw import Sampler
@@ -91,6 +94,11 @@ def cases() -> Iterator[CompileCase]:
         for B in batches:
             run = functools.partial(decode_step, preset, B, **options)
             yield CompileCase(f"decode {preset} B{B} {name}".strip(), run, preset == "s" and not options, archs)
+    for tile, direction, alone in itertools.product(tiles.GELU_HOPPER, ("fwd", "bwd"), (False, True)):
+        given = products.operands(Case("gelu", 32, 1024, *shapes("s"), direction=direction), "meta")
+        run = functools.partial(products.candidate, tile, *given, alone)
+        name = f"gelu {direction}{' alone' if alone else ''} steps of {tile.BLOCK_K}"
+        yield CompileCase(name, run, archs=("sm_90",))
     for op in PIXEL_OPS:
         yield of(Case(op, 32, 1024, 1, 64, "fp32"), "V512", True)
     colours, weight = meta(1 << 20, 3, dtype=torch.uint8), meta(1 << 20, dtype=torch.int64)

@@ -1,6 +1,6 @@
 """Checkpoints in and out: our own, Hugging Face's, OpenAI's.
 
-    open_checkpoint("openai/imagegpt-small")               # a directory, a run, a TF1 prefix, or a hub id
+    open_checkpoint("openai/imagegpt-small")               # a directory, a run, a TF1 prefix, a hub id, builtin:emoji
     save(model, "out", format="hf")
     convert("ckpt/model.ckpt-1000000", "out", format="hf")  # tensor by tensor, without a model
 
@@ -29,6 +29,7 @@ from igpt.palette import Palette
 FORMATS = ("igpt", "hf")
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 WRITTEN = {WEIGHTS, CONFIG, "palette.npy", "preprocessor_config.json", runs.TRAINING}  # what save() may replace
+BUILT_IN = {"builtin:emoji": Path(__file__).parents[1] / "assets" / "emoji"}
 MAX_LAYERS = 1024
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 HUB_FILES = ("*.safetensors", INDEX, CONFIG, *PALETTES, "pytorch_model.bin.index.json")
@@ -90,11 +91,12 @@ def convert(
 
 def open_checkpoint(source, step: int | str | None = None, attn_scale: str = "exact") -> Checkpoint:
     """Find out the format, read and check every header. A run directory stands for its best checkpoint, or for that of
-    `step`, a number or "last" (runs.py). attn_scale, of Hugging Face's: "exact" is 1/sqrt(head dim), as OpenAI's code
-    has it, "hf" what their port divides by, int(sqrt(head dim)). Raises ValueError."""
+    `step`, a number or "last" (runs.py); "builtin:emoji" for the model in the box (igpt/assets/emoji/README.md).
+    attn_scale, of Hugging Face's: "exact" is 1/sqrt(head dim), as OpenAI's code has it, "hf" what their port divides
+    by, int(sqrt(head dim)). Raises ValueError."""
     if attn_scale not in hf_keys.SCALES:
         raise ValueError(f"attn_scale: got {attn_scale!r}, expected one of {hf_keys.SCALES}")
-    path = Path(source)
+    path = BUILT_IN.get(str(source)) or Path(source)
     if runs.is_run(path):
         path = runs.resolve(path, step)
     elif step is not None:

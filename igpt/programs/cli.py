@@ -24,6 +24,7 @@ COMMANDS = {  # name: what it does
     "lowdata": "few labels a class",
     "sample": "sample pictures",
     "complete": "complete pictures whose top is given",
+    "web": "complete pictures in the browser, row by row as they are drawn",
     "convert": "a checkpoint of ours, Hugging Face's or OpenAI's to ours or Hugging Face's",
     "demo": "train on the built-in emoji for 3 minutes, then complete some that were held out",
 }

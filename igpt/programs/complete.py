@@ -8,6 +8,7 @@ import numpy as np
 from igpt.data.crops import eval_crop, open_picture
 from igpt.data.folder import warn_of_bad
 from igpt.programs.sampling import Sampling
+from igpt.programs.source import say
 from igpt.sample import complete, grid
 
 
@@ -18,7 +19,7 @@ class Options(Sampling):
     pictures: tuple[Path, ...] = ()  # the files
     keep: float = 0.5  # the fraction of pixels that is given, from the top
     completions: int = 4  # of each picture
-    resize: bool = False  # take pictures of another size by the paper's evaluation crop
+    resize: bool = True  # pictures of another size, to their middle square (the paper's evaluation crop), resized
     skip_bad: bool = False  # leave unreadable files out and count them; default: stop at the first
     out: Path = Path("completions.png")
 
@@ -59,9 +60,12 @@ def read(options: Options, side: int) -> list[np.ndarray]:
         if picture.size == (side, side):
             squares.append(np.asarray(picture))
         elif options.resize:
+            say(f"pictures of another size are taken by their middle square, resized to {side} x {side}")
             squares.append(eval_crop(picture, side))
         else:
-            raise ValueError(f"{path}: got {picture.width} x {picture.height}, expected {side} x {side}, or --resize")
+            raise ValueError(
+                f"{path}: got {picture.width} x {picture.height}, expected {side} x {side} without --resize"
+            )
     if not squares:
         raise ValueError(f"pictures: none of the {len(bad)} files can be read")
     warn_of_bad("pictures", bad, len(options.pictures))

@@ -16,7 +16,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Options(OfRun):
     """Convert a checkpoint, tensor by tensor. Nothing that could run code is ever loaded."""
 
-    source: str  # our directory, a run's, a Hugging Face directory or hub id, or an OpenAI TF1 checkpoint prefix
+    source: str  # builtin:emoji, our directory, a run's, Hugging Face's, a hub id, or an OpenAI TF1 prefix
     out: Path  # a new directory, or one that holds an earlier model
     format: Literal["igpt", "hf"] = "igpt"
     dtype: Literal["fp32", "bf16", "fp16"] | None = None  # default: the source's

@@ -16,7 +16,7 @@ SAVED = 14  # widths d a token and block that the backward pass needs: h, q k v,
 class Options(OfRun):
     """Parameters, FLOPs a token, and the memory that training takes on 1 to `gpus` GPUs (FSDP2, bf16 activations)."""
 
-    model: str | None = None  # our directory, a run's, a Hugging Face directory or hub id, or an OpenAI prefix
+    model: str | None = None  # builtin:emoji, our directory, a run's, Hugging Face's, a hub id, or an OpenAI prefix
     # Without one, a model to come:
     preset: Literal["tiny", "s", "m", "l", "xl"] = "s"
     objective: Literal["ar", "bert"] = "ar"

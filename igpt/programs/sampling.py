@@ -19,7 +19,7 @@ from igpt.sample import decoder_of
 class Sampling(OfRun):
     """How the programs load a model and draw pixels."""
 
-    model: str  # our directory, a run's, a Hugging Face directory or hub id, or an OpenAI checkpoint prefix
+    model: str  # builtin:emoji, our directory, a run's, a Hugging Face directory or hub id, or an OpenAI prefix
     palette: Path | None = None  # palette.npy, kmeans_centers.npy or a directory with one; default: the model's own
     temperature: float = 1.0  # divides the logits; 0 is greedy
     top_k: int | None = None  # draw from the k likeliest colours only
@@ -37,14 +37,7 @@ class Sampling(OfRun):
         for name in ("batch", "scale"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
-        model = self.pretrained(self.model, self.device)
-        side = math.isqrt(model.config.n_ctx)
-        if side * side != model.config.n_ctx:
-            raise ValueError(f"model: got n_ctx {model.config.n_ctx}, expected a square number of pixels")
-        palette = Palette.load(self.palette) if self.palette else model.palette
-        if palette is None:
-            raise ValueError(f"palette: {self.model} came without one, expected --palette")
-        return model, palette.require(model.config.vocab), (side, side)
+        return drawable(self.pretrained(self.model, self.device), self)
 
     def run_batches(self, model, n: int, pixels: int, sample: Callable) -> tuple[torch.Tensor, dict]:
         """sample(start, stop, **options) -> tokens, for slices of n pictures of which `pixels` are drawn each."""
@@ -61,3 +54,16 @@ class Sampling(OfRun):
                 done.append(sample(start, stop, first=start, progress=bar.update, decoder=decoder, **drawn).cpu())
         seconds = time.perf_counter() - began
         return torch.cat(done), {"pictures": n, "seconds": round(seconds, 3), "pictures_per_s": round(n / seconds, 4)}
+
+
+def drawable(model, options):
+    """(model, palette, (height, width)) of a model whose pictures are to be seen, by the options `model` and `palette`.
+
+    Raises ValueError if they don't fit together."""
+    side = math.isqrt(model.config.n_ctx)
+    if side * side != model.config.n_ctx:
+        raise ValueError(f"model: got n_ctx {model.config.n_ctx}, expected a square number of pixels")
+    palette = Palette.load(options.palette) if options.palette else model.palette
+    if palette is None:
+        raise ValueError(f"palette: {options.model} came without one, expected --palette")
+    return model, palette.require(model.config.vocab), (side, side)

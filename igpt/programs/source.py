@@ -85,7 +85,7 @@ class Running(OfRun):
 class Source(Running):
     """A pretrained model and a picture set."""
 
-    model: str  # our directory, a run's, a Hugging Face directory or hub id, or an OpenAI checkpoint prefix
+    model: str  # builtin:emoji, our directory, a run's, a Hugging Face directory or hub id, or an OpenAI prefix
     data: str  # builtin:emoji, a folder, a token set, CIFAR, STL-10, IDX or OpenAI's npy sets (igpt.data.load)
     labels: str | None = None  # which labels, where a set has several
     holdout: float = 0.1  # part of train that is valid, where the set has no valid of its own (paper's ImageNet: 0.04)

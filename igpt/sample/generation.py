@@ -1,5 +1,7 @@
 """Sampling whole pictures, and the rest of pictures whose first pixels are given."""
 
+from collections.abc import Iterator
+
 import torch
 
 from igpt.kernels import choose
@@ -11,7 +13,7 @@ def generate(model, batch: int = 1, **options) -> torch.Tensor:
     """Sample whole pictures: tokens (batch, n_ctx) int64. Options as in `complete`."""
     if not isinstance(batch, int) or batch < 1:
         raise ValueError(f"batch: got {batch!r}, expected a positive integer")
-    return _continue(model, torch.empty(batch, 0, dtype=torch.int64), **options)
+    return _whole(model, torch.empty(batch, 0, dtype=torch.int64), **options)
 
 
 def complete(model, tokens_BN, keep: int, **options) -> torch.Tensor:
@@ -35,9 +37,12 @@ def complete(model, tokens_BN, keep: int, **options) -> torch.Tensor:
         raise ValueError(f"tokens: got shape {tuple(tokens_BN.shape)}, expected (B, {n_ctx})")
     if not isinstance(keep, int) or not 0 < keep < n_ctx:
         raise ValueError(f"keep: got {keep!r}, expected 1 to {n_ctx - 1} of the {n_ctx} pixels")
-    kept = tokens_BN[:, :keep]
-    _check_tokens(model, kept)
-    return _continue(model, kept, **options)
+    return _whole(model, tokens_BN[:, :keep], **options)
+
+
+def _whole(model, kept_BK, **options):
+    drawn = stream(model, kept_BK, model.config.n_ctx, **options)
+    return torch.cat([kept_BK.long().to(model.wte.device), *drawn], 1)
 
 
 def _check_tokens(model, tokens_BN) -> None:
@@ -67,24 +72,38 @@ def log_likelihood(model, tokens_BN, *, weights: str | None = None, cache_dtype:
     return torch.cat(steps, 1)
 
 
-def _continue(
-    model, kept_BK, *, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
+def stream(
+    model, kept_BK, every: int, *, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
     seed: int = 0, first: int = 0, weights: str | None = None, cache_dtype: str | None = None, progress=None,
     decoder=None,
-):  # fmt: skip
-    n_ctx, device, (B, keep) = model.config.n_ctx, model.wte.device, kept_BK.shape
-    sampler = Sampler(temperature, top_k, top_p, seed, first).check(model.config.vocab)
+) -> Iterator[torch.Tensor]:  # fmt: skip
+    """The pixels after `kept_BK` while they are drawn, `every` at a time: int64 (B, every), the last ones fewer.
+
+    kept_BK: integers (B, K), the first pixels of B pictures; K may be 0. The pixels are those of `complete`, whose
+    options these are. Raises its ValueErrors at the call; pixels are drawn as they are asked for, and no more."""
+    if kept_BK.dim() != 2 or kept_BK.shape[1]:
+        _check_tokens(model, kept_BK)
+    c, device, (B, keep) = model.config, model.wte.device, kept_BK.shape
+    if not isinstance(every, int) or every < 1:
+        raise ValueError(f"every: got {every!r}, expected a positive integer")
+    sampler = Sampler(temperature, top_k, top_p, seed, first).check(c.vocab)
     if decoder is None:
         decoder = decoder_of(model, B, weights=weights, cache_dtype=cache_dtype)
     elif decoder.batch != B:
         raise ValueError(f"decoder: got one for {decoder.batch} pictures, expected {B}")
-    tokens = torch.zeros(B, n_ctx, dtype=torch.int64, device=device)
+    tokens = torch.zeros(B, c.n_ctx, dtype=torch.int64, device=device)
     tokens[:, :keep] = kept_BK
-    with torch.autocast(device.type, enabled=False):
-        if keep:
-            decoder.prefill(tokens[:, :keep])
-        decoder.sample(tokens, keep, n_ctx, sampler, progress)
-    return tokens
+
+    def drawn():
+        for start in range(keep, c.n_ctx, every):
+            stop = min(start + every, c.n_ctx)
+            with torch.autocast(device.type, enabled=False):
+                if keep and start == keep:
+                    decoder.prefill(tokens[:, :keep])
+                decoder.sample(tokens, start, stop, sampler, progress)
+            yield tokens[:, start:stop]
+
+    return drawn()
 
 
 def decoder_of(model, batch: int, **options) -> Decoder:

@@ -1,0 +1,80 @@
+"""quick-gelu's products: the vendor's product and an elementwise pass, which is what runs, beside the candidates of
+kernels/gelu_hopper.py, each held to the error budget before it is timed.
+
+The rows of "ours" have the ratios: below 1 the candidate is the quicker one.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.nn.functional as F
+
+from bench.cases import Case, Draw
+from bench.correctness.budget import compare
+from bench.correctness.checks import Check, judged
+from bench.rows import Row
+from bench.speed.measure import Run, Variant, blank, rows_of
+from bench.speed.peers import Absent
+from igpt.kernels import reference, tiles
+from igpt.kernels.gelu_hopper import fits, gelu_backward_hopper, gelu_forward_hopper
+from igpt.kernels.norm_mlp import quick_gelu_backward_op, quick_gelu_op
+from igpt.kernels.tiles import Tile
+
+
+def operands(case: Case, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """x, w_fc and None; backward dz, w_proj and u."""
+    draw, T, wide = Draw(case, device), case.B * case.N, 4 * case.d
+    if case.direction == "fwd":
+        return draw.normal(T, case.d), draw.weight(wide, case.d), None
+    return draw.normal(T, case.d), draw.weight(case.d, wide), draw.normal(T, wide)
+
+
+def now(x, w, u) -> tuple[torch.Tensor, torch.Tensor]:
+    """u and h; backward du and h."""
+    first = F.linear(x, w) if u is None else x @ w
+    return first, quick_gelu_op(first) if u is None else quick_gelu_backward_op(u, first, True)
+
+
+def candidate(tile: Tile, x, w, u, alone: bool = False) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The same; alone: h without u, du without h."""
+    first, h = (x.new_empty(len(x), w.shape[u is not None]) for _ in range(2))
+    if u is None:
+        first = None if alone else first
+        gelu_forward_hopper(x, w, None, first, h, tile)
+    else:
+        h = None if alone else h
+        gelu_backward_hopper(x, w, u, first, h, tile)
+    return first, h
+
+
+def wanted(x, w, u) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same by the reference, in the operands' dtype."""
+    if u is None:
+        u = F.linear(x, w)
+        return u, reference.quick_gelu(u)
+    u = u.detach().requires_grad_()
+    h = reference.quick_gelu(u)
+    return torch.autograd.grad(h, u, x @ w)[0], h.detach()
+
+
+def budget(tile: Tile, given: tuple) -> dict:
+    exact = wanted(*(t if t is None else t.double() for t in given))
+    names = "du" if given[2] is not None else "u", "h"
+    return judged([compare(*x) for x in zip(names, candidate(tile, *given), wanted(*given), exact)])
+
+
+def rows(cases: Iterable[Case], run: Run) -> Iterator[Row]:
+    run = dataclasses.replace(run, red=frozenset(), errors={})  # those are of candidates, each held by its own check
+    for case in cases:
+        given = operands(case, run.device)
+        variants = [Variant("ours", case, lambda case, given=given: functools.partial(now, *given))]
+        for tile in tiles.GELU_HOPPER:
+            name, made = f"gluon, steps of {tile.BLOCK_K}", Absent("needs sm_90, fp16 or bf16")
+            if fits(*given):
+                check = Check(blank("correctness", name, case, run.device), functools.partial(budget, tile, given))
+                yield (found := check())
+                made = functools.partial(candidate, tile, *given) if found.ok else Absent("its correctness is red")
+            variants.append(Variant(name, case, lambda case, made=made: made))
+        yield from rows_of("kernels", variants, run, run.timer)
