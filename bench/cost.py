@@ -1,6 +1,6 @@
-"""FLOPs and bytes of every operation, each by one function, and the floor that a machine's two ceilings set.
+"""FLOPs and bytes of every operation, each by the function of its name, and the floor that two measured ceilings set.
 
-Letters: B pictures, N positions, H heads, D head dim, d = H D width, V palette, T = B N tokens, e bytes an element.
+A case c has B pictures of N positions, T = B N tokens, H heads of D, width d = H D; e bytes an element.
 FLOPs are those of the products (2 a multiply-add), and attention's are counted over the pairs that exist: N (N + 1) / 2
 when causal. Backward is two products for each of forward's; attention's recomputes one more. Bytes are compulsory:
 every input read once, every output written once, and whatever backward needs written by forward and read again.
@@ -8,7 +8,7 @@ every input read once, every output written once, and whatever backward needs wr
 
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -21,10 +21,8 @@ class Cost:
     def __add__(self, other: "Cost") -> "Cost":
         return Cost(self.flops + other.flops, self.bytes + other.bytes)
 
-    def __mul__(self, times: float) -> "Cost":
-        return Cost(self.flops * times, self.bytes * times)
-
-    __rmul__ = __mul__
+    def __rmul__(self, times: float) -> "Cost":
+        return Cost(times * self.flops, times * self.bytes)
 
 
 @dataclass(frozen=True)
@@ -44,6 +42,7 @@ class Ceilings:
 # bf16: 8192-cubed product of random data; bytes: device copy, read + written. fp32 means without TF32: data sheet.
 H200 = Ceilings("NVIDIA H200", {"bf16": 790e12, "fp16": 790e12, "fp32": 67e12}, 4.3e12)
 
+VOCAB = 512
 ELEMENT = {"bf16": 2, "fp16": 2, "fp32": 4}
 DIRECTIONS = ("fwd", "bwd", "fwd+bwd")
 
@@ -52,82 +51,82 @@ def by_direction(direction: str, forward: Cost, backward: Cost) -> Cost:
     return {"fwd": forward, "bwd": backward, "fwd+bwd": forward + backward}[direction]
 
 
-def attention(B, N, H, D, e, causal: bool, direction: str) -> Cost:
+def attention(c, e: int) -> Cost:
     """Two products forward (q k^T, p v), five backward (p again, dv, dp, dq, dk). Saved: q, k, v, o and lse."""
-    pairs = B * H * (N * (N + 1) / 2 if causal else N * N)
-    tensor, lse = B * N * H * D * e, B * N * H * 4
-    return by_direction(direction, Cost(4 * D * pairs, 4 * tensor + lse), Cost(10 * D * pairs, 8 * tensor + lse))
+    pairs = c.B * c.H * (c.N * (c.N + 1) / 2 if c.causal else c.N**2)
+    tensor, lse = c.T * c.d * e, c.T * c.H * 4
+    forward, backward = Cost(4 * c.D * pairs, 4 * tensor + lse), Cost(10 * c.D * pairs, 8 * tensor + lse)
+    return by_direction(c.direction, forward, backward)
 
 
-def linear(T, d_in, d_out, e, direction: str) -> Cost:
+def linear(c, e: int, d_out: int) -> Cost:
     """x @ w^T. Backward: dx and dw; reads x, w, dy."""
-    forward = Cost(2 * T * d_in * d_out, (T * (d_in + d_out) + d_in * d_out) * e)
-    backward = Cost(4 * T * d_in * d_out, (T * (2 * d_in + d_out) + 2 * d_in * d_out) * e)
-    return by_direction(direction, forward, backward)
+    flops, x, y, w = 2 * c.T * c.d * d_out, c.T * c.d * e, c.T * d_out * e, c.d * d_out * e
+    return by_direction(c.direction, Cost(flops, x + y + w), Cost(2 * flops, 2 * x + y + 2 * w))
 
 
-def norm(T, d, e, direction: str) -> Cost:
+def norm_linear(c, e: int) -> Cost:
+    """The normed x never needs memory of its own."""
+    return linear(c, e, 3 * c.d)
+
+
+def norm(c, e: int) -> Cost:
     """Reads x, writes n. Backward reads dn, x, writes dx."""
-    return by_direction(direction, Cost(0, 2 * T * d * e), Cost(0, 3 * T * d * e))
+    return by_direction(c.direction, Cost(0, 2 * c.T * c.d * e), Cost(0, 3 * c.T * c.d * e))
 
 
-def norm_linear(T, d, d_out, e, direction: str) -> Cost:
-    """The normed x never needs memory of its own: the bytes are those of the product."""
-    return linear(T, d, d_out, e, direction)
+def norm_mlp(c, e: int) -> Cost:
+    """x + act(norm(x) fc) proj: (T, 4 d) is written once (kept for backward) and read once by the second product, since
+    both products in one kernel do not fit a multiprocessor. Backward reads it, and writes and reads its gradient; the
+    activation and its gradient are made on chip."""
+    flops, weights, wide, slim = 16 * c.T * c.d**2, 8 * c.d**2 * e, 4 * c.T * c.d * e, c.T * c.d * e
+    forward, backward = 2 * slim + weights + 2 * wide, 3 * slim + 2 * weights + 4 * wide
+    return by_direction(c.direction, Cost(flops, forward), Cost(2 * flops, backward))
 
 
-def norm_mlp(T, d, inner, e, direction: str) -> Cost:
-    """x + act(norm(x) fc) proj: (T, inner) is written once (kept for backward) and read once by the second product,
-    since both products in one kernel do not fit a multiprocessor. Backward reads it, and writes and reads its
-    gradient; the activation and its gradient are made on chip."""
-    weights, wide, slim = 2 * d * inner * e, T * inner * e, T * d * e
-    forward = Cost(4 * T * d * inner, 2 * slim + weights + 2 * wide)
-    backward = Cost(8 * T * d * inner, 3 * slim + 2 * weights + 4 * wide)
-    return by_direction(direction, forward, backward)
+def gelu(c, e: int) -> Cost:
+    """The product with 4 d columns and its elementwise pass: u and h out; backward reads u too."""
+    flops, x, w, wide = 8 * c.T * c.d**2, c.T * c.d * e, 4 * c.d**2 * e, 4 * c.T * c.d * e
+    return by_direction(c.direction, Cost(flops, x + w + 2 * wide), Cost(flops, x + w + 3 * wide))
 
 
-def embed(T, d, V, n_ctx, e, direction: str) -> Cost:
+def embed(c, e: int) -> Cost:
     """Tokens (int64) and both tables in, (T, d) out; backward reads (T, d) and writes both tables."""
-    tables = (V + n_ctx) * d * e
-    return by_direction(direction, Cost(0, T * d * e + tables + 8 * T), Cost(0, T * d * e + tables + 8 * T))
+    cost = Cost(0, (c.T + VOCAB + c.N) * c.d * e + 8 * c.T)
+    return by_direction(c.direction, cost, cost)
 
 
-def head_loss(T, d, V, e, direction: str) -> Cost:
+def head_loss(c, e: int) -> Cost:
     """Norm, product and cross-entropy: x, w and the targets in, a float a token out; the logits stay on chip, and
     backward makes them again or reads their gradient, (T, V), once written."""
-    forward = Cost(2 * T * d * V, (T * d + V * d) * e + 12 * T)
-    backward = Cost(4 * T * d * V, (2 * T * d + 2 * V * d + 2 * T * V) * e)
-    return by_direction(direction, forward, backward)
+    flops, x, w = 2 * c.T * c.d * VOCAB, c.T * c.d * e, VOCAB * c.d * e
+    return by_direction(c.direction, Cost(flops, x + w + 12 * c.T), Cost(2 * flops, 2 * (x + w + c.T * VOCAB * e)))
 
 
-def palette_encode(pixels, V) -> Cost:
-    """3 subtractions, 3 products, 2 sums a pixel and colour; 3 bytes in, an int64 out. The FLOPs are none of a matrix
+def palette_encode(c, e: int) -> Cost:
+    """3 bytes and an int64 a pixel, one in and one out; encoding's 8 FLOPs a pixel and colour are none of a matrix
     unit's, so the floor is the bytes'."""
-    return Cost(0, pixels * (3 + 8) + V * 12)
+    return Cost(0, c.T * (3 + 8) + VOCAB * 12)
 
 
-def palette_decode(pixels, V) -> Cost:
-    return Cost(0, pixels * (8 + 3) + V * 12)
+palette_decode = palette_encode
 
 
-def model(config, B, N, e, direction: str) -> Cost:
-    """A whole Image GPT: loss of B pictures of N positions; "fwd+bwd" is a training step without its optimiser."""
-    c, T = config, B * N
-    layer = (
-        norm_linear(T, c.width, 3 * c.width, e, direction)
-        + attention(B, N, c.heads, c.head_dim, e, c.causal, direction)
-        + linear(T, c.width, c.width, e, direction)
-        + by_direction(direction, Cost(0, T * c.width * e), Cost(0, 0))  # the residual, read by whoever adds it
-        + norm_mlp(T, c.width, c.inner, e, direction)
-    )
-    ends = embed(T, c.width, c.vocab, N, e, direction) + head_loss(T, c.width, c.vocab, e, direction)
-    return c.n_layer * layer + ends
+def model(c, e: int) -> Cost:
+    """A whole Image GPT: logits, written once ("fwd"), or the loss and its gradients, a step without its optimiser."""
+    c = replace(c, direction="fwd" if c.direction == "fwd" else "fwd+bwd")
+    residual = Cost(0, c.T * c.d * e)  # read by whoever adds it
+    layer = norm_linear(c, e) + attention(c, e) + linear(c, e, c.d) + residual + norm_mlp(c, e)
+    total = c.layers * layer + embed(c, e) + head_loss(c, e)
+    return total + Cost(0, c.T * VOCAB * e) if c.direction == "fwd" else total
 
 
-def logits(config, B, N, e) -> Cost:
-    """The model's forward to its logits (B, N, V), written once."""
-    T = B * N
-    return model(config, B, N, e, "fwd") + Cost(0, T * config.vocab * e)
+def decode(c, e: int) -> Cost:
+    """A token's compulsory bytes and FLOPs: every weight of a product once, the keys and values so far once, on average
+    over the window."""
+    weights, head, keys = c.layers * 12 * c.d**2, VOCAB * c.d, c.N - (c.steps - 1) / 2
+    kv, stored = 2 * c.layers * c.B * keys * c.d, 1 if c.dtype == "int8" else e
+    return Cost(2 * c.B * (weights + head) + 2 * kv, weights * stored + head * e + kv * c.cached)
 
 
 def attention_products(n: int, v: dict) -> float:

@@ -34,6 +34,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma, warpgroup_mma_wait
 
 from . import tiles
+from .attention_heads import heads_in_group
 from .attention_hopper import (
     CONSUMER_REGISTERS,
     PRODUCER_REGISTERS,
@@ -59,7 +60,6 @@ from .attention_hopper import (
     zero_rows,
 )
 from .device import multiprocessors
-from .heads import heads_in_group
 from .launching import blocks, launch
 from .primitives import LOG2E
 
@@ -133,6 +133,14 @@ def own_statistics(c: gl.constexpr, dout, ring, step, p_lse, p_statistics, o_own
 
 
 @gluon.jit
+def row_of(k: gl.constexpr, statistics_ring, step):
+    """lse (0) or delta (1) of a streamed pair's queries: [1, ROWS]."""
+    place, _ = place_of(statistics_ring, step)
+    statistic = statistics_ring[0][k]
+    return statistic.index(place).load(gl.SliceLayout(0, product_layout(statistic.shape[1])))[None, :]
+
+
+@gluon.jit
 def add_pair(a, b, acc_x, acc_y, lse, delta, seen, ring, step, statistics_ring, scale_log2, OWNS_KEYS: gl.constexpr):
     """The accumulators after a streamed pair, of which the positions `seen` count, or all if that is None."""
     CHUNKS: gl.constexpr = len(a)
@@ -165,11 +173,15 @@ def add_pair(a, b, acc_x, acc_y, lse, delta, seen, ring, step, statistics_ring, 
 
 
 @gluon.jit
-def row_of(k: gl.constexpr, statistics_ring, step):
-    """lse (0) or delta (1) of a streamed pair's queries: [1, ROWS]."""
-    place, _ = place_of(statistics_ring, step)
-    statistic = statistics_ring[0][k]
-    return statistic.index(place).load(gl.SliceLayout(0, product_layout(statistic.shape[1])))[None, :]
+def seen_of(o_row, o_col, o_own, o_streamed, N, IS_CAUSAL: gl.constexpr, OWNS_KEYS: gl.constexpr):
+    """Which positions of a masked pair count."""
+    if OWNS_KEYS:
+        seen = o_row[:, None] <= o_col[None, :]  # of the diagonal's block
+    elif IS_CAUSAL:
+        seen = o_streamed[None, :] <= o_own[:, None]
+    else:
+        seen = o_streamed[None, :] < N
+    return seen
 
 
 @gluon.jit
@@ -218,14 +230,9 @@ def consumer(
                     release(own, tile - 1, tile > 0)
             for j in range(start, stop):
                 o_streamed = (first + j * stride) * ROWS + o_col
-                if IS_WHOLE:
-                    seen = None
-                elif OWNS_KEYS:
-                    seen = o_row[:, None] <= o_col[None, :]  # of the diagonal's block
-                elif IS_CAUSAL:
-                    seen = o_streamed[None, :] <= o_own[:, None]
-                else:
-                    seen = o_streamed[None, :] < N
+                seen = None
+                if not IS_WHOLE:
+                    seen = seen_of(o_row, o_col, o_own, o_streamed, N, IS_CAUSAL, OWNS_KEYS)
                 acc_x, acc_y = add_pair(
                     a, b, acc_x, acc_y, lse, delta, seen, ring, step + j, statistics_ring, scale_log2, OWNS_KEYS
                 )

@@ -1,9 +1,9 @@
-"""Which implementation runs an operation: decided here alone, from facts. (A decoding step's form follows from how many
-pictures are drawn: FEW_PICTURES in tiles.py, asked by igpt/sample/kernel_decoder.py.)
+"""Which implementation runs an operation: decided here alone, from facts.
 
     kernels           the Triton kernels, or the torch path: by `impl`, device and dtype
     attention         the same for attention, whose kernels take some head dims
     warp_specialised  attention's Gluon kernels (attention_hopper*.py), or the plain ones
+    matrix_vector     a decoding step's products: matrix-vector kernels, or the vendor's
     onednn            the torch path on a CPU: functions over oneDNN's products (igpt/ops/cpu.py), or plain PyTorch
     blocks            its attention: by blocks (igpt/ops/cpu_attention.py), or SDPA
     packs             decoding's weights on a CPU: packed for oneDNN, or as they are for MKL
@@ -22,6 +22,7 @@ from . import checks
 IMPLS = ("auto", "triton", "torch")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what the kernels take
 MAX_HEAD_DIM = 128  # wider accumulators would not fit the registers
+FEW_PICTURES = 8  # a guess: no machine was asked yet where the vendor's products begin to win
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # Linux only; elsewhere the torch path is all there is
 if HAS_TRITON:
     from .device import arch, check_device
@@ -83,6 +84,12 @@ def takes_views(*tensors: torch.Tensor) -> bool:
         if not (starts and head == D and column == 1 and t.dtype == dtype and t.data_ptr() % 16 == 0):
             return False
     return True
+
+
+def matrix_vector(pictures: int) -> bool:
+    """For how many pictures are drawn in all: the two differ as roundings do, and a picture's bits must not depend on
+    the batch that it is drawn in."""
+    return pictures <= FEW_PICTURES
 
 
 def onednn(x: torch.Tensor) -> bool:

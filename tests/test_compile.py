@@ -110,13 +110,13 @@ def test_a_step_is_accounted_for():
     """The launches' FLOPs are those of the formula, of the one product that two backward kernels both do, and of the
     embedding's gradient, a product with a one-hot where the formula counts a sum."""
     done = child("-c", """
-from bench import cost
+from dataclasses import replace
+from bench.cases import VOCAB, model_case
 from bench.compiled import step
-from igpt.config import preset
-rows, config = step.account("tiny", 2, 256), preset("tiny", n_ctx=256)
-want = cost.model(config, 2, 256, 2, "fwd+bwd").flops
-again = config.n_layer * cost.attention(2, 256, config.heads, config.head_dim, 2, True, "fwd").flops
-onehot = 2 * 2 * 256 * config.vocab * config.width
+rows, case = step.account("tiny", 2, 256), model_case("tiny", 2, 256, "bf16", "fwd+bwd")
+want = case.cost().flops
+again = case.layers * replace(case, op="attention", direction="fwd").cost().flops
+onehot = 2 * case.T * VOCAB * case.d
 have = sum(r.flops for r in rows)
 assert abs(have - want - again - onehot) < 1e-6 * want, (have, want, again, onehot)
 names = {r.kernel for r in rows}

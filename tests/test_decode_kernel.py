@@ -404,7 +404,7 @@ def test_weights_are_on_their_way_before_the_wait():
     """In sm_90's PTX and SASS: all of a program's weights, or its keys and values, in loads of 16 bytes ahead of the
     one wait, and no weight behind it; and as many sums and products for one picture as for each of several."""
     script = r"""
-import re, subprocess, tempfile, triton
+import re
 from bench.compiled import compile as c
 from bench.compiled.cases import decode_step
 
@@ -419,13 +419,8 @@ for preset in "sl":
             decode_step(preset, B)
         assert len(launches) == 8, launches
         for place, launch in enumerate(launches[1:-1]):
-            source = c.ASTSource(launch.function, launch.signature, launch.constexprs, launch.attrs)
-            kernel = triton.compile(source, target=c.TARGETS["sm_90"], options=launch.options)
-            with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-                file.write(kernel.asm["cubin"])
-                file.flush()
-                run = {"capture_output": True, "text": True, "check": True}
-                sass = subprocess.run([c._tool("cuobjdump"), "-sass", file.name], **run).stdout
+            kernel = c.built(launch)
+            _, sass = c.dumped(kernel.asm["cubin"])
             v, threads = launch.values, 32 * launch.options["num_warps"]
             if launch.name == "linear_kernel":
                 want = v["BLOCK_N"] * v["K"] * 2 // 16 // threads

@@ -13,7 +13,7 @@ from gluon_simulator import POLICIES, caught, load
 from bench import cost
 from bench.cases import Case
 from bench.correctness.budget import compare
-from bench.gpu import LyingTimer
+from bench.gpu import lying_timer
 from bench.speed import measure, products
 from igpt.kernels import device, reference, tiles
 from igpt.kernels.tiles import GELU_HOPPER
@@ -242,7 +242,7 @@ def test_what_does_not_fit_is_refused(monkeypatch):
 
 def test_a_candidate_is_timed_where_it_keeps_its_budget(monkeypatch):
     """The stage of `make gpu`, on a CPU: the kernels simulated, the clock a lying one."""
-    timer, found = LyingTimer(), {}
+    timer, found = lying_timer(), {}
     monkeypatch.setattr(measure, "ceilings", lambda device: cost.H200)
     for factor in "0f3F001000", "0f3E001000":
         module = simulated(edit=lambda source, factor=factor: source.replace("0f3F001000", factor))

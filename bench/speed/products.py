@@ -4,6 +4,7 @@ kernels/gelu_hopper.py, each held to the error budget before it is timed.
 The rows of "ours" have the ratios: below 1 the candidate is the quicker one.
 """
 
+import dataclasses
 import functools
 from collections.abc import Iterable, Iterator
 
@@ -12,11 +13,9 @@ import torch.nn.functional as F
 
 from bench.cases import Case, Draw
 from bench.correctness.budget import compare
-from bench.correctness.kernels import judged
-from bench.cost import ELEMENT, Cost
-from bench.machine import attempted
+from bench.correctness.checks import Check, judged
 from bench.rows import Row
-from bench.speed.measure import Run, Variant, blank, rows_of, warmed
+from bench.speed.measure import Run, Variant, blank, rows_of
 from bench.speed.peers import Absent
 from igpt.kernels import reference, tiles
 from igpt.kernels.gelu_hopper import fits, gelu_backward_hopper, gelu_forward_hopper
@@ -60,26 +59,22 @@ def wanted(x, w, u) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.autograd.grad(h, u, x @ w)[0], h.detach()
 
 
-def checked(row: Row, tile: Tile, given: tuple) -> Row:
-    def budget():
-        exact = wanted(*(t if t is None else t.double() for t in given))
-        names = "du" if given[2] is not None else "u", "h"
-        return judged(row, [compare(*x) for x in zip(names, candidate(tile, *given), wanted(*given), exact)])
-
-    return attempted(row, budget)
+def budget(tile: Tile, given: tuple) -> dict:
+    exact = wanted(*(t if t is None else t.double() for t in given))
+    names = "du" if given[2] is not None else "u", "h"
+    return judged([compare(*x) for x in zip(names, candidate(tile, *given), wanted(*given), exact)])
 
 
 def rows(cases: Iterable[Case], run: Run) -> Iterator[Row]:
+    run = dataclasses.replace(run, red=frozenset(), errors={})  # those are of candidates, each held by its own check
     for case in cases:
-        given, T, wide = operands(case, run.device), case.B * case.N, 4 * case.d
-        moved = T * case.d + case.d * wide + T * wide * (2 if case.direction == "fwd" else 3)
-        cost, row = Cost(2 * T * case.d * wide, moved * ELEMENT[case.dtype]), blank("kernels", "ours", case, run.device)
-        variants = [Variant(row, warmed(lambda given=given: functools.partial(now, *given)), cost)]
+        given = operands(case, run.device)
+        variants = [Variant("ours", case, lambda case, given=given: functools.partial(now, *given))]
         for tile in tiles.GELU_HOPPER:
             name, made = f"gluon, steps of {tile.BLOCK_K}", Absent("needs sm_90, fp16 or bf16")
             if fits(*given):
-                yield (found := checked(blank("correctness", name, case, run.device), tile, given))
+                check = Check(blank("correctness", name, case, run.device), functools.partial(budget, tile, given))
+                yield (found := check())
                 made = functools.partial(candidate, tile, *given) if found.ok else Absent("its correctness is red")
-            built = warmed(lambda made=made: made)
-            variants.append(Variant(blank("kernels", name, case, run.device), built, cost))
-        yield from rows_of(variants, run, run.timer)
+            variants.append(Variant(name, case, lambda case, made=made: made))
+        yield from rows_of("kernels", variants, run, run.timer)
