@@ -282,8 +282,7 @@ def matrix(t: torch.Tensor | None, rows: int, columns: int) -> TensorDescriptor 
         return None
     block, dtype = [1, rows, columns], gl.bfloat16 if t.dtype == torch.bfloat16 else gl.float16
     layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
-    whole = t.as_strided((1, *t.shape), (t.shape[0] * t.stride(0), *t.stride()))
-    return TensorDescriptor.from_tensor(whole, block, layout)
+    return TensorDescriptor(t, [1, *t.shape], [t.shape[0] * t.stride(0), *t.stride()], block, layout)
 
 
 def run(a, b, bias, u, first, h, is_grad: bool, tile: tiles.Tile) -> None:
