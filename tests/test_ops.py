@@ -40,11 +40,13 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 def test_norm_mlp_and_norm_linear_on_the_torch_path(rows, d, inner, dtype, bias, centred):
     inputs = block_inputs(rows, d, inner, dtype, bias)
     settings = {"centred": centred}
-    for errors in against_fp64(
-        lambda **k: ops.norm_mlp(**k, **settings, impl="torch"),
-        lambda **k: reference.norm_mlp(**k, **settings), inputs, tuple(inputs),
-    ):  # fmt: skip
-        assert errors.ok, errors
+    for activation in reference.ACTIVATIONS:
+        for errors in against_fp64(
+            lambda activation=activation, **k: ops.norm_mlp(**k, **settings, activation=activation, impl="torch"),
+            lambda activation=activation, **k: reference.norm_mlp(**k, **settings, activation=activation),
+            inputs, tuple(inputs),
+        ):  # fmt: skip
+            assert errors.ok, (activation, errors)
     inputs = {"x": inputs["x"], "norm_weight": inputs["norm_weight"], "weight": inputs["w_fc"]} | (
         {"bias": inputs["b_fc"]} if bias else {}
     )
