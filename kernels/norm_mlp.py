@@ -120,7 +120,8 @@ def norm_mlp(
     all of them. activation: "quick_gelu", x sigmoid(1.702 x), or "gelu", the exact one.
 
     through: return the two summands, (branch, s): the next norm's `add` and x. recompute: keep the activation's
-    argument but not its result for backward. Raises ValueError naming the argument for a wrong shape or dtype: all are in x's dtype."""
+    argument but not its result for backward. Raises ValueError naming the argument for a wrong shape or dtype: all are
+    in x's dtype."""
     checks.norm_mlp(x, add, norm_weight, w_fc, w_proj, b_fc, b_proj, activation, x.dtype)
     tiles.check_kernel_rows("norm_mlp", x)
     check_device("norm_mlp", x, add, norm_weight, w_fc, w_proj, b_fc, b_proj)

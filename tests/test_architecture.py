@@ -9,7 +9,8 @@ ROOT = Path(__file__).parent.parent
 # rooms, which know it only by what they are handed, lie below it.
 FLOORS = (
     {"igpt.kernels"}, {"igpt.config", "igpt.machine"}, {"igpt.ops"}, {"igpt.palette"}, {"igpt.data"},
-    {"igpt.convert", "igpt.sample"}, {"igpt.model"}, {"igpt.hf", "igpt.training"}, {"igpt.programs"}, {"bench"},
+    {"igpt.convert", "igpt.sample"}, {"igpt.model"}, {"igpt.vit"}, {"igpt.hf", "igpt.training"}, {"igpt.programs"},
+    {"bench"},
 )  # fmt: skip
 OUTSIDE = {"igpt", "igpt.__main__", "igpt.assets"}  # the package's door, its script, and how its pictures were made
 
