@@ -128,12 +128,18 @@ class ViT(Transformer):
         colour, loss(pixels, sources, corrupted) of `draw_corruption`, which is asked where they are left out."""
         if self.config.outputs == 0 or not len(pixels_BSS3):
             raise ValueError(f"loss: got {len(pixels_BSS3)} pictures and {self.config.outputs} classes, expected some")
+        logits, classes = self.predict(pixels_BSS3, *targets)
+        return F.cross_entropy(wide(logits), classes)
+
+    def predict(self, pixels_BSS3, *targets):
+        """What `loss` compares, with its arguments: (logits (n, classes), classes int64 (n,)) of pictures, or of all
+        corrupted patches."""
         patches = self.patches(pixels_BSS3)
         if self.config.objective == "labels":
             (labels,) = targets
             checks.integers("loss", "labels", labels, self.config.classes)
-            return F.cross_entropy(wide(self.outputs(self.trunk(patches)[:, 0])), labels.long())
+            return self.outputs(self.trunk(patches)[:, 0]), labels.long()
         sources, corrupted = targets or (t.to(patches.device) for t in self.draw_corruption(len(patches)))
         h = self.trunk(patches, sources)[:, 1:]
         logits = self.outputs(h.gather(1, corrupted[..., None].expand(-1, -1, h.shape[-1])))
-        return F.cross_entropy(wide(logits).flatten(0, 1), self.colours(patches).gather(1, corrupted).flatten())
+        return logits.flatten(0, 1), self.colours(patches).gather(1, corrupted).flatten()
