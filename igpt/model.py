@@ -99,6 +99,7 @@ class Transformer(nn.Module):
     and log-probabilities are at least fp32."""
 
     config_class, sizes = Blocks, {}
+    entered_by = ("loss",)  # the methods by which training enters, besides forward: FSDP2 must be told
 
     def __init__(self, config: Blocks, *, impl: str = "auto", device=None, dtype=None):
         super().__init__()

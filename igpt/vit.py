@@ -26,6 +26,7 @@ class ViT(Transformer):
     """The model. Pixels are uint8, or floats in [-1, 1], (B, S, S, 3). Raises ValueError for others."""
 
     config_class, sizes = ViTConfig, VITS
+    entered_by = ("loss", "predict")
 
     def make_ends(self, config: ViTConfig) -> None:
         d = config.width

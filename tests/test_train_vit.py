@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import igpt
+from igpt.programs import eval as evaluate
 from igpt.programs import train
 from igpt.training import start
 from igpt.training.order import Order
@@ -45,6 +46,15 @@ def test_a_run_learns_labels_and_exports_its_best_model(unbroken):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     (said,) = [row for row in lines if "valid_loss" in row and row["step"] == result["exported"]["step"]]
     assert (model(pixels).argmax(-1) == labels).double().mean().item() == pytest.approx(said["valid_accuracy"])
+
+
+def test_eval_says_how_often_it_is_right(unbroken):
+    asked = evaluate.Options(model=str(unbroken[0]), data="builtin:emoji", split="valid", limit=20)
+    said, trained = evaluate.run(asked), unbroken[1]["exported"]["valid_loss"]
+    assert said["pictures"] == 20 and said["nats_per_picture"] == pytest.approx(trained, abs=1e-5)
+    assert 0 <= said["accuracy"] <= 1
+    with pytest.raises(ValueError, match=r"has classes .*, the model"):
+        evaluate.run(replace(asked, labels="subgroup"))
 
 
 def test_stopped_and_resumed_it_is_the_same_run(unbroken, tmp_path):

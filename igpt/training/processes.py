@@ -103,7 +103,7 @@ def build(
     for block in model.blocks:
         fully_shard(block, mesh=us.mesh, mp_policy=policy)
     fully_shard(model, mesh=us.mesh, mp_policy=policy)
-    for method in ("loss", "predict"):
+    for method in kind.entered_by:
         register_fsdp_forward_method(model, method)
     model.to_empty(device=us.device)
     state = whole_model().state_dict() if us.first else {}
