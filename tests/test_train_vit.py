@@ -95,6 +95,20 @@ def test_weights_decay_and_vectors_do_not(tmp_path):
         torch.testing.assert_close(p.detach(), before[name] * (1 if p.dim() == 1 else 0.95))
 
 
+def test_augmentation_is_the_same_however_many_share_a_batch(tmp_path):
+    with processes("cpu") as us:
+        asked = options(tmp_path / "run", augment=True).resolved()
+        task = train.task_of(asked, us, None)
+    rows = np.arange(5, 13)
+    plain, labels = task.inputs(task.train, rows)
+    whole, same = task.inputs(task.train, rows, 0, 1)
+    parts = [task.inputs(task.train, rows, 0, 1, mine=part)[0] for part in (slice(0, 3), slice(3, 8))]
+    assert torch.equal(torch.cat(parts), whole) and torch.equal(labels, same)
+    assert not torch.equal(whole, plain) and not torch.equal(task.inputs(task.train, rows, 0, 2)[0], whole)
+    with pytest.raises(ValueError, match="augment: got it for an Image GPT"):
+        train.Options("run", augment=True).resolved()
+
+
 def test_patches_are_learnt_from_their_surroundings(tmp_path):
     """The objective of corrupted patches falls below ln 512, and below what the colours' shares alone would give."""
     result = train.run(options(tmp_path / "run", objective="patches", steps=60, lr=0.003, batch=16, save_every=60))
