@@ -10,7 +10,7 @@ import torch
 
 import igpt
 from igpt.programs import eval as evaluate
-from igpt.programs import train
+from igpt.programs import info, train
 from igpt.training import start
 from igpt.training.order import Order
 from igpt.training.processes import processes
@@ -53,6 +53,8 @@ def test_eval_says_how_often_it_is_right(unbroken):
     said, trained = evaluate.run(asked), unbroken[1]["exported"]["valid_loss"]
     assert said["pictures"] == 20 and said["nats_per_picture"] == pytest.approx(trained, abs=1e-5)
     assert 0 <= said["accuracy"] <= 1
+    with pytest.raises(ValueError, match="is a ViT, expected an Image GPT"):
+        info.run(info.Options(model=str(unbroken[0])))
     with pytest.raises(ValueError, match=r"has classes .*, the model"):
         evaluate.run(replace(asked, labels="subgroup"))
 
