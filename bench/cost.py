@@ -149,8 +149,8 @@ FLOPS = {
     "attention_kernel": lambda v: 4 * v["k_cache"].numel(),  # of a full cache: how full it is, the device alone knows
 } | dict.fromkeys((
     "decode_kernel", "dlogits_kernel", "embed_kernel", "encode_kernel",
-    "norm_backward_kernel", "norm_forward_kernel", "position_backward_kernel", "quick_gelu_backward_kernel",
-    "quick_gelu_kernel", "sample_kernel", "sum_partials_kernel", "sums_kernel",
+    "gelu_backward_kernel", "gelu_kernel", "norm_backward_kernel", "norm_forward_kernel", "position_backward_kernel",
+    "sample_kernel", "sum_partials_kernel", "sums_kernel",
 ), lambda v: 0.0)  # fmt: skip
 
 

@@ -15,9 +15,11 @@ _EXPORTS = {
     "PRESETS": "config",
     "ImageGPT": "model",
     "Palette": "palette",
+    "ViT": "vit",
+    "ViTConfig": "config",
     "graphed": "training.graphed",
 }
-_MODULES = ("config", "convert", "data", "hf", "model", "ops", "palette", "sample")
+_MODULES = ("config", "convert", "data", "hf", "model", "ops", "palette", "sample", "vit")
 
 __all__ = [*_EXPORTS, *_MODULES]
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from igpt import convert, ops, sample
-from igpt.config import Config, preset
+from igpt.config import PRESETS, Blocks, Config, preset
 from igpt.kernels import checks
 
 MASK_PROBABILITY = 0.15
@@ -24,10 +24,15 @@ def total(h, add):
     return h if add is None else h + add
 
 
-class Attention(nn.Module):
-    """attn(norm(h)): dense multi-head attention, causal for AR and full for BERT, no dropout."""
+def folded(bias, weight, b_norm):
+    """weight @ (n + b_norm) + bias is weight @ n + this: a norm's bias costs a product with one vector."""
+    return bias if b_norm is None else torch.addmv(bias, weight, b_norm)
 
-    def __init__(self, config: Config, layer: int):
+
+class Attention(nn.Module):
+    """attn(norm(h)): dense multi-head attention, causal for AR, full for BERT and ViT, no dropout."""
+
+    def __init__(self, config: Blocks, layer: int):
         super().__init__()
         d, self.config = config.width, config
         self.scale = (config.attn_scale or config.head_dim**-0.5) / (layer + 1 if config.scale_by_layer else 1)
@@ -36,11 +41,12 @@ class Attention(nn.Module):
         self.proj = nn.Parameter(torch.empty(d, d))
         self.b_qkv = nn.Parameter(torch.empty(3 * d)) if config.bias else None
         self.b_proj = nn.Parameter(torch.empty(d)) if config.bias else None
+        self.b_norm = nn.Parameter(torch.empty(d)) if config.norm_bias else None
 
     def forward(self, h_BNd, add_BNd, impl: str):
         c, (B, N, d) = self.config, h_BNd.shape
         qkv, h_BNd = ops.norm_linear(
-            h_BNd, self.norm, self.qkv, self.b_qkv,
+            h_BNd, self.norm, self.qkv, folded(self.b_qkv, self.qkv, self.b_norm),
             add=add_BNd, through=True, eps=c.norm_eps, centred=c.centred, impl=impl,
         )  # fmt: skip
         qkv = qkv.view(B, N, 3, c.heads, c.head_dim)
@@ -49,9 +55,9 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """proj(quick_gelu(fc(norm(h)))), d -> 4d -> d."""
+    """proj(gelu(fc(norm(h)))), d -> 4d -> d, with the config's gelu."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Blocks):
         super().__init__()
         d, inner, self.config = config.width, config.inner, config
         self.norm = nn.Parameter(torch.empty(d))
@@ -59,19 +65,21 @@ class MLP(nn.Module):
         self.proj = nn.Parameter(torch.empty(d, inner))
         self.b_fc = nn.Parameter(torch.empty(inner)) if config.bias else None
         self.b_proj = nn.Parameter(torch.empty(d)) if config.bias else None
+        self.b_norm = nn.Parameter(torch.empty(d)) if config.norm_bias else None
 
     def forward(self, h_BNd, add_BNd, impl: str, recompute: bool = False):
         c = self.config
         return ops.norm_mlp(
-            h_BNd, self.norm, self.fc, self.proj, self.b_fc, self.b_proj, add=add_BNd, through=True,
-            eps=c.norm_eps, centred=c.centred, recompute=recompute, impl=impl,
+            h_BNd, self.norm, self.fc, self.proj, folded(self.b_fc, self.fc, self.b_norm), self.b_proj,
+            add=add_BNd, through=True, eps=c.norm_eps, centred=c.centred, activation=c.activation,
+            recompute=recompute, impl=impl,
         )  # fmt: skip
 
 
 class Block(nn.Module):
     """Both branches on the residual stream h + add: what one adds, the next one's norm sums up (igpt/ops/)."""
 
-    def __init__(self, config: Config, layer: int):
+    def __init__(self, config: Blocks, layer: int):
         super().__init__()
         self.attn = Attention(config, layer)
         self.mlp = MLP(config)
@@ -82,14 +90,18 @@ class Block(nn.Module):
         return h_BNd, add_BNd
 
 
-class ImageGPT(nn.Module):
-    """The model. `impl` ("auto", "triton", "torch") is how every operation runs (kernels/choose.py). `recompute`: what
-    training drops and computes again in backward: "none", each "mlp"'s activation, or all of each "block".
+class Transformer(nn.Module):
+    """What the models share. `impl` ("auto", "triton", "torch") is how every operation runs (kernels/choose.py).
+    `recompute`: what training drops and computes again in backward: "none", each "mlp"'s activation, or all of each
+    "block".
 
     Activations have the parameters' dtype or, under torch.autocast, autocast's, the residual stream included; losses
-    and log-probabilities are at least fp32. Raises ValueError for tokens of a wrong shape, dtype or range."""
+    and log-probabilities are at least fp32."""
 
-    def __init__(self, config: Config, *, impl: str = "auto", device=None, dtype=None):
+    config_class, sizes = Blocks, {}
+    entered_by = ("loss",)  # the methods by which training enters, besides forward: FSDP2 must be told
+
+    def __init__(self, config: Blocks, *, impl: str = "auto", device=None, dtype=None):
         super().__init__()
         if impl not in ops.IMPLS:
             raise ValueError(f"impl: got {impl!r}, expected one of {ops.IMPLS}")
@@ -97,37 +109,34 @@ class ImageGPT(nn.Module):
         self.palette = None  # the Palette that came with the weights, if one did; save_pretrained passes it on
         self.trained = None  # where in its run they were made, if we know: convert.runs.Trained
         self.class_names = ()  # what the classifier's rows are called, if we know; save_pretrained passes them on
-        d = config.width
         with torch.device(device if device is not None else torch.get_default_device()):
-            self.wte = nn.Parameter(torch.empty(config.vocab, d))
-            self.wpe = nn.Parameter(torch.empty(config.n_ctx, d))
-            self.sos = nn.Parameter(torch.empty(d)) if config.causal else None
+            self.make_ends(config)
             self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-            self.norm_f = nn.Parameter(torch.empty(d))
-            self.head = nn.Parameter(torch.empty(config.vocab, d))
-            self.classifier = nn.Parameter(torch.empty(config.classes, d)) if config.classes else None
         self.to(dtype=dtype)
-        if self.wte.device.type != "meta":
+        if self.device.type != "meta":
             self.init_weights()
 
     @classmethod
-    def from_preset(cls, name: str, *, impl: str = "auto", device=None, dtype=None, **overrides) -> "ImageGPT":
-        """A model of a named size (tiny, s, m, l, xl) with random weights; overrides replace Config fields.
+    def from_preset(cls, name: str, *, impl: str = "auto", device=None, dtype=None, **overrides):
+        """A model of a named size (config.py) with random weights; overrides replace fields of its configuration.
 
         Raises ValueError for an unknown name or field."""
-        return cls(preset(name, **overrides), impl=impl, device=device, dtype=dtype)
+        return cls(preset(name, cls.sizes, **overrides), impl=impl, device=device, dtype=dtype)
 
     @classmethod
     def from_pretrained(
         cls, source, *, step=None, impl: str = "auto", device=None, dtype=None, attn_scale: str = "exact"
-    ) -> "ImageGPT":
+    ):
         """A model from our directory, a run's, a Hugging Face directory or hub id ("org/name" or "org/name@revision"),
         an OpenAI TF1 checkpoint prefix, or the box ("builtin:emoji", 1 M parameters); the checkpoint's dtype unless
         `dtype` is given. `step`: which checkpoint of a run, a number or "last"; default: the best by validation loss.
-        `attn_scale`: of Hugging Face's, "exact", or "hf" for 1/int(sqrt(head dim)). `palette` is the one beside the
-        weights, or None, `class_names` are the classifier's. Raises ValueError naming what is wrong, before anything is
-        allocated."""
+        `attn_scale`: of Hugging Face's Image GPT, "exact", or "hf" for 1/int(sqrt(head dim)). `palette` is the one
+        beside the weights, or None, `class_names` are the classifier's. Raises ValueError naming what is wrong, before
+        anything is allocated."""
         checkpoint = convert.open_checkpoint(source, step, attn_scale)
+        if type(checkpoint.config) is not cls.config_class:
+            names = type(checkpoint.config).__name__, cls.config_class.__name__
+            raise ValueError(f"source: {source} is a model of a {names[0]}, expected one of a {names[1]}")
         model = cls(checkpoint.config, impl=impl, device="meta", dtype=dtype or checkpoint.dtype)
         model.to_empty(device=device if device is not None else torch.get_default_device())
         with torch.no_grad():
@@ -139,6 +148,69 @@ class ImageGPT(nn.Module):
     def save_pretrained(self, path, format: str = "igpt") -> None:
         """Write model.safetensors and config.json, ours ("igpt") or Hugging Face's ("hf")."""
         convert.save(self, path, format=format)
+
+    @property
+    def device(self) -> torch.device:
+        return self.norm_f.device
+
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    def draw(self, std: dict[str, float], generator: torch.Generator | None) -> None:
+        """Every weight anew: norms' gains 1, those of a deviation in `std` normal, all others 0."""
+        for name, p in self.named_parameters():
+            key = name.split(".", 2)[-1] if name.startswith("blocks.") else name
+            if key.rpartition(".")[2] in ("norm", "norm_f"):
+                p.fill_(1.0)
+            elif std.get(key, 0.0) == 0.0:
+                p.zero_()
+            else:
+                p.normal_(0.0, std[key], generator=generator)
+
+    def stream_dtype(self) -> torch.dtype:
+        device = self.device.type
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.norm_f.dtype
+
+    def through_blocks(self, h, each=None):
+        """The residual stream after the last block, before the final norm: (B, N, d) of the first block's input.
+
+        `each(h, gain)` is called with every block's input: the hook of `features`."""
+        if self.recompute not in RECOMPUTE:
+            raise ValueError(f"recompute: got {self.recompute!r}, expected one of {RECOMPUTE}")
+        if self.recompute != "none" and checks.is_transformed():
+            raise ValueError(f"recompute: got {self.recompute!r} under torch.func, which cannot: expected 'none'")
+        add = None
+        for block in self.blocks:
+            if each is not None:
+                h, add = total(h, add), None
+                each(h, block.attn.norm)
+            if self.recompute == "block" and torch.is_grad_enabled():
+                # A block draws nothing, and a CUDA graph cannot read a generator's state.
+                h, add = checkpoint(block, h, add, self.impl, use_reentrant=False, preserve_rng_state=False)
+            else:
+                h, add = block(h, add, self.impl, self.recompute == "mlp")
+        return total(h, add)
+
+    def normed(self, h, weight):
+        """norm(h) with this model's eps and form, without a bias: of a block, or the final one."""
+        c = self.config
+        with torch.autocast(h.device.type, enabled=False):
+            return ops.norm(h, weight, eps=c.norm_eps, centred=c.centred, impl=self.impl)
+
+
+class ImageGPT(Transformer):
+    """The model. Raises ValueError for tokens of a wrong shape, dtype or range."""
+
+    config_class, sizes = Config, PRESETS
+
+    def make_ends(self, config: Config) -> None:
+        d = config.width
+        self.wte = nn.Parameter(torch.empty(config.vocab, d))
+        self.wpe = nn.Parameter(torch.empty(config.n_ctx, d))
+        self.sos = nn.Parameter(torch.empty(d)) if config.causal else None
+        self.norm_f = nn.Parameter(torch.empty(d))
+        self.head = nn.Parameter(torch.empty(config.vocab, d))
+        self.classifier = nn.Parameter(torch.empty(config.classes, d)) if config.classes else None
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
@@ -155,17 +227,7 @@ class ImageGPT(nn.Module):
             "wte": 0.02, "sos": 0.02, "wpe": 0.01, "head": 0.0, "classifier": 0.0,
             "attn.qkv": d**-0.5, "attn.proj": (d * L) ** -0.5, "mlp.fc": 0.02, "mlp.proj": 0.02,
         }  # fmt: skip
-        for name, p in self.named_parameters():
-            key = name.split(".", 2)[-1] if name.startswith("blocks.") else name
-            if key.endswith(("norm", "norm_f")):
-                p.fill_(1.0)
-            elif std.get(key, 0.0) == 0.0:
-                p.zero_()
-            else:
-                p.normal_(0.0, std[key], generator=generator)
-
-    def num_parameters(self) -> int:
-        return sum(p.numel() for p in self.parameters())
+        self.draw(std, generator)
 
     def flops_per_token(self, training: bool = True) -> float:
         """FLOPs a token at n_ctx positions: 2 for each weight of a product, attention's two products over the keys a
@@ -180,36 +242,16 @@ class ImageGPT(nn.Module):
         """Bytes of keys and values that decoding keeps for one position of one picture."""
         return 2 * self.config.n_layer * self.config.width * bytes_per_element
 
+    def flops_per_picture(self, training: bool = True) -> float:
+        return self.flops_per_token(training) * self.config.n_ctx
+
     def trunk(self, tokens_BN, masked_BN=None, each=None):
-        """The residual stream after the last block, (B, N, d), before the final norm.
-
-        `each(h)` is called with every block's input: the hook of `features`."""
-        if self.recompute not in RECOMPUTE:
-            raise ValueError(f"recompute: got {self.recompute!r}, expected one of {RECOMPUTE}")
-        if self.recompute != "none" and checks.is_transformed():
-            raise ValueError(f"recompute: got {self.recompute!r} under torch.func, which cannot: expected 'none'")
-        device = tokens_BN.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.wte.dtype
+        """The residual stream after the last block, (B, N, d), before the final norm; `each` as in through_blocks."""
+        dtype = self.stream_dtype()
         # Every op casts its parameters to the stream's dtype; autocast's own casts would only do it twice.
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(tokens_BN.device.type, enabled=False):
             h = ops.embed(tokens_BN, self.wte, self.wpe, self.sos, masked_BN, dtype=dtype, impl=self.impl)
-            add = None
-            for block in self.blocks:
-                if each is not None:
-                    h, add = total(h, add), None
-                    each(h, block.attn.norm)
-                if self.recompute == "block" and torch.is_grad_enabled():
-                    # A block draws nothing, and a CUDA graph cannot read a generator's state.
-                    h, add = checkpoint(block, h, add, self.impl, use_reentrant=False, preserve_rng_state=False)
-                else:
-                    h, add = block(h, add, self.impl, self.recompute == "mlp")
-            return total(h, add)
-
-    def normed(self, h, weight):
-        """norm(h) with this model's eps and form: a probe feature's, or the final norm's, before pooling."""
-        c = self.config
-        with torch.autocast(h.device.type, enabled=False):
-            return ops.norm(h, weight, eps=c.norm_eps, centred=c.centred, impl=self.impl)
+            return self.through_blocks(h, each)
 
     def forward(self, tokens_BN, masked_BN=None):
         """Logits (B, N, V): at position i over pixel i given the pixels before it (AR: start vector and shift are

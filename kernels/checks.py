@@ -7,6 +7,7 @@ that all operands must share: the kernels ask for it, the torch path (igpt/ops/)
 import torch
 
 COLDEST = 1e-30  # temperature
+ACTIVATIONS = ("quick_gelu", "gelu")
 
 
 def refuse(name: str, argument: str, got, expected: str) -> None:
@@ -105,7 +106,9 @@ def norm_linear(x, add, norm_weight, weight, bias, dtype=None) -> None:
     operand("norm_linear", "bias", bias, weight.shape[:1], dtype)
 
 
-def norm_mlp(x, add, norm_weight, w_fc, w_proj, b_fc, b_proj, dtype=None) -> None:
+def norm_mlp(x, add, norm_weight, w_fc, w_proj, b_fc, b_proj, activation: str, dtype=None) -> None:
+    if activation not in ACTIVATIONS:
+        refuse("norm_mlp", "activation", repr(activation), f"one of {ACTIVATIONS}")
     norm("norm_mlp", x, add, norm_weight, dtype)
     d = x.shape[-1]
     operand("norm_mlp", "w_fc", w_fc, (None, d), dtype)

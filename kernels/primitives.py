@@ -5,6 +5,8 @@ import triton.language as tl
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 QUICK_GELU: tl.constexpr = tl.constexpr(1.702)
+SQRT_HALF: tl.constexpr = tl.constexpr(0.7071067811865476)
+NORMAL_PEAK: tl.constexpr = tl.constexpr(0.3989422804014327)  # 1 / sqrt(2 pi)
 
 
 @triton.jit
@@ -24,3 +26,20 @@ def quick_gelu_grad(x):
     """d quick_gelu / dx = s + 1.702 x s (1 - s), s = sigmoid(1.702 x)."""
     s = sigmoid(x * QUICK_GELU)
     return s * (1.0 + x * QUICK_GELU * (1.0 - s))
+
+
+@triton.jit
+def normal_cdf(x):
+    return 0.5 * (1.0 + tl.erf(x * SQRT_HALF))
+
+
+@triton.jit
+def gelu(x):
+    """x P(X <= x) of a standard normal X, in fp32."""
+    return x * normal_cdf(x)
+
+
+@triton.jit
+def gelu_grad(x):
+    """d gelu / dx = P(X <= x) + x p(x)."""
+    return normal_cdf(x) + x * NORMAL_PEAK * tl.exp2(x * x * -0.5 * LOG2E)

@@ -50,6 +50,14 @@ def quick_gelu(x):
     return x * torch.sigmoid(QUICK_GELU * x)
 
 
+def gelu(x):
+    """x P(X <= x) of a standard normal X, elementwise: the exact gelu, by erf (Hendrycks and Gimpel 2016; ViT's)."""
+    return F.gelu(x)
+
+
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
+
+
 def norm_linear(x, norm_weight, weight, bias=None, eps: float = 1e-5, centred: bool = False):
     """norm(x) @ weight^T + bias, (..., d) -> (..., out)."""
     return F.linear(norm(x, norm_weight, eps, centred), weight, bias)
@@ -60,9 +68,12 @@ def linear_residual(a, weight, residual, bias=None):
     return residual + F.linear(a, weight, bias)
 
 
-def norm_mlp(x, norm_weight, w_fc, w_proj, b_fc=None, b_proj=None, eps: float = 1e-5, centred: bool = False):
-    """x + quick_gelu(norm(x) @ w_fc^T + b_fc) @ w_proj^T + b_proj, (..., d) -> (..., d)."""
-    hidden = quick_gelu(norm_linear(x, norm_weight, w_fc, b_fc, eps, centred))
+def norm_mlp(
+    x, norm_weight, w_fc, w_proj, b_fc=None, b_proj=None, eps: float = 1e-5, centred: bool = False,
+    activation: str = "quick_gelu",
+):  # fmt: skip
+    """x + activation(norm(x) @ w_fc^T + b_fc) @ w_proj^T + b_proj, (..., d) -> (..., d)."""
+    hidden = ACTIVATIONS[activation](norm_linear(x, norm_weight, w_fc, b_fc, eps, centred))
     return linear_residual(hidden, w_proj, x, b_proj)
 
 

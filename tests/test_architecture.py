@@ -9,7 +9,8 @@ ROOT = Path(__file__).parent.parent
 # rooms, which know it only by what they are handed, lie below it.
 FLOORS = (
     {"igpt.kernels"}, {"igpt.config", "igpt.machine"}, {"igpt.ops"}, {"igpt.palette"}, {"igpt.data"},
-    {"igpt.convert", "igpt.sample"}, {"igpt.model"}, {"igpt.hf", "igpt.training", "igpt.web"}, {"igpt.programs"},
+    {"igpt.convert", "igpt.sample"}, {"igpt.model"}, {"igpt.vit"}, {"igpt.hf", "igpt.training", "igpt.web"},
+    {"igpt.programs"},
     {"bench"},
 )  # fmt: skip
 # The package's door, its script, a module's former name, and how the pictures in the box were made.

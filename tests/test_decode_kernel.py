@@ -385,7 +385,7 @@ def test_launches_a_token_of_s():
     assert few == ["embed_kernel", *24 * layer, "linear_kernel", "sample_kernel"] and len(few) == 24 * 5 + 3
     many = [name for name, _ in recorded_step("s", 9, "sm_90")]
     layer = ["norm_forward_kernel", "vendor", "attention_kernel", "vendor", "norm_forward_kernel", "vendor"]
-    layer += ["quick_gelu_kernel", "vendor"]
+    layer += ["gelu_kernel", "vendor"]
     assert many == ["embed_kernel", *24 * layer, "norm_forward_kernel", "vendor", "sample_kernel"]
 
 

@@ -15,6 +15,7 @@ from igpt.kernels import reference
 SHAPES = [((2, 16), 64, 128), ((7,), 100, 72), ((2, 3), 513, 40), ((1,), 40, 513), ((1, 5), 256, 96)]
 cases = pytest.mark.parametrize("case", SHAPES, ids=str)
 norms = pytest.mark.parametrize("centred", [False, True])
+activations = pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
 
 
 def inputs(kind, shape, d, out, dtype, bias, device):
@@ -37,10 +38,10 @@ def mlp_inputs(kind, shape, d, f, dtype, bias, device):
     return t
 
 
-def check(ours, eager, t, centred=False, **options):
-    """`eager` knows only of `centred`."""
-    if centred:
-        ours, eager = functools.partial(ours, centred=True), functools.partial(eager, centred=True)
+def check(ours, eager, t, centred=False, activation=None, **options):
+    """`eager` knows only of `centred` and `activation`."""
+    both = ({"centred": True} if centred else {}) | ({"activation": activation} if activation else {})
+    ours, eager = functools.partial(ours, **both), functools.partial(eager, **both)
     assert_budget(against_fp64(lambda **k: ours(**k, **options), eager, t, tuple(t)))
 
 
@@ -53,11 +54,12 @@ def test_norm_linear(case, dtype, centred, device, poison_empty):
 
 
 @norms
+@activations
 @cases
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_norm_mlp(case, dtype, centred, device, poison_empty):
+def test_norm_mlp(case, dtype, activation, centred, device, poison_empty):
     t = mlp_inputs("normal", *case, dtype, case[1] % 8 == 0, device)
-    check(mlp.norm_mlp, reference.norm_mlp, t, centred)
+    check(mlp.norm_mlp, reference.norm_mlp, t, centred, activation)
 
 
 @norms
@@ -124,18 +126,30 @@ def test_residual_through_the_norm(dtype, device, poison_empty):
     assert all(torch.equal(g, w) for g, w in zip(got, want))
 
 
+@activations
 @pytest.mark.parametrize("bias", [False, True])
-def test_norm_mlp_recomputing(bias, device, poison_empty):
+def test_norm_mlp_recomputing(bias, activation, device, poison_empty):
     t = mlp_inputs("normal", (2, 7), 80, 144, torch.bfloat16, bias, device)
-    check(mlp.norm_mlp, reference.norm_mlp, t, recompute=True)
+    check(mlp.norm_mlp, reference.norm_mlp, t, activation=activation, recompute=True)
 
 
 @norms
+@activations
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", ["mean", "outliers", "large", "zeros"])
-def test_hard_values(kind, dtype, centred, device, poison_empty):
+def test_hard_values(kind, dtype, activation, centred, device, poison_empty):
     t = mlp_inputs(kind, (12,), 144, 160, dtype, False, device)
-    check(mlp.norm_mlp, reference.norm_mlp, t, centred)
+    check(mlp.norm_mlp, reference.norm_mlp, t, centred, activation)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gelu_far_from_zero(dtype, device, poison_empty):
+    """Where it is x, and where it is 0: nothing infinite, and no gradient but 1 and 0."""
+    u = torch.tensor([-3e4, -100, -9, -1, 0, 1, 9, 100, 3e4], device=device).to(dtype)
+    du = torch.ones_like(u)
+    h = torch.ops.igpt.gelu_backward_(u, du, True, True)
+    assert torch.equal(h, torch.ops.igpt.gelu(u, True)) and torch.equal(h[[0, 1, 7, 8]], u.relu()[[0, 1, 7, 8]])
+    assert du[[0, 1, 7, 8]].tolist() == [0, 0, 1, 1] and h.isfinite().all() and du.isfinite().all()
 
 
 def test_strides(device):
@@ -155,7 +169,7 @@ def test_nothing_is_kept_without_gradients(device):
     with torch.no_grad():
         assert torch.equal(mlp.norm_mlp(**t), want)
     x, *weights = t.values()
-    out = mlp.NormMLP(x, None, *weights, None, None, 1e-5, False, 0)
+    out = mlp.NormMLP(x, None, *weights, None, None, 1e-5, False, False, 0)
     assert [o.numel() for o in out] == [4 * 32, 4 * 32, 4, 0, 0]
 
 
@@ -184,8 +198,8 @@ def test_opcheck_and_compile(bias, device):
     ops = torch.ops.igpt
     torch.library.opcheck(ops.norm, (x, x, gain, 1e-5, bias))
     torch.library.opcheck(ops.norm_backward, (x, x, gain, stats, None if bias else x, bias))
-    torch.library.opcheck(ops.quick_gelu, (u,))
-    torch.library.opcheck(ops.quick_gelu_backward_, (u, dh, bias))
+    torch.library.opcheck(ops.gelu, (u, bias))
+    torch.library.opcheck(ops.gelu_backward_, (u, dh, bias, not bias))
 
     def block(**t):
         y, x = products.norm_linear(t["x"], t["norm_weight"], t["w_fc"], t.get("b_fc"), through=True)
@@ -202,6 +216,8 @@ def test_bad_input(device):
     for name, wrong in wrong_ones.items():
         with pytest.raises(ValueError, match=f"norm_mlp: {name}: got"):
             mlp.norm_mlp(**{**t, name: wrong})
+    with pytest.raises(ValueError, match="norm_mlp: activation: got 'relu', expected one of"):
+        mlp.norm_mlp(**t, activation="relu")
     with pytest.raises(ValueError, match="norm_linear: weight: got"):
         products.norm_linear(t["x"], t["norm_weight"], t["w_proj"])
     with pytest.raises(ValueError, match="norm_linear: add: got"):

@@ -40,11 +40,14 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 def test_norm_mlp_and_norm_linear_on_the_torch_path(rows, d, inner, dtype, bias, centred):
     inputs = block_inputs(rows, d, inner, dtype, bias)
     settings = {"centred": centred}
-    for errors in against_fp64(
-        lambda **k: ops.norm_mlp(**k, **settings, impl="torch"),
-        lambda **k: reference.norm_mlp(**k, **settings), inputs, tuple(inputs),
-    ):  # fmt: skip
-        assert errors.ok, errors
+    for activation in reference.ACTIVATIONS:
+        both = {**settings, "activation": activation}
+        functions = partial(ops.norm_mlp, **both, impl="torch"), partial(reference.norm_mlp, **both)
+        found = against_fp64(*functions, inputs, tuple(inputs))
+        with torch.no_grad():  # where the activation is in a product's epilogue
+            found += against_fp64(*functions, inputs, ())
+        for errors in found:
+            assert errors.ok, (activation, errors)
     inputs = {"x": inputs["x"], "norm_weight": inputs["norm_weight"], "weight": inputs["w_fc"]} | (
         {"bias": inputs["b_fc"]} if bias else {}
     )

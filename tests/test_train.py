@@ -214,10 +214,9 @@ def test_defaults_are_the_paper_s():
 
 
 def test_learning_rate_warms_up_and_falls_to_zero(tmp_path):
-    pictures = igpt.data.load("builtin:emoji", "valid", size=8).encoded()
     asked = options(tmp_path / "run", steps=100, lr=1.0, warmup=10).resolved()
     with processes("cpu") as us:
-        training = train.Training(asked, us, 8, pictures, pictures)
+        training = train.Training(asked, us, 8, train.task_of(asked, us, None))
     rates = [training.lr(step) for step in range(1, 101)]
     assert rates[:10] == pytest.approx([step / 10 for step in range(1, 11)])
     assert rates[10] == 1.0 and rates[55] == pytest.approx(0.5) and 0 < rates[99] < 1e-3

@@ -19,7 +19,7 @@ from bench.speed.measure import Run, Variant, blank, rows_of
 from bench.speed.peers import Absent
 from igpt.kernels import reference, tiles
 from igpt.kernels.gelu_hopper import fits, gelu_backward_hopper, gelu_forward_hopper
-from igpt.kernels.norm_mlp import quick_gelu_backward_op, quick_gelu_op
+from igpt.kernels.norm_mlp import gelu_backward_op, gelu_op
 from igpt.kernels.tiles import Tile
 
 
@@ -34,7 +34,7 @@ def operands(case: Case, device: str) -> tuple[torch.Tensor, torch.Tensor, torch
 def now(x, w, u) -> tuple[torch.Tensor, torch.Tensor]:
     """u and h; backward du and h."""
     first = F.linear(x, w) if u is None else x @ w
-    return first, quick_gelu_op(first) if u is None else quick_gelu_backward_op(u, first, True)
+    return first, gelu_op(first, False) if u is None else gelu_backward_op(u, first, False, True)
 
 
 def candidate(tile: Tile, x, w, u, alone: bool = False) -> tuple[torch.Tensor | None, torch.Tensor | None]:

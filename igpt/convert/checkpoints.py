@@ -20,15 +20,17 @@ from pathlib import Path
 
 import torch
 
-from igpt.config import Config
-from igpt.convert import hf_keys, runs, tf_checkpoint
+from igpt.config import Blocks, Config
+from igpt.convert import hf_keys, hf_vit_keys, runs, tf_checkpoint
 from igpt.convert.tensors import Lazy, read_json, read_safetensors, write_safetensors
 from igpt.palette import FILES as PALETTES
 from igpt.palette import Palette
 
 FORMATS = ("igpt", "hf")
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
-WRITTEN = {WEIGHTS, CONFIG, "palette.npy", "preprocessor_config.json", runs.TRAINING}  # what save() may replace
+PROCESSOR = "preprocessor_config.json"
+WRITTEN = {WEIGHTS, CONFIG, "palette.npy", PROCESSOR, runs.TRAINING}  # what save() may replace
+LAYOUTS = (hf_keys, hf_vit_keys)  # a module for each model: its configuration, its parameters, Hugging Face's names
 BUILT_IN = {"builtin:emoji": Path(__file__).parents[1] / "assets" / "emoji"}
 MAX_LAYERS = 1024
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -43,7 +45,7 @@ class Checkpoint:
     where in its run one of ours was made; classes: what the classifier's rows are called, empty where nobody said."""
 
     format: str
-    config: Config
+    config: Blocks
     tensors: dict[str, Lazy]
     palette: Palette | None = None
     remarks: tuple[str, ...] = ()
@@ -58,7 +60,7 @@ class Checkpoint:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.tensors["wte"].dtype
+        return self.tensors["norm_f"].dtype
 
 
 def save(model, path, format: str = "igpt", *, palette: Palette | None = None) -> None:
@@ -127,16 +129,20 @@ def _open_directory(path: Path, attn_scale: str) -> Checkpoint:
     values, tensors = read_json(path / CONFIG), _read_weights(path)
     try:
         palette = _palette_in(path)
-        if values.get("model_type") == "imagegpt":
-            config, tensors, remarks = hf_keys.from_hf(values, tensors, attn_scale)
-            names = hf_keys.class_names(values, config.classes)
-            return Checkpoint("hf", config, tensors, palette, tuple(remarks), classes=names)
-        if values.pop("format", None) != "igpt":
-            kind = values.get("model_type")
-            raise ValueError(f"{CONFIG}: got model_type {kind!r:.80}, expected 'imagegpt', or 'format': 'igpt'")
-        names = tuple(values.pop("class_names", ()))
-        config, trained = Config.from_dict(values), runs.Trained.of(path)
-        return Checkpoint("igpt", config, tensors, palette, trained=trained, classes=names)
+        kind, ours = values.get("model_type"), values.pop("format", None)
+        for layout in LAYOUTS:
+            if kind == layout.MODEL_TYPE:
+                processor = read_json(path / PROCESSOR) if (path / PROCESSOR).is_file() else {}
+                hf_keys.require_neutral(PROCESSOR, processor, layout.REFUSED_PROCESSOR)
+                config, tensors, remarks = layout.from_hf(values, tensors, attn_scale)
+                names = hf_keys.class_names(values, config.classes)
+                return Checkpoint("hf", config, tensors, palette, tuple(remarks), classes=names)
+            if ours == layout.FORMAT:
+                names = tuple(values.pop("class_names", ()))
+                config, trained = layout.CONFIG.from_dict(values), runs.Trained.of(path)
+                return Checkpoint("igpt", config, tensors, palette, trained=trained, classes=names)
+        known = " or ".join(f"{layout.MODEL_TYPE!r} (ours: format {layout.FORMAT!r})" for layout in LAYOUTS)
+        raise ValueError(f"{CONFIG}: got model_type {kind!r:.80}, expected {known}")
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -207,21 +213,17 @@ def _download(source: str) -> Path:
     return path
 
 
-def shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """The name and shape of every parameter of ImageGPT(config), without building one."""
-    d, inner = config.width, config.inner
-    block = {"attn.norm": (d,), "attn.qkv": (3 * d, d), "attn.proj": (d, d)}
-    block |= {"mlp.norm": (d,), "mlp.fc": (inner, d), "mlp.proj": (d, inner)}
-    if config.bias:
-        block |= {"attn.b_qkv": (3 * d,), "attn.b_proj": (d,), "mlp.b_fc": (inner,), "mlp.b_proj": (d,)}
-    whole = {"wte": (config.vocab, d), "wpe": (config.n_ctx, d), "norm_f": (d,), "head": (config.vocab, d)}
-    whole |= {"sos": (d,)} if config.causal else {}
-    whole |= {"classifier": (config.classes, d)} if config.classes else {}
-    return whole | {f"blocks.{i}.{name}": shape for i in range(config.n_layer) for name, shape in block.items()}
+def layout_of(config: Blocks):
+    return next(layout for layout in LAYOUTS if type(config) is layout.CONFIG)
 
 
-def check(config: Config, tensors: dict[str, Lazy]) -> None:
-    """Raises ValueError unless the tensors are exactly the parameters of ImageGPT(config), floats of one dtype."""
+def shapes(config: Blocks) -> dict[str, tuple[int, ...]]:
+    """The name and shape of every parameter of this config's model, without building one."""
+    return layout_of(config).shapes(config)
+
+
+def check(config: Blocks, tensors: dict[str, Lazy]) -> None:
+    """Raises ValueError unless the tensors are exactly the parameters of this config's model, floats of one dtype."""
     if config.n_layer > min(MAX_LAYERS, len(tensors)):
         raise ValueError(f"n_layer: got {config.n_layer} with {len(tensors)} tensors, expected at most {MAX_LAYERS}")
     wanted = shapes(config)
@@ -230,7 +232,7 @@ def check(config: Config, tensors: dict[str, Lazy]) -> None:
     if unknown := sorted(tensors.keys() - wanted):
         raise ValueError(f"tensors: {len(unknown)} are unknown: {unknown[:5]}")
     dtypes = {str(t.dtype) for t in tensors.values()}
-    if len(dtypes) > 1 or not tensors["wte"].dtype.is_floating_point:
+    if len(dtypes) > 1 or not tensors["norm_f"].dtype.is_floating_point:
         raise ValueError(f"tensors: got dtypes {sorted(dtypes)}, expected one floating dtype")
     for name, shape in wanted.items():
         if tensors[name].shape != shape:
@@ -246,27 +248,30 @@ def write(checkpoint: Checkpoint, path, format: str, dtype: torch.dtype | None =
     config, tensors = checkpoint.config, checkpoint.tensors
     palette = palette or checkpoint.palette
     if palette is not None:
+        if not isinstance(config, Config):
+            raise ValueError(f"palette: got {palette}, expected None: a ViT reads pixels")
         palette.require(config.vocab)
     if format == "hf":
-        values, tensors = hf_keys.to_hf(config, tensors, dtype or checkpoint.dtype, checkpoint.classes)
+        how = dtype or checkpoint.dtype, checkpoint.classes, palette
+        values, processor, tensors = layout_of(config).to_hf(config, tensors, *how)
     with _replaced(Path(path)) as directory:
         size = write_safetensors(directory / WEIGHTS, tensors, dtype)
         if format == "igpt":
             describe(directory, config, palette, checkpoint.trained, checkpoint.classes)
         else:
             _write_json(directory / CONFIG, values)
-            if palette is not None:
-                _write_json(directory / "preprocessor_config.json", hf_keys.processor_config(palette, config.n_ctx))
+            if processor is not None:
+                _write_json(directory / PROCESSOR, processor)
     return size
 
 
 def describe(
-    directory: Path, config: Config, palette: Palette | None, trained: runs.Trained | None,
+    directory: Path, config: Blocks, palette: Palette | None, trained: runs.Trained | None,
     classes: tuple[str, ...] = (),
 ) -> None:  # fmt: skip
     """All of a model of ours but its weights, durably: of an export, and of a run's checkpoint."""
     names = {"class_names": list(classes)} if classes else {}
-    _write_json(directory / CONFIG, {"format": "igpt"} | config.to_dict() | names)
+    _write_json(directory / CONFIG, {"format": layout_of(config).FORMAT} | config.to_dict() | names)
     if palette is not None:
         palette.save(directory / "palette.npy")
         _fsync(directory / "palette.npy")
@@ -313,7 +318,7 @@ def _check_replaceable(path: Path) -> None:
         raise ValueError(f"path: {path} holds files that aren't this model's: {foreign[:5]}; expected a new directory")
     if found:
         values = read_json(path / CONFIG)
-        if values.get("format") != "igpt" and values.get("model_type") != "imagegpt":
+        if all(values.get("format") != x.FORMAT and values.get("model_type") != x.MODEL_TYPE for x in LAYOUTS):
             raise ValueError(f"path: {path} holds another model, expected a new directory")
 
 

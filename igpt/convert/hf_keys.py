@@ -25,6 +25,7 @@ BLOCK = {
     "mlp.proj": ("mlp.c_proj.weight", True),
     "mlp.b_proj": ("mlp.c_proj.bias", False),
 }
+CONFIG, MODEL_TYPE, FORMAT = Config, "imagegpt", "igpt"
 # Constant buffers that older versions saved.
 BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
 # Their configuration class takes these names too.
@@ -36,23 +37,33 @@ ALIASES = {
 }
 # Keys that change the maths in a way that has no counterpart here: the value that leaves it alone.
 REFUSED = {"activation_function": "quick_gelu", "add_cross_attention": False, "quantization_config": None}
-
-
+REFUSED_PROCESSOR = {}
 SCALES = ("exact", "hf")
+
+
+def shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """The name and shape of every parameter of ImageGPT(config), without building one."""
+    d, inner = config.width, config.inner
+    block = {"attn.norm": (d,), "attn.qkv": (3 * d, d), "attn.proj": (d, d)}
+    block |= {"mlp.norm": (d,), "mlp.fc": (inner, d), "mlp.proj": (d, inner)}
+    if config.bias:
+        block |= {"attn.b_qkv": (3 * d,), "attn.b_proj": (d,), "mlp.b_fc": (inner,), "mlp.b_proj": (d,)}
+    whole = {"wte": (config.vocab, d), "wpe": (config.n_ctx, d), "norm_f": (d,), "head": (config.vocab, d)}
+    whole |= {"sos": (d,)} if config.causal else {}
+    whole |= {"classifier": (config.classes, d)} if config.classes else {}
+    return whole | {f"blocks.{i}.{name}": shape for i in range(config.n_layer) for name, shape in block.items()}
 
 
 def from_hf(hf: dict, tensors: dict[str, Lazy], attn_scale: str) -> tuple[Config, dict[str, Lazy], list[str]]:
     """(config, tensors by our names, remarks for the user). Raises ValueError naming a key or tensor that can't be
     honoured. Of `reorder_and_upcast_attn` only its scale matters, dropout keys only say how to train."""
     hf = {ALIASES.get(key, key): value for key, value in hf.items()} | {k: hf[k] for k in ALIASES.values() if k in hf}
-    for key, neutral in REFUSED.items():
-        if hf.get(key, neutral) != neutral:
-            raise ValueError(f"config.json: {key}: got {hf[key]!r:.80}, expected {neutral!r}")
+    require_neutral("config.json", hf, REFUSED)
     prefix = "transformer." if "transformer.wte.weight" in tensors else ""  # ImageGPTModel saves without
     rest = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     rest = {name: tensor for name, tensor in rest.items() if not BUFFERS.fullmatch(name)}
     remarks = []
-    n_layer, vocab = _integer(hf, "n_layer", 24), _integer(hf, "vocab_size", 513) - 1
+    n_layer, vocab = integer(hf, "n_layer", 24), integer(hf, "vocab_size", 513) - 1
     if n_layer > len(rest):
         raise ValueError(f"config.json: n_layer: got {n_layer}, but there are only {len(rest)} tensors")
     ours = {}
@@ -84,7 +95,7 @@ def from_hf(hf: dict, tensors: dict[str, Lazy], attn_scale: str) -> tuple[Config
         ours["classifier"] = rest.pop("score.weight")
     if rest:
         raise ValueError(f"got {len(rest)} tensors unknown to Image GPT: {sorted(rest)[:5]}")
-    width, heads = _integer(hf, "n_embd", 512), _integer(hf, "n_head", 8)
+    width, heads = integer(hf, "n_embd", 512), integer(hf, "n_head", 8)
     scale = None if _flag(hf, "scale_attn_weights", True) else 1.0
     head_dim = width // max(heads, 1)
     if scale is None and math.isqrt(head_dim) ** 2 != head_dim and not _flag(hf, "reorder_and_upcast_attn", False):
@@ -99,16 +110,23 @@ def from_hf(hf: dict, tensors: dict[str, Lazy], attn_scale: str) -> tuple[Config
         n_layer=n_layer,
         width=width,
         heads=heads,
-        n_ctx=_integer(hf, "n_positions", 1024),
+        n_ctx=integer(hf, "n_positions", 1024),
         vocab=vocab,
-        norm_eps=_number(hf, "layer_norm_epsilon", 1e-5),
-        n_inner=None if hf.get("n_inner") is None else _integer(hf, "n_inner", None),
+        norm_eps=number(hf, "layer_norm_epsilon", 1e-5),
+        n_inner=None if hf.get("n_inner") is None else integer(hf, "n_inner", None),
         bias=bias,
         attn_scale=scale,
         scale_by_layer=_flag(hf, "scale_attn_by_inverse_layer_idx", False),
         classes=ours["classifier"].shape[0] if "classifier" in ours else 0,
     )
     return config, ours, remarks
+
+
+def require_neutral(file: str, values: dict, refused: dict) -> None:
+    """Raises ValueError for a key whose value is there and another one."""
+    for key, neutral in refused.items():
+        if values.get(key, neutral) != neutral:
+            raise ValueError(f"{file}: {key}: got {values[key]!r:.80}, expected {neutral!r}")
 
 
 def class_names(hf: dict, count: int) -> tuple[str, ...]:
@@ -122,9 +140,10 @@ def class_names(hf: dict, count: int) -> tuple[str, ...]:
 
 
 def to_hf(
-    config: Config, ours: dict[str, Lazy], dtype: torch.dtype, classes: tuple[str, ...]
-) -> tuple[dict, dict[str, Lazy]]:
-    """(their config.json, tensors by their names). Raises ValueError naming a field that they can't express."""
+    config: Config, ours: dict[str, Lazy], dtype: torch.dtype, classes: tuple[str, ...], palette
+) -> tuple[dict, dict | None, dict[str, Lazy]]:
+    """(their config.json, preprocessor_config.json or None, tensors by their names). Raises ValueError naming a field
+    that they can't express."""
     if config.objective != "ar":
         raise ValueError(f"objective: got {config.objective!r}, expected 'ar': Hugging Face's ImageGPT is causal")
     if config.norm != "rms":
@@ -170,10 +189,14 @@ def to_hf(
     if config.classes:
         theirs["score.weight"] = ours["classifier"]
         hf["architectures"] = ["ImageGPTForImageClassification", "ImageGPTForCausalImageModeling"]
-        names = classes or [f"LABEL_{i}" for i in range(config.classes)]
-        hf["id2label"] = {str(i): name for i, name in enumerate(names)}
-        hf["label2id"] = {name: i for i, name in enumerate(names)}
-    return hf, theirs
+        hf |= label_maps(classes, config.classes)
+    return hf, None if palette is None else processor_config(palette, config.n_ctx), theirs
+
+
+def label_maps(classes: tuple[str, ...], count: int) -> dict:
+    names = classes or [f"LABEL_{i}" for i in range(count)]
+    return {"id2label": {str(i): name for i, name in enumerate(names)},
+            "label2id": {name: i for i, name in enumerate(names)}}  # fmt: skip
 
 
 def processor_config(palette, n_ctx: int) -> dict:
@@ -195,14 +218,14 @@ def has_bits(tensor: torch.Tensor) -> bool:
     return bool(tensor.contiguous().view(torch.uint8).any())
 
 
-def _integer(hf: dict, key: str, default: int | None) -> int:
+def integer(hf: dict, key: str, default: int | None) -> int:
     value = hf.get(key, default)
     if type(value) is not int:
         raise ValueError(f"config.json: {key}: got {value!r:.80}, expected an integer")
     return value
 
 
-def _number(hf: dict, key: str, default: float) -> float:
+def number(hf: dict, key: str, default: float) -> float:
     value = hf.get(key, default)
     if type(value) not in (int, float):
         raise ValueError(f"config.json: {key}: got {value!r:.80}, expected a number")

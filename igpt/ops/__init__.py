@@ -113,39 +113,38 @@ def linear(x, weight, bias=None):
 
 def norm_mlp(
     x, norm_weight, w_fc, w_proj, b_fc=None, b_proj=None,
-    *, add=None, through: bool = False, eps: float = 1e-5, centred: bool = False, recompute: bool = False,
-    impl: str = "auto",
+    *, add=None, through: bool = False, eps: float = 1e-5, centred: bool = False, activation: str = "quick_gelu",
+    recompute: bool = False, impl: str = "auto",
 ):  # fmt: skip
-    """s + quick_gelu(norm(s) @ w_fc^T + b_fc) @ w_proj^T + b_proj, s = x + add: (..., d), w_fc (inner, d), w_proj (d,
-    inner). With `through` what the next operation takes as (add, x): the two summands, or (None, their sum) where the
-    sum cost nothing.
+    """s + activation(norm(s) @ w_fc^T + b_fc) @ w_proj^T + b_proj, s = x + add: (..., d), w_fc (inner, d), w_proj (d,
+    inner), activation "quick_gelu" or "gelu" (exact). With `through` what the next operation takes as (add, x): the two
+    summands, or (None, their sum) where the sum cost nothing.
 
-    recompute: backward makes quick_gelu's result again from its argument, so that only one (..., inner) is kept."""
+    recompute: backward makes the activation again from its argument, so that only one (..., inner) is kept."""
     norm_weight, w_fc, w_proj, b_fc, b_proj = _cast(x.dtype, norm_weight, w_fc, w_proj, b_fc, b_proj)
     if choose.kernels(impl, x):
         return norm_mlp_kernel.norm_mlp(
-            x, norm_weight, w_fc, w_proj, b_fc, b_proj, eps, centred, recompute, add, through
+            x, norm_weight, w_fc, w_proj, b_fc, b_proj, eps, centred, recompute, add, through, activation
         )
-    checks.norm_mlp(x, add, norm_weight, w_fc, w_proj, b_fc, b_proj)
+    checks.norm_mlp(x, add, norm_weight, w_fc, w_proj, b_fc, b_proj, activation)
     x = x if add is None else x + add
     if choose.onednn(x):
-        training = torch.is_grad_enabled()
-        y = _rows(cpu.NormMLP, x, norm_weight, w_fc, w_proj, b_fc, b_proj, eps, centred, training, recompute)
+        how = eps, centred, activation, torch.is_grad_enabled(), recompute
+        y = _rows(cpu.NormMLP, x, norm_weight, w_fc, w_proj, b_fc, b_proj, *how)
     else:
-        y = _torch_norm_mlp(x, norm_weight, w_fc, w_proj, b_fc, b_proj, eps, centred, recompute)
+        y = _torch_norm_mlp(x, norm_weight, w_fc, w_proj, b_fc, b_proj, eps, centred, activation, recompute)
     return (None, y) if through else y
 
 
-def _torch_norm_mlp(x, norm_weight, w_fc, w_proj, b_fc, b_proj, eps, centred, recompute):
+def _torch_norm_mlp(x, norm_weight, w_fc, w_proj, b_fc, b_proj, eps, centred, activation, recompute):
     n = norm(x, norm_weight, eps=eps, centred=centred, impl="torch")
-    # quick_gelu(h) = silu(1.702 h) / 1.702: both constants ride in the products' alpha, the residual in beta, so that
-    # of the elementwise passes only silu is left.
-    bias = None if b_fc is None else reference.QUICK_GELU * b_fc
-    pre = _addmm(bias, n, w_fc, alpha=reference.QUICK_GELU)
+    act = cpu.ACTIVATIONS[activation]
+    # Both constants ride in the products' alpha, the residual in beta: of the elementwise passes only the function is
+    # left.
+    pre = _addmm(None if b_fc is None else act.scale * b_fc, n, w_fc, alpha=act.scale)
 
     def out(pre):
-        hidden = F.silu(pre, inplace=not torch.is_grad_enabled())
-        return _addmm(x if b_proj is None else x + b_proj, hidden, w_proj, alpha=1 / reference.QUICK_GELU)
+        return _addmm(x if b_proj is None else x + b_proj, act.function(pre), w_proj, alpha=1 / act.scale)
 
     if recompute and torch.is_grad_enabled():
         return checkpoint(out, pre, use_reentrant=False, preserve_rng_state=False)

@@ -10,7 +10,11 @@ rows' reciprocal deviation, the MLP's pre-activation and, unless `recompute`, ac
 gradients are fp32.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
+import torch.nn.functional as F
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
@@ -21,8 +25,8 @@ _linear = torch.ops.mkldnn._linear_pointwise if HAS_ONEDNN else None
 
 
 def product(a, weight, bias=None, activation: str = "none"):
-    """a @ weight^T + bias for 2-D operands of any strides; activation "swish" is silu, in the epilogue."""
-    return _linear(a, weight, bias, activation, [], "")
+    """a @ weight^T + bias for 2-D operands of any strides; activation "swish" (silu) or "gelu", in the epilogue."""
+    return _linear(a, weight, bias, activation, [], "none")  # gelu without approximation
 
 
 def transposed_product(a, b):
@@ -107,38 +111,55 @@ class NormLinear(Function):
         return dx.to(x.dtype), dgain.to(gain.dtype), dweight, dy.sum(0) if ctx.has_bias else None, None, None
 
 
+class Activation(NamedTuple):
+    """activation(h) = function(scale h) / scale."""
+
+    scale: float
+    function: Callable
+    backward: Callable  # (gradient, pre, grad_input=)
+    epilogue: str  # oneDNN's name for it
+
+
+ACTIVATIONS = {
+    "quick_gelu": Activation(QUICK_GELU, F.silu, torch.ops.aten.silu_backward.grad_input, "swish"),
+    "gelu": Activation(1.0, F.gelu, torch.ops.aten.gelu_backward.grad_input, "gelu"),
+}
+
+
 class NormMLP(Function):
-    """quick_gelu(h) = silu(1.702 h) / 1.702: the first constant rides in the norm's gain (and fc's bias), the second in
-    the sum with the residual. Without `training` nothing is kept and silu runs in the product's epilogue."""
+    """The activation's scale rides in the norm's gain (and fc's bias) and, inverted, in the sum with the residual.
+    Without `training` nothing is kept and its function runs in the product's epilogue."""
 
     @staticmethod
-    def forward(ctx, x, gain, w_fc, w_proj, b_fc, b_proj, eps, centred, training, recompute):
-        n, rstd = _normalise(x, gain * QUICK_GELU, eps, centred)
-        bias = None if b_fc is None else b_fc * QUICK_GELU
+    def forward(ctx, x, gain, w_fc, w_proj, b_fc, b_proj, eps, centred, activation, training, recompute):
+        act = ACTIVATIONS[activation]
+        n, rstd = _normalise(x, gain * act.scale, eps, centred)
+        bias = None if b_fc is None else b_fc * act.scale
         if training:
             pre = product(n, w_fc, bias)
-            hidden = torch.nn.functional.silu(pre)
+            hidden = act.function(pre)
             ctx.save_for_backward(x, gain, rstd, w_fc, w_proj, pre, None if recompute else hidden)
-            ctx.has_bias, ctx.centred = (b_fc is not None, b_proj is not None), centred
+            ctx.has_bias, ctx.centred, ctx.act = (b_fc is not None, b_proj is not None), centred, act
         else:
-            hidden = product(n, w_fc, bias, "swish")
+            hidden = product(n, w_fc, bias, act.epilogue)
         y = product(hidden, w_proj)
-        y.mul_(1 / QUICK_GELU).add_(x)
+        torch.add(x, y, alpha=1 / act.scale, out=y)
         return y if b_proj is None else y.add_(b_proj)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         x, gain, rstd, w_fc, w_proj, pre, hidden = ctx.saved_tensors
-        hidden = torch.nn.functional.silu(pre) if hidden is None else hidden
-        dz = dy * (1 / QUICK_GELU)
+        act = ctx.act
+        hidden = act.function(pre) if hidden is None else hidden
+        dz = dy if act.scale == 1 else dy * (1 / act.scale)
         dw_proj = transposed_product(dz, hidden)
         dpre = product(dz, w_proj.t())
-        torch.ops.aten.silu_backward.grad_input(dpre, pre, grad_input=dpre)
-        gain_q = gain * QUICK_GELU
-        dw_fc = transposed_product(dpre, _again(x, gain_q, rstd, ctx.centred))
-        dx, dgain = _normalise_backward(product(dpre, w_fc.t()), x, gain_q, rstd, ctx.centred)
-        db_fc = dpre.sum(0).mul_(QUICK_GELU) if ctx.has_bias[0] else None
+        act.backward(dpre, pre, grad_input=dpre)
+        scaled = gain * act.scale
+        dw_fc = transposed_product(dpre, _again(x, scaled, rstd, ctx.centred))
+        dx, dgain = _normalise_backward(product(dpre, w_fc.t()), x, scaled, rstd, ctx.centred)
+        db_fc = dpre.sum(0).mul_(act.scale) if ctx.has_bias[0] else None
         db_proj = dy.sum(0) if ctx.has_bias[1] else None
-        dx, dgain = dx.add_(dy).to(x.dtype), dgain.mul_(QUICK_GELU).to(gain.dtype)
-        return dx, dgain, dw_fc, dw_proj, db_fc, db_proj, None, None, None, None
+        dx, dgain = dx.add_(dy).to(x.dtype), dgain.mul_(act.scale).to(gain.dtype)
+        return dx, dgain, dw_fc, dw_proj, db_fc, db_proj, None, None, None, None, None

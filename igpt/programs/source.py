@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from igpt import data
+from igpt import convert, data
 from igpt.machine import device_of
 from igpt.model import ImageGPT
 from igpt.palette import Palette
@@ -25,6 +25,8 @@ class OfRun:
     step: int | None = None  # of a run: its checkpoint of this step; default: the best by validation loss
     last: bool = False  # of a run: its last checkpoint
 
+    kinds = (ImageGPT,)  # what the program takes
+
     @property
     def which(self) -> int | str | None:
         if self.last and self.step is not None:
@@ -33,7 +35,11 @@ class OfRun:
 
     def pretrained(self, source: str, device: str):
         """The model of a directory, a run, a hub id or a prefix, on "auto", "cpu" or "cuda"."""
-        model = ImageGPT.from_pretrained(source, step=self.which, device=device_of(device))
+        kind = self.kinds[0]
+        if len(self.kinds) > 1:
+            config = convert.open_checkpoint(source, self.which).config
+            kind = next(kind for kind in self.kinds if kind.config_class is type(config))
+        model = kind.from_pretrained(source, step=self.which, device=device_of(device))
         if model.trained:
             say(f"{source}: {model.trained}")
         return model
@@ -57,13 +63,13 @@ class Running(OfRun):
 
     def autocast(self, model):
         """The context in which the model computes in `dtype`; parameters of 16 bits stay what they are."""
-        device = model.wte.device.type
+        device = model.device.type
         bf16 = self.dtype == "bf16" or (self.dtype == "auto" and device == "cuda")
         return torch.autocast(device, torch.bfloat16, enabled=bf16)
 
     def batches(self, model, tokens):
         """(slice, int64 tensor on the CPU) of at most `batch` rows each; tokens (n, n_ctx) may be a memory map."""
-        size = (64 if model.wte.is_cuda else 4) if self.batch is None else self.batch
+        size = (64 if model.device.type == "cuda" else 4) if self.batch is None else self.batch
         for start in range(0, len(tokens), size):
             rows = slice(start, min(start + size, len(tokens)))
             yield rows, torch.from_numpy(tokens[rows].astype(np.int64))

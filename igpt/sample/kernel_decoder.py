@@ -29,7 +29,7 @@ from igpt.kernels.decode_attention import decode_attention, decode_attention_par
 from igpt.kernels.decode_linear import decode_linear_residual, decode_norm_linear
 from igpt.kernels.decode_rows import decode_norm, decode_product
 from igpt.kernels.decode_sample import decode_embed, decode_sample
-from igpt.kernels.norm_mlp import quick_gelu_op
+from igpt.kernels.norm_mlp import gelu_op
 from igpt.sample.decoder import Decoder, quantise
 
 
@@ -100,7 +100,7 @@ class KernelDecoder(Decoder):
             qkv = decode_product(n, **layer.qkv)[:B].view(B, 3, c.heads, c.head_dim)
             a = decode_attention(qkv, layer.keys, layer.values, self.position, layer.scale, rows=len(n))
             n = decode_norm(h, decode_product(a.flatten(1), **layer.proj), **form)
-            add = decode_product(quick_gelu_op(decode_product(n, **layer.fc)), **layer.out)
+            add = decode_product(gelu_op(decode_product(n, **layer.fc), False), **layer.out)
         return decode_product(decode_norm(h, add, **form | {"dtype": self.wide}), **self.head)[:B]
 
     @torch.inference_mode()

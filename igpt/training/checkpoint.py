@@ -83,7 +83,7 @@ class Checkpoints:
             {"model": model_state, "optimizer": optimizer_state},
             storage_writer=dcp.FileSystemWriter(path), process_group=self.us.checkpoint_group,
         )  # fmt: skip
-        described = model.config, model.palette, Trained(step, valid_loss)
+        described = model.config, model.palette, Trained(step, valid_loss), model.class_names
         self.pending = path, getattr(done, "upload_completion", done), described
 
     def poll(self, wait: bool = False) -> None:
@@ -93,7 +93,7 @@ class Checkpoints:
         if self.pending is None or not (wait or self.pending[1].done()):
             return
         (path, future, described), self.pending = self.pending, None
-        step = described[-1].step
+        step = described[2].step
         try:
             future.result()
             # The first process coordinates the writing: when its part is done, so is everybody's.

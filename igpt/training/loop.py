@@ -1,7 +1,7 @@
 """The training loop (paper section 2 and appendix), on one process or many.
 
-A step is a function of (configuration, step, weights and optimiser state): which pictures, which BERT masks, which
-learning rate. So a run that was killed goes on from its last checkpoint as if nothing had happened. On one GPU a step
+A step is a function of (configuration, step, weights and optimiser state): which pictures, which masks, which learning
+rate. So a run that was killed goes on from its last checkpoint as if nothing had happened. On one GPU a step
 is a CUDA graph (graphed.py).
 """
 
@@ -10,23 +10,22 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
 
 import numpy as np
 import torch
 
-from igpt import convert, data
+from igpt import convert
 from igpt.machine import peak_flops
-from igpt.model import MASK_PROBABILITY, ImageGPT
 from igpt.sample import generate, grid
 from igpt.training import graphed, muon
 from igpt.training.checkpoint import Checkpoints
 from igpt.training.order import Order
 from igpt.training.processes import Processes, build, whole
 from igpt.training.rundir import Metrics, claim, keep_palette
-from igpt.training.start import config_of, fill
+from igpt.training.tasks import Pixels, Tokens
 
 SAMPLES = 16  # pictures in a grid during training
+RESULTS = ("loss", "valid_loss", "valid_accuracy")
 # What a resumed run may change beside its length: none of it moves the loss by more than rounding.
 FREE = {
     "run", "accumulate", "recompute", "impl", "device", "log_every", "save_every", "keep", "valid_every",
@@ -37,24 +36,21 @@ FREE = {
 class Training:
     """One process's part of a run. `options`: those of `igpt train` (igpt/programs/train.py), resolved."""
 
-    def __init__(
-        self, options, us: Processes, micro: int, train: data.Pictures, valid: data.Pictures,
-        init: convert.Checkpoint | None = None,
-    ):  # fmt: skip
-        self.options, self.us, self.micro, self.train, self.valid = options, us, micro, train, valid
-        self.config = config_of(options, init, train)
+    def __init__(self, options, us: Processes, micro: int, task: Tokens | Pixels):
+        self.options, self.us, self.micro, self.task, self.config = options, us, micro, task, task.config
         self.bf16 = options.dtype == "bf16" or (options.dtype == "auto" and us.device.type == "cuda")
-        epoch = math.ceil(len(train) / options.batch)
+        pictures = len(task.train)
+        epoch = math.ceil(pictures / options.batch)
         self.warmup = min(epoch, options.steps // 10) if options.warmup is None else options.warmup
-        self.order = Order(len(train), options.batch, options.seed)
+        self.order = Order(pictures, options.batch, options.seed)
         if us.first:
             claim(options.run, self.identity())
-            keep_palette(options.run, train.palette)
+            keep_palette(options.run, task.palette)
         us.wait()
         self.checkpoints = Checkpoints(options.run / "checkpoints", us, options.keep)
-        first = partial(fill, init=init, size=train.size, seed=options.seed)
-        self.model = build(self.config, us, impl=options.impl, bf16=self.bf16, fill=first)
-        self.model.recompute, self.model.palette = options.recompute, train.palette
+        self.model = build(task.kind, task.config, us, impl=options.impl, bf16=self.bf16, fill=task.fill)
+        self.model.recompute = options.recompute
+        self.model.palette, self.model.class_names = task.palette, task.classes
         self.optimizers = self.make_optimizers()
         how = self.loss, self.optimizers, options.accumulate, options.clip
         self.step = graphed.stepper(*how, us, self.model.set_requires_gradient_sync if us.world > 1 else None)
@@ -65,9 +61,13 @@ class Training:
         matrices = muon.groups(self.model) if options.optimizer == "muon" else []
         taken = {p for group in matrices for p in group["params"]}
         on_gpu = graphed.possible(self.us.device)
+        rest = [p for p in self.model.parameters() if p not in taken]
+        if options.weight_decay:
+            decayed, as_is = [p for p in rest if p.dim() > 1], [p for p in rest if p.dim() == 1]
+            rest = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": as_is}]
         adam = torch.optim.Adam(
-            [p for p in self.model.parameters() if p not in taken], lr=options.lr,
-            betas=(options.beta1, options.beta2), eps=options.eps, fused=on_gpu, capturable=on_gpu,
+            rest, lr=options.lr, betas=(options.beta1, options.beta2), eps=options.eps, decoupled_weight_decay=True,
+            fused=on_gpu, capturable=on_gpu,
         )  # fmt: skip
         dtype = torch.bfloat16 if self.bf16 else torch.float32
         return [adam, muon.Muon(matrices, options.lr, dtype=dtype)] if matrices else [adam]
@@ -75,13 +75,15 @@ class Training:
     def identity(self) -> dict:
         """What config.json says: all that decides the run's losses."""
         asked = {k: v for k, v in asdict(self.options).items() if k not in FREE}
-        asked["palette"] = None if self.train.palette is None else self.train.palette.fingerprint
-        return {"model": self.config.to_dict(), "train": {**asked, "warmup": self.warmup, "pictures": len(self.train)}}
+        asked["palette"] = None if self.task.palette is None else self.task.palette.fingerprint
+        asked["augment"] = self.options.augment or None  # runs from before it go on
+        pictures = len(self.task.train)
+        return {"model": self.config.to_dict(), "train": {**asked, "warmup": self.warmup, "pictures": pictures}}
 
     def run(self, stopped: threading.Event) -> dict:
         options = self.options
         start = self.checkpoints.load(self.model, self.optimizers)
-        flops = ImageGPT(self.config, device="meta").flops_per_token() * self.config.n_ctx
+        flops = self.task.kind(self.config, device="meta").flops_per_picture()
         peak = peak_flops(self.us.device)
         self.metrics = Metrics(
             options.run, start, options.steps, on=self.us.first, flops_a_picture=flops,
@@ -108,7 +110,7 @@ class Training:
             self.checkpoints.poll(wait=True)
         finally:
             self.metrics.close()
-        result = {"run": str(options.run), "step": step, **{k: v for k, v in self.metrics.last.items() if "loss" in k}}
+        result = {"run": str(options.run), "step": step, **{k: v for k, v in self.metrics.last.items() if k in RESULTS}}
         if step < options.steps:
             return {**result, "stopped": "by a signal; the same command goes on"}
         return {**result, **self.export()}
@@ -120,22 +122,19 @@ class Training:
             group["lr"] = self.lr(step)
         rows = self.order.rows(step - 1)
         mine = slice(us.rank * len(rows) // us.world, (us.rank + 1) * len(rows) // us.world)
-        masks = (m[mine] for m in self.masks(len(rows), options.seed, step))
-        figures = self.step(torch.from_numpy(self.train.tokens[rows[mine]].astype(np.int64)), *masks)
+        draws = (t[mine] for t in self.task.draws(len(rows), options.seed, step))
+        figures = self.step(*self.task.inputs(self.task.train, rows, options.seed, step, mine=mine), *draws)
         asked = torch.full((1,), float(stop), device=us.device)
         return graphed.to_host(us.sum(torch.cat([figures / us.world, asked])))
 
     def loss(self, *batch: torch.Tensor) -> torch.Tensor:
+        return self.called(self.model.loss, *batch)
+
+    def called(self, function: Callable, *batch: torch.Tensor) -> torch.Tensor:
+        """Of a batch, brought to the device, in the dtype of the activations."""
         device = self.us.device
         with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
-            return self.model.loss(*(t.to(device, non_blocking=True) for t in batch))
-
-    def masks(self, pictures: int, *seed: int) -> list[torch.Tensor]:
-        """BERT's masks of a whole batch, the same however many processes share it; none for a causal model."""
-        if self.config.causal:
-            return []
-        generator = torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
-        return [torch.rand(pictures, self.config.n_ctx, generator=generator) < MASK_PROBABILITY]
+            return function(*(t.to(device, non_blocking=True) for t in batch))
 
     def lr(self, step: int) -> float:
         """Of update `step` = 1, 2, ...: linear warm-up, then a cosine that would reach 0 after the last."""
@@ -166,9 +165,10 @@ class Training:
         options, last, loss = self.options, step == self.options.steps, None
         with self.metrics.apart():
             if step % options.valid_every == 0 or last:
-                loss = self.valid_loss()
+                figures = self.validated()
+                loss = figures["valid_loss"]
                 self.require_finite(step, {"validation loss": loss})
-                self.metrics.validated(step, loss)
+                self.metrics.write(step, figures)
             if options.sample_every and self.config.causal and (step % options.sample_every == 0 or last):
                 self.sample(step)
         is_best = loss is not None and loss < self.checkpoints.lowest
@@ -177,25 +177,27 @@ class Training:
             self.checkpoints.start(step, self.model, self.optimizers, loss)
 
     @torch.no_grad()
-    def valid_loss(self) -> float:
-        """Over the validation pictures, the same however many processes share them."""
-        n, us, weighted = len(self.valid), self.us, torch.zeros((), device=self.us.device, dtype=torch.float64)
-        masks = self.masks(n, self.options.seed)
+    def validated(self) -> dict[str, float]:
+        """The task's measures of the validation pictures, the same however many processes share them."""
+        task, us, n = self.task, self.us, len(self.task.valid)
+        weighted = torch.zeros(len(task.measures), device=us.device, dtype=torch.float64)
+        draws = task.draws(n, self.options.seed)
         # Processes take micro-batches in turn; one that has none left computes along, as FSDP needs all, and adds 0.
         for first in range(0, n, self.micro * us.world):
             start = first + us.rank * self.micro
             part = slice(start, start + self.micro) if start < n else slice(0, self.micro)
-            loss = self.loss(torch.from_numpy(self.valid.tokens[part].astype(np.int64)), *(m[part] for m in masks))
-            weighted += loss * max(0, min(self.micro, n - start))
-        return float(us.sum(weighted)) / n
+            batch = *task.inputs(task.valid, np.arange(n), mine=part), *(t[part] for t in draws)
+            figures = self.called(lambda *batch: task.measure(self.model, *batch), *batch)
+            weighted += figures * max(0, min(self.micro, n - start))
+        return dict(zip(task.measures, (us.sum(weighted) / n).tolist()))
 
     def sample(self, step: int) -> None:
         """A grid of samples, the same noise each time."""
         model = whole(self.model, self.us)
-        if model is not None and self.train.palette is not None:
+        if model is not None and self.task.palette is not None:
             weights = "bf16" if self.bf16 else None
             tokens = generate(model, SAMPLES, seed=self.options.seed, weights=weights).cpu()
-            pictures = self.train.palette.decode(tokens, self.train.size)
+            pictures = self.task.palette.decode(tokens, self.task.train.size)
             path = self.options.run / "samples" / f"step-{step:07d}.png"
             grid.save(path, pictures, columns=math.isqrt(SAMPLES), scale=4)
         self.us.wait()

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from igpt import data
+from igpt.config import VITS
 from igpt.convert import Checkpoint
 from igpt.data.encode import encode_folder
 from igpt.palette import Palette
@@ -54,7 +55,22 @@ def tokens_of(options, us: Processes, init: Checkpoint | None) -> tuple[data.Pic
             palette = fitted(options, train.images[spread(len(train))])
         us.wait_for_first()
         palette = us.from_first(palette)
-    return train.encoded(palette), valid.encoded(palette)
+    return train.encoded(palette), valid.encoded(palette).rows(slice(options.valid_pictures))
+
+
+def pixels_of(options, init: Checkpoint | None) -> list[data.Pictures]:
+    """The training and validation pictures as they are, in memory, with labels where these are what is learnt."""
+    require_ours(options.run)
+    size = options.size or (init.config if init else VITS[options.model]).size
+    how = {"size": size, "holdout": options.holdout, "skip_bad": options.skip_bad, "workers": None}
+    train, valid = sets = [data.load(options.data, split, **how) for split in ("train", "valid")]
+    for pictures in sets:
+        if not len(pictures) or pictures.images is None:
+            raise ValueError(f"data: {pictures.name} has {'no pictures' if pictures.images is None else 'none'}, "
+                             "expected pictures: a ViT reads pixels")  # fmt: skip
+    if options.objective == "labels":
+        data.same_classes(train, valid)
+    return [train, valid.rows(slice(options.valid_pictures))]
 
 
 def finished(run: Path) -> bool:

@@ -18,9 +18,9 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-from igpt.config import Config
+from igpt.config import Blocks
 from igpt.machine import device_of
-from igpt.model import ImageGPT
+from igpt.model import ImageGPT, Transformer
 
 # A block's output may be a view. Nothing of ours writes into one in place, which is what FSDP2 warns of.
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
@@ -82,11 +82,14 @@ def processes(device: str = "auto") -> Iterator[Processes]:
         dist.destroy_process_group()
 
 
-def build(config: Config, us: Processes, *, impl: str, bf16: bool, fill: Callable[[ImageGPT], None]) -> ImageGPT:
+def build(
+    kind: type[Transformer], config: Blocks, us: Processes, *, impl: str, bf16: bool,
+    fill: Callable[[Transformer], None],
+) -> Transformer:  # fmt: skip
     """A model with the weights that `fill` gives it, sharded where we are many: then the first process's count."""
 
     def whole_model():
-        model = ImageGPT(config, impl=impl, device="cpu")
+        model = kind(config, impl=impl, device="cpu")
         fill(model)
         return model
 
@@ -96,11 +99,12 @@ def build(config: Config, us: Processes, *, impl: str, bf16: bool, fill: Callabl
     dtypes = (torch.bfloat16, torch.float32) if bf16 else ()
     # The stream has its dtype from the embedding, and what goes beside it (squares) is fp32 to stay.
     policy = MixedPrecisionPolicy(*dtypes, cast_forward_inputs=False)
-    model = ImageGPT(config, impl=impl, device="meta")
+    model = kind(config, impl=impl, device="meta")
     for block in model.blocks:
         fully_shard(block, mesh=us.mesh, mp_policy=policy)
     fully_shard(model, mesh=us.mesh, mp_policy=policy)
-    register_fsdp_forward_method(model, "loss")
+    for method in kind.entered_by:
+        register_fsdp_forward_method(model, method)
     model.to_empty(device=us.device)
     state = whole_model().state_dict() if us.first else {}
     set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))

@@ -95,9 +95,6 @@ class Metrics:
         mfu = {"mfu": round(speed * self.flops / self.peak, 4)} if self.peak else {}
         self.write(step, {**values, "images_per_s": round(speed, 3), **mfu})
 
-    def validated(self, step: int, loss: float) -> None:
-        self.write(step, {"valid_loss": loss})
-
     def write(self, step: int, values: dict) -> None:
         row = {"step": step, **values, "time": round(time.time(), 3)}
         self.last.update(row)
@@ -111,7 +108,7 @@ class Metrics:
             raise OSError(f"{self.file.name} could not be written: {error}") from error
         shown = [
             form.format(self.last[name])
-            for name, form in {"loss": "loss {:.4f}", "valid_loss": "valid {:.4f}",
+            for name, form in {"loss": "loss {:.4f}", "valid_loss": "valid {:.4f}", "valid_accuracy": "{:.1%} right",
                                "images_per_s": "{:.1f} pictures/s", "mfu": "MFU {:.1%}"}.items()
             if name in self.last
         ]  # fmt: skip
