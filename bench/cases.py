@@ -6,14 +6,14 @@ real pictures: emoji as tokens of a colour cube, embedded and projected by rando
 
 import functools
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from bench import cost
-from igpt import data, ops
+from igpt import ImageGPT, data, ops
 from igpt.config import PRESETS
 from igpt.kernels import reference
 
@@ -47,9 +47,26 @@ def tokens(B: int, N: int, device="cpu") -> torch.Tensor:
     return all_of_them[index].view(B, N).to(device)
 
 
+class Timed:
+    """What a case tells of its row: what must be right in which dtype before it has a speed (`needs`), how many `unit`s
+    are done in the row's milliseconds (ratios compare rates), and what part of a call those are (`share`)."""
+
+    unit, rate, share = "", 1.0, 1.0
+    is_whole = False  # a model: its memory is measured too, and its batch halved until that fits
+
+    @property
+    def needs(self) -> list[tuple[str, str]]:
+        return [(self.op, self.dtype)]
+
+    def useful(self) -> float | None:
+        """FLOPs that a model-FLOPs utilisation counts."""
+
+
 @dataclass(frozen=True)
-class Case:
-    """One operation at one size. d = H D; the MLP's inner width is 4 d; V = 512."""
+class Case(Timed):
+    """One operation at one size: d = H D; the MLP's inner width is 4 d; V = 512. Or the whole "model" of a preset: its
+    logits ("fwd"), loss and gradients, or these and the optimiser ("step"). Or a token of its "decode", on average over
+    positions N - steps .. N - 1: dtype is then the weights', `cached` are the bytes of the cache's elements."""
 
     op: str
     B: int
@@ -60,6 +77,8 @@ class Case:
     causal: bool = True
     direction: str = "fwd"
     preset: str = ""
+    steps: int = 0
+    cached: int = 0
 
     @property
     def d(self) -> int:
@@ -68,8 +87,58 @@ class Case:
     @property
     def labels(self) -> dict:
         """The fields that a Row takes from its case."""
-        names = ("op", "B", "N", "H", "D", "dtype", "causal", "direction", "preset")
-        return {n: getattr(self, n) for n in names} | {"d": self.d}
+        names = ("op", "B", "N", "H", "D", "d", "dtype", "causal", "direction", "preset")
+        return {n: getattr(self, n) for n in names}
+
+    @property
+    def start(self) -> int:
+        return self.N - self.steps
+
+    @property
+    def activations(self) -> str:
+        return "bf16" if self.dtype == "int8" else self.dtype
+
+    @property
+    def model(self) -> "Case":
+        """What decodes."""
+        n_ctx = PRESETS[self.preset].n_ctx
+        return replace(self, op="model", N=n_ctx, dtype=self.activations, direction="fwd", steps=0, cached=0)
+
+    @property
+    def is_whole(self) -> bool:
+        return self.op == "model"
+
+    @property
+    def needs(self) -> list[tuple[str, str]]:
+        parts = ("model", "attention", *ROW_OPS) if self.is_whole else (self.op,)
+        return [(part, self.activations) for part in parts]
+
+    @property
+    def rate(self) -> float:
+        if self.steps:
+            return self.B / PRESETS[self.preset].n_ctx
+        return self.B * self.N if self.is_whole else 1.0
+
+    @property
+    def unit(self) -> str:
+        """The start of a picture says nothing about a whole one."""
+        if self.steps:
+            return "pictures" if self.steps < self.N or self.steps == PRESETS[self.preset].n_ctx else ""
+        return "tokens" if self.is_whole else ""
+
+    @property
+    def share(self) -> float:
+        return 1 / self.steps if self.steps else 1.0
+
+    def useful(self) -> float | None:
+        """Of a model its own FLOPs, recomputation left out."""
+        if self.is_whole:
+            model = ImageGPT(replace(PRESETS[self.preset], n_ctx=self.N), device="meta")
+            return model.flops_per_token(training=self.direction != "fwd") * self.rate
+
+    def cost(self) -> cost.Cost:
+        e = cost.ELEMENT[self.activations]
+        return WHOLE[self.op](self, PRESETS[self.preset], e) if self.op in WHOLE else OPS[self.op].cost(self, e)
 
     def inputs(self, device="cpu") -> dict[str, torch.Tensor]:
         """Tensors by name; on "meta", their shapes alone."""
@@ -91,8 +160,11 @@ class Case:
         """The inputs with a gradient."""
         return OPS[self.op].diff
 
-    def cost(self) -> cost.Cost:
-        return OPS[self.op].cost(self, cost.ELEMENT[self.dtype])
+    def answers(self, impl: str, inputs: dict) -> list[torch.Tensor]:
+        """The output and every gradient of one call."""
+        args = {k: v.detach().requires_grad_(k in self.diff) for k, v in inputs.items()}
+        out = self.ours(impl)(**args)
+        return [out.detach(), *torch.autograd.grad(out, [args[k] for k in self.diff], torch.ones_like(out))]
 
 
 class Draw:
@@ -100,12 +172,9 @@ class Draw:
 
     def __init__(self, case: Case, device):
         self.case, self.device, self.dtype = case, torch.device(device), DTYPES[case.dtype]
-        self.meta = self.device.type == "meta"
-        self.generator = None if self.meta else torch.Generator(self.device).manual_seed(0)
+        self.generator = None if self.device.type == "meta" else torch.Generator(self.device).manual_seed(0)
 
     def normal(self, *shape, std: float = 1.0, mean: float = 0.0) -> torch.Tensor:
-        if self.meta:
-            return torch.empty(shape, dtype=self.dtype, device="meta")
         return (torch.randn(shape, generator=self.generator, device=self.device) * std + mean).to(self.dtype)
 
     def tokens(self) -> torch.Tensor:
@@ -120,8 +189,7 @@ class Draw:
     def stream(self) -> torch.Tensor:
         """A residual stream (B, N, d): pictures embedded, plus noise for what attention would have added."""
         c = self.case
-        table, noise = self.normal(VOCAB, c.d), self.normal(c.B, c.N, c.d, std=0.5)
-        return noise if self.meta else table[self.tokens()] + noise
+        return self.normal(VOCAB, c.d)[self.tokens()] + self.normal(c.B, c.N, c.d, std=0.5)
 
     def gain(self) -> torch.Tensor:
         return self.normal(self.case.d, std=0.1, mean=1.0)
@@ -185,14 +253,28 @@ OPS = {
     ),
     "palette_encode": Op(
         lambda c, draw: {"pixels": draw.pixels(), "palette": draw.palette()},
-        lambda c, e: cost.palette_encode(c.B * c.N, VOCAB),
+        lambda c, e: cost.palette(c.B * c.N, VOCAB),
     ),
     "palette_decode": Op(
         lambda c, draw: {"tokens": draw.tokens(), "palette": draw.palette()},
-        lambda c, e: cost.palette_decode(c.B * c.N, VOCAB),
+        lambda c, e: cost.palette(c.B * c.N, VOCAB),
     ),
 }  # fmt: skip
 
+def model_cost(c: Case, config, e: int) -> cost.Cost:
+    return cost.logits(config, c.B, c.N, e) if c.direction == "fwd" else cost.model(config, c.B, c.N, e, "fwd+bwd")
+
+
+def decode_cost(c: Case, config, e: int) -> cost.Cost:
+    """One step's compulsory bytes and FLOPs: every weight of a product once, the keys and values so far once, on
+    average over the window."""
+    weights = config.n_layer * (4 * c.d**2 + 2 * c.d * config.inner)
+    head, keys = config.vocab * c.d, c.N - (c.steps - 1) / 2
+    kv, stored = 2 * config.n_layer * c.B * keys * c.d, 1 if c.dtype == "int8" else e
+    return cost.Cost(2 * c.B * (weights + head) + 2 * kv, weights * stored + head * e + kv * c.cached)
+
+
+WHOLE = {"model": model_cost, "decode": decode_cost}
 ROW_OPS = ("norm_mlp", "norm_linear", "head_loss", "norm", "embed")
 PIXEL_OPS = ("palette_encode", "palette_decode")
 PIXELS = [Case(op, 4096, 1024, 1, 64, "fp32") for op in PIXEL_OPS]
@@ -219,6 +301,15 @@ def correctness(quick: bool, gpu: bool) -> list[Case]:
 
 def shapes(preset: str) -> tuple[int, int]:
     return PRESETS[preset].heads, PRESETS[preset].head_dim
+
+
+def model_case(preset: str, B: int, N: int, dtype: str, direction: str) -> Case:
+    return Case("model", B, N, *shapes(preset), dtype, PRESETS[preset].causal, direction, preset)
+
+
+def decode_case(preset: str, B: int, N: int, dtype: str, steps: int = 64, cached: int = 2) -> Case:
+    """A GPU's cache has the activations' dtype, a CPU's is fp32."""
+    return Case("decode", B, N, *shapes(preset), dtype, True, "token", preset, steps, cached)
 
 
 def sized(

@@ -61,9 +61,11 @@ def attention(B, N, H, D, e, causal: bool, direction: str) -> Cost:
 
 def linear(T, d_in, d_out, e, direction: str) -> Cost:
     """x @ w^T. Backward: dx and dw; reads x, w, dy."""
-    forward = Cost(2 * T * d_in * d_out, (T * (d_in + d_out) + d_in * d_out) * e)
-    backward = Cost(4 * T * d_in * d_out, (T * (2 * d_in + d_out) + 2 * d_in * d_out) * e)
-    return by_direction(direction, forward, backward)
+    flops, x, y, w = 2 * T * d_in * d_out, T * d_in * e, T * d_out * e, d_in * d_out * e
+    return by_direction(direction, Cost(flops, x + y + w), Cost(2 * flops, 2 * x + y + 2 * w))
+
+
+norm_linear = linear  # the normed x never needs memory of its own
 
 
 def norm(T, d, e, direction: str) -> Cost:
@@ -71,43 +73,32 @@ def norm(T, d, e, direction: str) -> Cost:
     return by_direction(direction, Cost(0, 2 * T * d * e), Cost(0, 3 * T * d * e))
 
 
-def norm_linear(T, d, d_out, e, direction: str) -> Cost:
-    """The normed x never needs memory of its own: the bytes are those of the product."""
-    return linear(T, d, d_out, e, direction)
-
-
 def norm_mlp(T, d, inner, e, direction: str) -> Cost:
     """x + act(norm(x) fc) proj: (T, inner) is written once (kept for backward) and read once by the second product,
     since both products in one kernel do not fit a multiprocessor. Backward reads it, and writes and reads its
     gradient; the activation and its gradient are made on chip."""
-    weights, wide, slim = 2 * d * inner * e, T * inner * e, T * d * e
-    forward = Cost(4 * T * d * inner, 2 * slim + weights + 2 * wide)
-    backward = Cost(8 * T * d * inner, 3 * slim + 2 * weights + 4 * wide)
-    return by_direction(direction, forward, backward)
+    flops, weights, wide, slim = 4 * T * d * inner, 2 * d * inner * e, T * inner * e, T * d * e
+    forward, backward = 2 * slim + weights + 2 * wide, 3 * slim + 2 * weights + 4 * wide
+    return by_direction(direction, Cost(flops, forward), Cost(2 * flops, backward))
 
 
 def embed(T, d, V, n_ctx, e, direction: str) -> Cost:
     """Tokens (int64) and both tables in, (T, d) out; backward reads (T, d) and writes both tables."""
-    tables = (V + n_ctx) * d * e
-    return by_direction(direction, Cost(0, T * d * e + tables + 8 * T), Cost(0, T * d * e + tables + 8 * T))
+    cost = Cost(0, (T + V + n_ctx) * d * e + 8 * T)
+    return by_direction(direction, cost, cost)
 
 
 def head_loss(T, d, V, e, direction: str) -> Cost:
     """Norm, product and cross-entropy: x, w and the targets in, a float a token out; the logits stay on chip, and
     backward makes them again or reads their gradient, (T, V), once written."""
-    forward = Cost(2 * T * d * V, (T * d + V * d) * e + 12 * T)
-    backward = Cost(4 * T * d * V, (2 * T * d + 2 * V * d + 2 * T * V) * e)
-    return by_direction(direction, forward, backward)
+    flops, x, w = 2 * T * d * V, T * d * e, V * d * e
+    return by_direction(direction, Cost(flops, x + w + 12 * T), Cost(2 * flops, 2 * (x + w + T * V * e)))
 
 
-def palette_encode(pixels, V) -> Cost:
-    """3 subtractions, 3 products, 2 sums a pixel and colour; 3 bytes in, an int64 out. The FLOPs are none of a matrix
+def palette(pixels, V) -> Cost:
+    """3 bytes and an int64 a pixel, one in and one out; encoding's 8 FLOPs a pixel and colour are none of a matrix
     unit's, so the floor is the bytes'."""
     return Cost(0, pixels * (3 + 8) + V * 12)
-
-
-def palette_decode(pixels, V) -> Cost:
-    return Cost(0, pixels * (8 + 3) + V * 12)
 
 
 def model(config, B, N, e, direction: str) -> Cost:

@@ -8,28 +8,30 @@ compiled travels as one file, to the next half or the next machine. `--rehearse`
 
 import argparse
 import dataclasses
+import functools
+import itertools
 import os
 import shutil
-import signal
-import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import torch
 
-from bench import cases
-from bench.cases import Case, sized
+from bench.cases import PIXELS, ROW_OPS, Case, correctness, model_case, shapes, sized, speed
 from bench.compiled import step
+from bench.compiled.cases import CompileCase, of
+from bench.compiled.cases import cases as compile_cases
 from bench.correctness import checks
 from bench.log import Log
-from bench.machine import ROOT
+from bench.machine import ROOT, ended
 from bench.rows import Row
 from bench.speed import measure, models, sampling, tune
-from bench.speed.models import ModelCase
+from bench.speed.timing import CpuTimer
 from igpt.kernels.interpreter import INTERPRETED
 
 PRESETS, LENGTHS = ("s", "m", "l"), (1024, 2304, 4096)
@@ -47,12 +49,8 @@ class Job:
     device: str = "cuda"
     presets: tuple[str, ...] = PRESETS
     checks: str = "gpu"  # bench.correctness's list
-    binaries: tuple[str, ...] = ("--cases", "bench.compiled.gpu_cases")
+    binaries: tuple[str, ...] = ("--cases", "bench.gpu")
     sanitizer: str | None = shutil.which("compute-sanitizer")
-
-    @property
-    def workers(self) -> int:
-        return min(12, os.cpu_count() or 1)
 
     def run(self, peers: str, case_s: float = 0.3, least: int = 5) -> measure.Run:
         return self.log.prepared(self.device, self.seconds, peers=peers, case_s=case_s, least=least)
@@ -61,37 +59,27 @@ class Job:
         """The cases, which a rehearsal makes small."""
         return list(chosen)
 
-    def operations(self, chosen: Iterable[Case], peers: str) -> None:
-        self.log.take(measure.operations(self.small(chosen), self.run(peers)))
+    def time(self, chosen: Iterable[Case], peers: str) -> None:
+        """Operations, or whole models."""
+        chosen = self.small(chosen)
+        if chosen[0].is_whole:
+            self.log.take(models.rows(chosen, self.run(peers, case_s=2.0, least=3)))
+        else:
+            self.log.take(measure.operations(chosen, self.run(peers)))
 
     def search(self, only: str) -> None:
         """Tiles, with the time that is left: the rows to paste are in tiles.txt."""
         tune.main(["--seconds", str(self.seconds), "--only", only, "--out", str(self.log.path.with_name("tiles.txt"))])
 
-    def models(self, chosen: Iterable[ModelCase], peers: str) -> None:
-        self.log.take(models.rows(self.small(chosen), self.run(peers, case_s=2.0, least=3)))
 
-
-class LyingTimer:
+def lying_timer() -> CpuTimer:
     """A clock that a rehearsal can afford: calls are made, each takes a millisecond."""
-
-    def __init__(self):
-        self.now = 0.0
-
-    def clock(self) -> float:
-        return self.now
-
-    def __call__(self, fn: Callable) -> float:
-        fn()
-        self.now += 1e-3
-        return 1.0
+    return CpuTimer(clock=functools.partial(next, itertools.count(0, Fraction(1, 1000))))
 
 
-SMALL = {
-    Case: {"B": 1, "N": 16, "H": 1, "D": 16, "dtype": "fp32", "preset": ""},
-    ModelCase: {"preset": "tiny", "B": 1, "N": 64, "dtype": "fp32"},
-    sampling.DecodeCase: {"preset": "tiny", "B": 1, "N": 24, "dtype": "fp32", "steps": 8},
-}
+TINY = dict(zip(("preset", "H", "D"), ("tiny", *shapes("tiny"))), B=1, dtype="fp32")
+SMALL = {"model": TINY | {"N": 64}, "decode": TINY | {"N": 24, "steps": 8}}
+SMALLEST = {"B": 1, "N": 16, "H": 1, "D": 16, "dtype": "fp32", "preset": ""}
 
 
 @dataclass(frozen=True)
@@ -106,42 +94,40 @@ class Rehearsal(Job):
 
     def run(self, peers: str, case_s: float = 0.0, least: int = 2) -> measure.Run:
         run = super().run(peers, case_s=0.0, least=2)
-        return dataclasses.replace(run, timer=LyingTimer(), step_timer=LyingTimer())
+        return dataclasses.replace(run, timer=lying_timer(), step_timer=lying_timer())
 
     def search(self, only: str) -> None:
         *_, last = (search for search in tune.searches("portable") if only in search.name)
         last = dataclasses.replace(last, case=self.small([last.case])[0], values={"num_warps": (4, 8)})
-        out = self.log.path.with_name("tiles.txt")
-        tune.run([last], "portable", self.device, lambda name: True, LyingTimer(), self.seconds, out)
+        tune.search([last], bool, self.run("all"), self.log.path.with_name("tiles.txt"))
 
     def small(self, chosen: Iterable) -> list:
-        return list(dict.fromkeys(dataclasses.replace(case, **SMALL[type(case)]) for case in chosen))
+        return list(dict.fromkeys(dataclasses.replace(case, **SMALL.get(case.op, SMALLEST)) for case in chosen))
 
 
 def compiled(job: Job) -> None:
     """Fill Triton's cache with what the stages below launch on this GPU; the binaries' evidence comes with it."""
     arch = tune.this_arch() if job.device == "cuda" else "sm_90"
     flags = ["--arch", arch, "--workers", str(os.cpu_count() or 1), *job.binaries]
-    job.log.finish("compiled", job.log.begin("compiled", *flags))
+    job.log.child("compiled", *flags)
 
 
 def correct(job: Job) -> None:
     """Every check of bench.correctness, in processes side by side."""
-    flags = ["--device", job.device, "--list", job.checks, "--workers", str(job.workers)]
-    limit = ["--limit", str(job.seconds - 15)]
-    job.log.finish("correctness", job.log.begin("correctness", *flags, *limit, interpret=job.device == "cpu"))
+    flags = ["--device", job.device, "--list", job.checks, "--workers", str(min(12, os.cpu_count() or 1))]
+    job.log.child("correctness", *flags, "--limit", str(job.seconds - 15), interpret=job.device == "cpu")
 
 
 def attention(job: Job) -> None:
     """Every head dim, forward and backward, at each length causal, then full. torch.compile adds nothing to SDPA."""
     chosen = [c for N in LENGTHS for c in sized("attention", PRESETS, ("fwd", "bwd"), TOKENS, N)]
     chosen += sized("attention", PRESETS, ("fwd", "bwd"), TOKENS, causal=False)
-    job.operations(chosen, "sdpa,sdpa cudnn,sdpa flash,sdpa efficient,flash-attn 4")
+    job.time(chosen, "sdpa,sdpa cudnn,sdpa flash,sdpa efficient,flash-attn 4")
 
 
 def profiled(job: Job) -> None:
     """What a step's time is made of, kernel by kernel: profile.txt."""
-    for case in job.small(ModelCase(preset, STEP_TOKENS // 1024, 1024, "bf16", "step") for preset in PRESETS):
+    for case in job.small(model_case(preset, STEP_TOKENS // 1024, 1024, "bf16", "step") for preset in PRESETS):
         text = step.profile(models.build("ours", case, job.device))
         with job.log.path.with_name("profile.txt").open("a") as file:
             print(f"{case.preset}, {case.B} x {case.N}, {case.dtype}\n{text}\n", file=file)
@@ -149,10 +135,10 @@ def profiled(job: Job) -> None:
 
 def steps(job: Job) -> None:
     """Whole training steps against Hugging Face and, at 1024, torch.compile; the presets at 1024 first."""
-    chosen = [ModelCase(preset, max(1, STEP_TOKENS // N), N, "bf16", "step") for N in LENGTHS for preset in PRESETS]
-    job.models(chosen[: len(PRESETS)], "hugging face")
-    job.models(chosen[: len(PRESETS)], "torch.compile,torch.compile graphed")
-    job.models(chosen[len(PRESETS) :], "hugging face")
+    chosen = [model_case(preset, max(1, STEP_TOKENS // N), N, "bf16", "step") for N in LENGTHS for preset in PRESETS]
+    job.time(chosen[: len(PRESETS)], "hugging face")
+    job.time(chosen[: len(PRESETS)], "torch.compile,torch.compile graphed")
+    job.time(chosen[len(PRESETS) :], "hugging face")
 
 
 def sampled(job: Job) -> None:
@@ -165,55 +151,52 @@ def sampled(job: Job) -> None:
 
 def others(job: Job) -> None:
     """MLP, head, palette and the rest, against everything but torch.compile, whose autotuning takes its time."""
-    chosen = [case for op in cases.ROW_OPS for case in sized(op, PRESETS, ("fwd", "bwd"), TOKENS)]
-    job.operations([*chosen, *sized("head_loss", PRESETS, ("fwd+bwd",), TOKENS), *cases.PIXELS], "torch path,liger")
-
-
-def cold(job: Job) -> None:
-    job.log.take(checks.first_step(job.device, job.presets[0]))
-
-
-def sanitized(job: Job) -> None:
-    job.log.take(checks.sanitizer(job.device, job.seconds, job.sanitizer))
+    chosen = [case for op in ROW_OPS for case in sized(op, PRESETS, ("fwd", "bwd"), TOKENS)]
+    job.time([*chosen, *sized("head_loss", PRESETS, ("fwd+bwd",), TOKENS), *PIXELS], "torch path,liger")
 
 
 def autotuned(job: Job) -> None:
     """What compiles for long: torch.compile on the operations it could win, M first; FlexAttention."""
     for presets in (("m",), ("s", "l")):
         chosen = [c for op in ("norm_mlp", "head_loss") for c in sized(op, presets, ("fwd", "bwd"), TOKENS)]
-        job.operations(chosen, "torch.compile")
-    job.operations(sized("attention", PRESETS, ("fwd", "bwd"), TOKENS), "flex")
+        job.time(chosen, "torch.compile")
+    job.time(sized("attention", PRESETS, ("fwd", "bwd"), TOKENS), "flex")
 
 
-def attention_tiles(job: Job) -> None:
-    job.search("ATTENTION")
+def cases() -> Iterator[CompileCase]:
+    """What the stages launch, for bench.compiled: the same cases, and so the same binaries; what comes first, first."""
+    presets = speed(PRESETS, LENGTHS, ("bf16",), ("fwd+bwd",), TOKENS)
+    for case in [*correctness(quick=False, gpu=True), *presets, *PIXELS]:
+        yield of(case, Row("compile", impl="", **case.labels).case)
+    yield from (case for case in compile_cases() if case.name.startswith("decode"))
 
 
-def other_tiles(job: Job) -> None:
-    job.search("")
-
-
-# Seconds a stage may take; what one leaves, the later ones have, and REST all that is left.
+# Each stage and the seconds that it may take; what one leaves, the later ones have, and REST all that is left.
 REST = 1000
-HALVES = {
-    "first": {compiled: 50, correct: 70, attention: 75, profiled: 30, attention_tiles: REST},
-    "second": {steps: 75, sampled: 45, others: 35, cold: 30, sanitized: 20, autotuned: 30, other_tiles: REST},
-}
-STAGES = {stage.__name__: (stage, seconds) for half in HALVES.values() for stage, seconds in half.items()}
+HALVES: dict[str, dict[str, tuple[int, Callable[[Job], None]]]] = {
+    "first": {
+        "compiled": (50, compiled), "correct": (70, correct), "attention": (75, attention), "profiled": (30, profiled),
+        "attention_tiles": (REST, lambda job: job.search("ATTENTION")),
+    },
+    "second": {
+        "steps": (75, steps), "sampled": (45, sampled), "others": (35, others),
+        "cold": (30, lambda job: job.log.take(checks.first_step(job.device, job.presets[0]))),
+        "sanitized": (20, lambda job: job.log.take(checks.sanitizer(job.device, job.seconds, job.sanitizer))),
+        "autotuned": (30, autotuned), "other_tiles": (REST, lambda job: job.search("")),
+    },
+}  # fmt: skip
+STAGES = HALVES["first"] | HALVES["second"]
 HALF_S = 225.0
 
 
 def stage(name: str, log: Log, seconds: float) -> None:
     """One stage in its own process, ended when its time is over; its death is a line in the report."""
     command = [sys.executable, "-m", "bench.gpu", "--stage", name, "--seconds", str(seconds), "--out", log.path.parent]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=sys.stderr, start_new_session=True)
-    try:
-        if code := process.wait(timeout=seconds + GRACE_S):
-            log.event(f"stage {name}", f"ended with exit code {code}")
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    code, _ = ended(command, seconds + GRACE_S, stdout=sys.stderr)
+    if code is None:
         log.event(f"stage {name}", "ended at its time limit; its rows so far are kept", ok=True)
+    elif code:
+        log.event(f"stage {name}", f"ended with exit code {code}")
 
 
 def unpack(archive: Path) -> None:
@@ -248,21 +231,21 @@ def main(argv: list[str] | None = None) -> int:
     if args.rehearse and not INTERPRETED:
         parser.error("--rehearse: expected TRITON_INTERPRET=1 in the environment, for it runs kernels")
     if args.stage:
-        STAGES[args.stage][0](Job(Log(args.out, fresh=False), args.seconds))
+        STAGES[args.stage][1](Job(Log(args.out, fresh=False), args.seconds))
         return 0
     log = Log(args.out, fresh=not args.only and args.half != "second")
     archive = args.cache or args.out / "triton_cache.tar.gz"
     unpack(archive)
-    halves = [args.only] if args.only else [[s.__name__ for s in HALVES[h]] for h in HALVES if args.half in (None, h)]
-    for names in halves:
+    for names in [args.only] if args.only else [HALVES[h] for h in HALVES if args.half in (None, h)]:
         end = time.monotonic() + args.seconds
         for name in names:
-            seconds = min(STAGES[name][1], end - time.monotonic())
+            most, run = STAGES[name]
+            seconds = min(most, end - time.monotonic())
             log.say(f"stage {name}: {seconds:.0f} s")
             if args.rehearse:
-                STAGES[name][0](Rehearsal(log, 1000.0))  # nothing is late by a clock that lies
+                run(Rehearsal(log, 1000.0))  # nothing is late by a clock that lies
             elif seconds < 5:
-                log.event(f"stage {name}", "no time was left", ok=STAGES[name][1] == REST)
+                log.event(f"stage {name}", "no time was left", ok=most == REST)
             else:
                 stage(name, log, seconds)
         pack(archive)

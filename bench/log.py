@@ -3,7 +3,6 @@
 import itertools
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterable
@@ -11,7 +10,7 @@ from pathlib import Path
 
 from bench import cases, rows
 from bench.compiled import gate
-from bench.machine import ROOT
+from bench.machine import ended
 from bench.report import report
 from bench.rows import CompileRow, Row
 from bench.speed import measure
@@ -32,11 +31,8 @@ class Log:
 
     def take(self, found: Iterable[Row]) -> None:
         for row in found:
-            with self.path.open("a") as file:
-                print(rows.to_json(row), file=file)
-            took = f"{row.median_ms:.3g} ms" if row.median_ms else row.note
-            against = "".join(f", {ratio:.2f}x {peer}" for peer, ratio in row.ratios.items())
-            self.say(f"{row.op} {row.case} {row.impl}: {took}{against}")
+            rows.append(row, self.path)
+            self.say(str(row))
 
     def event(self, what: str, note: str, ok: bool = False) -> None:
         """Something of the run itself that a reader must know: a row, so that later stages know it too."""
@@ -45,18 +41,16 @@ class Log:
     def rows(self) -> list:
         return rows.read(self.path)
 
-    def begin(self, module: str, *arguments: str, interpret: bool = False) -> subprocess.Popen:
+    def child(self, module: str, *arguments: str, interpret: bool = False) -> None:
         """`python -m bench.<module>` beside us, appending its rows to ours: kernels decide at import whether they are
-        to be interpreted or compiled, so each needs a process of its own. What it prints goes to stderr."""
+        to be interpreted or compiled, so each needs a process of its own. What it prints goes to stderr. Exit code 0 is
+        green and 1 is red, which its rows say; anything else is a death that left no row."""
         env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         env |= {"TRITON_INTERPRET": "1"} if interpret else {}
         self.say(f"bench.{module} {' '.join(arguments)}")
         command = [sys.executable, "-m", f"bench.{module}", *arguments, "--out", str(self.path)]
-        return subprocess.Popen(command, cwd=ROOT, env=env, stdout=sys.stderr)
-
-    def finish(self, module: str, process: subprocess.Popen) -> None:
-        """0 is green and 1 is red, which its rows say; anything else is a death that left no row."""
-        if (code := process.wait()) not in (0, 1):
+        code, _ = ended(command, env=env, stdout=sys.stderr)
+        if code not in (0, 1):
             self.event(f"bench.{module}", f"ended with exit code {code}")
 
     def failures(self) -> list[str]:
@@ -84,14 +78,16 @@ class Log:
         """A Run of so many seconds that knows which operations are red, and how far each is from fp64."""
         red, errors = set(), {}
         for row in self.rows():
-            if isinstance(row, Row) and not row.ok and (row.suite, row.op) == ("harness", "bench.correctness"):
+            if not isinstance(row, Row):
+                continue
+            subject = row.op, row.dtype
+            if (row.suite, row.op, row.ok) == ("harness", "bench.correctness", False):
                 red |= set(itertools.product((*cases.OPS, "model", "decode"), cases.DTYPES))
-            elif isinstance(row, Row) and row.suite == "correctness":
-                if not row.ok:
-                    red.add(measure.subject(row))
-                elif row.err_vs_fp64 is not None:
-                    known = errors.get(measure.subject(row), (0.0, 0.0))
-                    errors[measure.subject(row)] = max(known, (row.err_vs_fp64, row.eager_err_vs_fp64))
+            elif row.suite == "correctness" and not row.ok:
+                red.add(subject)
+            elif row.suite == "correctness" and row.err_vs_fp64 is not None:
+                known = errors.get(subject, (0.0, 0.0))
+                errors[subject] = max(known, (row.err_vs_fp64, row.eager_err_vs_fp64))
         return measure.Run(
             device, *measure.timers(device), deadline=time.monotonic() + seconds, red=frozenset(red), errors=errors,
             **options,

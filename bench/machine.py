@@ -1,34 +1,22 @@
 """What ran the rows: the device, the versions, the commit; and its ceilings, looked up or measured."""
 
-import dataclasses
 import datetime
 import functools
+import os
 import platform
+import signal
 import subprocess
-import time
 from pathlib import Path
 
 import torch
 import triton
-from triton.errors import TritonError
+from torch.utils.benchmark import Timer
 
 from bench.cost import H200, Ceilings
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# What a case may raise without ending the run: its row says so and is red.
-FAULTS = (
-    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, NotImplementedError,
-    OSError, RuntimeError, TritonError, TypeError, ValueError,
-)  # fmt: skip
-
-
-def attempted(row, check):
-    """The row that check() makes of this one, or this one, red, with what was raised."""
-    try:
-        return check()
-    except FAULTS as fault:
-        return dataclasses.replace(row, ok=False, note=raised(fault))
+FAULTS = Exception  # what a case may raise without ending the run: its row says so and is red
 
 
 def raised(fault: BaseException) -> str:
@@ -36,10 +24,29 @@ def raised(fault: BaseException) -> str:
     return f"raised {type(fault).__name__}: {' '.join(str(fault).split())[:300]}"
 
 
+def ended(
+    command: list, seconds: float | None = None, env: dict | None = None, stdout=subprocess.PIPE
+) -> tuple[int | None, str]:
+    """(exit code, what was said) of a command run from the repository; past its seconds, if it has any, it is killed
+    with all that it started, and the code is None."""
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=env, text=True, stdout=stdout, stderr=subprocess.STDOUT,
+        start_new_session=seconds is not None,
+    )  # fmt: skip
+    try:
+        said, _ = process.communicate(timeout=seconds)
+        return process.returncode, said or ""
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        return None, ""
+
+
 def _ask(*command: str) -> str:
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
+        code, said = ended(command)
+        return "" if code else said.strip()
+    except OSError:
         return ""
 
 
@@ -65,17 +72,6 @@ def stamp(device: str) -> dict:
     }
 
 
-def _best(fn, repeats: int = 3) -> float:
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        fn()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
 @functools.cache
 def ceilings(device: str) -> Ceilings:
     """An H200's from cost.H200; any other machine's measured now: the best of three products a dtype and of three
@@ -83,14 +79,17 @@ def ceilings(device: str) -> Ceilings:
     name = stamp(device)["gpu"]
     if H200.name in name:
         return H200
-    size = 8192 if device == "cuda" else 2048
-    flops = {}
+
+    def best(fn, *args) -> float:
+        timer = Timer("fn(*args)", globals={"fn": fn, "args": args}, num_threads=torch.get_num_threads())
+        return min(timer.timeit(1).mean for _ in range(3))
+
+    size, flops = 8192 if device == "cuda" else 2048, {}
     for key, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
-        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        flops[key] = 2 * size**3 / _best(functools.partial(torch.mm, a, b))
-        if device == "cpu" and key == "bf16":
-            flops["fp16"] = flops["bf16"]
-            break
+        if device == "cpu" and key == "fp16":
+            flops[key] = flops["bf16"]
+        else:
+            a, b = torch.randn(2, size, size, device=device).to(dtype)
+            flops[key] = 2 * size**3 / best(torch.mm, a, b)
     source = torch.ones((1 << 30) if device == "cuda" else (256 << 20), dtype=torch.int8, device=device)
-    target = torch.zeros_like(source)
-    return Ceilings(name, flops, 2 * source.numel() / _best(functools.partial(target.copy_, source)))
+    return Ceilings(name, flops, 2 * source.numel() / best(torch.zeros_like(source).copy_, source))

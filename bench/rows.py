@@ -1,7 +1,8 @@
 """Rows of a report: frozen dataclasses, one JSON line each. DESIGN.md's schema is these fields."""
 
 import json
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 
@@ -65,6 +66,15 @@ class Row:
     @property
     def key(self) -> tuple[str, ...]:
         return self.suite, self.op, self.case, self.impl, self.device
+
+    def __str__(self) -> str:
+        """For whoever waits: what was found."""
+        found = [f"{self.median_ms:.3g} ms"] if self.median_ms else []
+        found += [f"{ratio:.2f}x {peer}" for peer, ratio in self.ratios.items()]
+        if self.err_vs_fp64 is not None and not found:
+            found.append(f"{self.err_vs_fp64:.2e} (eager {self.eager_err_vs_fp64:.2e})")
+        found += [] if found and self.ok else [self.note]
+        return f"{self.op} {self.case} {self.impl}: {'' if self.ok else 'RED '}{', '.join(found)}"
 
 
 @dataclass(frozen=True)
@@ -133,35 +143,44 @@ def to_json(row) -> str:
     return json.dumps(asdict(row))
 
 
+def append(row, path: Path | None) -> None:
+    """One more line of the file, if there is one."""
+    if path:
+        with path.open("a") as file:
+            print(to_json(row), file=file)
+
+
 def from_json(line: str):
     """The row of one line; `suite` says of which kind. Raises ValueError naming unknown or missing fields."""
     values = json.loads(line)
-    kind = KINDS.get(values.get("suite"), Row)
-    if unknown := sorted(set(values) - {f.name for f in fields(kind)}):
-        raise ValueError(f"{kind.__name__}: unknown fields {unknown}")
-    needed = {f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING}
-    if missing := sorted(needed - set(values)):
-        raise ValueError(f"{kind.__name__}: missing fields {missing}")
-    return kind(**values)
+    try:
+        return KINDS.get(values.get("suite"), Row)(**values)
+    except TypeError as error:
+        raise ValueError(f"{line[:80]}: {error}") from error
 
 
 def read(path: str | Path) -> list:
     return [from_json(line) for line in Path(path).read_text().splitlines() if line.strip()]
 
 
-def joined(before: Row | None, row: Row) -> Row:
-    """What stands for a case of which `before` came earlier in the run: timed again beside other peers its ratios join,
-    each to the time of its own run, and a row that found no time left takes none away."""
-    if before is None or (before.median_ms and not row.median_ms):
-        return before or row
-    return replace(row, ratios=before.ratios | row.ratios)
+def joined(found: Iterable[Row], key: Callable[[Row], Hashable]) -> dict[Hashable, Row]:
+    """The rows by their key, those of one key as one: timed again beside other peers its ratios join, each to the time
+    of its own run, and a row that found no time left takes none away."""
+    kept: dict[Hashable, Row] = {}
+    for row in found:
+        before = kept.setdefault(key(row), row)
+        if row.median_ms or not before.median_ms:
+            kept[key(row)] = replace(row, ratios=before.ratios | row.ratios)
+    return kept
 
 
-def regressions(rows: list, earlier: list, allowed: float = 1.1) -> tuple[dict[tuple, float], list[str]]:
-    """Time over the earlier time of every measured row found in both, and the names of those slower by more than
-    `allowed` with their 20-80% ranges apart."""
-    before = {r.key: r for r in earlier if isinstance(r, Row) and r.median_ms}
-    both = [(r, before[r.key]) for r in rows if isinstance(r, Row) and r.median_ms and r.key in before]
-    ratio = {r.key: r.median_ms / b.median_ms for r, b in both}
-    slower = [(r, b) for r, b in both if ratio[r.key] > allowed and r.p20_ms > b.p80_ms]
-    return ratio, [f"{r.op} {r.case} {r.impl}: {ratio[r.key]:.2f}x the earlier time" for r, b in slower]
+def regressions(rows: list, earlier: list, allowed: float = 1.1) -> list[str]:
+    """Time over the earlier time of every measured row found in both; a regression is slower by more than `allowed`
+    with the 20-80% ranges apart."""
+    before, lines = {r.key: r for r in earlier if isinstance(r, Row) and r.median_ms}, []
+    for r in rows:
+        if isinstance(r, Row) and r.median_ms and (b := before.get(r.key)):
+            is_slower = r.median_ms > allowed * b.median_ms and r.p20_ms > b.p80_ms
+            verdict = ": REGRESSION" if is_slower else ""
+            lines.append(f"{r.op} {r.case} {r.impl}: {r.median_ms / b.median_ms:.2f}x the earlier time{verdict}")
+    return lines

@@ -5,10 +5,13 @@ if every correctness row holds and everything that sm_90 would run compiles clea
 """
 
 import argparse
+import functools
 import itertools
 import os
 import sys
 import time
+from collections.abc import Callable
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,67 +22,84 @@ if not __package__:
 import torch  # noqa: E402
 
 from bench import cases, rows  # noqa: E402
+from bench.cases import Case, model_case  # noqa: E402
+from bench.compiled import step  # noqa: E402
 from bench.log import Log  # noqa: E402
-from bench.speed import measure, models, peers, pictures  # noqa: E402
-from bench.speed.models import ModelCase  # noqa: E402
+from bench.speed import measure, models, peers, pictures, sampling  # noqa: E402
 
 SUITES = ("quick", "kernels", "model", "sampling", "compile", "full")
+QUICK = ("--arch", "sm_90", "--quick")  # of what is compiled
 TIMED = ("quick", "kernels", "model", "full")  # operations or models, whose correctness is checked first
 
 
 def evidence(log: Log, device: str, suite: str) -> None:
     """Correctness and compilation, side by side on a CPU's two cores: neither is timed."""
-    running, cores, quick = [], os.cpu_count() or 1, suite == "quick"
+    quick, children = suite == "quick", []
     if suite in TIMED:
         flags = ["--device", device, *(["--list", "quick"] if quick else [])]
-        running.append(("correctness", log.begin("correctness", *flags, interpret=device == "cpu")))
+        children.append(functools.partial(log.child, "correctness", *flags, interpret=device == "cpu"))
     if suite in ("quick", "compile", "full"):
-        flags = ["--workers", str(max(1, min(8, cores - len(running))))]
-        flags += ["--arch", "sm_90", "--quick"] if quick else []
-        running.append(("compiled", log.begin("compiled", *flags)))
-    for module, process in running:
-        log.finish(module, process)
+        flags = ["--workers", str(max(1, min(8, (os.cpu_count() or 1) - len(children))))]
+        children.append(functools.partial(log.child, "compiled", *flags, *QUICK * quick))
+    if children:
+        with ThreadPool(len(children)) as pool:
+            pool.map(lambda child: child(), children)
 
 
 def speeds(args, log: Log) -> None:
-    """Operations and whole models, as the suite wants them."""
-    gpu, quick = args.device == "cuda", args.suite == "quick"
+    """Operations, whole models and sampling, as the suite wants them."""
+    gpu, quick, suite = args.device == "cuda", args.suite == "quick", args.suite
     left = args.budget - (time.monotonic() - log.start)
     case_s, least = 2.0 if quick or gpu else 5.0, 2 if quick else 3
     run = log.prepared(args.device, left, peers=args.peers, case_s=case_s, least=least)
-    if args.suite != "kernels":
+    if suite in ("quick", "model", "full"):
         for rows_of in () if gpu else pictures.QUICK if quick else pictures.ALL:
             log.take(rows_of(run))
         # In bf16 the quick suite compares with Hugging Face alone, to end in time.
         keep = (lambda name, c: c.dtype == "fp32" or name in ("ours", "hugging face")) if quick else (lambda *_: True)
         log.take(models.rows(whole(args), run, keep))
-    if args.suite != "model":
+    if suite in ("quick", "kernels", "full"):
         presets, lengths, dtypes = args.preset, args.seq, args.dtype
         directions, T = ("fwd", "bwd") if gpu else ("fwd", "fwd+bwd"), 65536 if gpu else lengths[0]
         if quick:
             run.peers = run.peers if gpu else "eager"
             presets, lengths, dtypes, directions = presets[:1], lengths[:1], dtypes[:1], ("fwd",)
         log.take(measure.operations(cases.speed(presets, lengths, dtypes, directions, T), run))
+    if suite in ("sampling", "full"):
+        run.peers, run.case_s = args.peers, 4.0
+        log.take(sampling.rows(sampling.groups(args.device, args.preset), run))
 
 
-def whole(args) -> list[ModelCase]:
+def whole(args) -> list[Case]:
     """Whole-model cases: on a GPU forward and training step; on a CPU of one picture forward and loss with gradients,
     and, but in the quick suite, a training step of the tiny preset."""
     gpu, sizes = args.device == "cuda", list(itertools.product(args.seq, args.dtype))
-    steps = [] if gpu or args.suite == "quick" else [ModelCase("tiny", 16, N, dtype, "step") for N, dtype in sizes]
+    steps = [] if gpu or args.suite == "quick" else [model_case("tiny", 16, N, dtype, "step") for N, dtype in sizes]
     return steps + [
-        ModelCase(preset, max(1, 32768 // N) if gpu else 1, N, dtype, direction)
+        model_case(preset, max(1, 32768 // N) if gpu else 1, N, dtype, direction)
         for preset in args.preset for direction in ("fwd", "step" if gpu else "fwd+bwd") for N, dtype in sizes
     ]  # fmt: skip
+
+
+def some(*known) -> Callable[[str], list]:
+    """Of a flag's text: values of `known`, with commas between them."""
+
+    def parse(text: str) -> list:
+        asked = [type(known[0])(x) for x in text.split(",")]
+        if bad := [x for x in asked if x not in known]:
+            raise argparse.ArgumentTypeError(f"got {bad}, expected some of {list(known)}")
+        return asked
+
+    return parse
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench/run.py", description=__doc__.splitlines()[0])
     parser.add_argument("--suite", choices=SUITES, default="quick")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--preset", help="of s,m,l (default: s on a CPU, all on a GPU)")
-    parser.add_argument("--seq", help="of 1024,2304,4096 (default: 1024 on a CPU, all on a GPU)")
-    parser.add_argument("--dtype", help="of fp32,bf16,fp16 (default: fp32,bf16 on a CPU, bf16 on a GPU)")
+    parser.add_argument("--preset", type=some("s", "m", "l", "xl", "tiny"), help="default: s; s,m,l on a GPU")
+    parser.add_argument("--seq", type=some(1024, 2304, 4096), help="default: 1024; all on a GPU")
+    parser.add_argument("--dtype", type=some(*cases.DTYPES), help="default: fp32,bf16; bf16 on a GPU")
     parser.add_argument("--peers", default="all", help=f"all, or some of {', '.join(peers.NAMES)}")
     parser.add_argument("--budget", type=float, help="seconds; cases past it are not timed (default: quick 200)")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "out")
@@ -92,17 +112,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device: got cuda, but this torch sees no GPU")
     wide = args.device == "cuda" and args.suite != "quick"
-    known = {"preset": ("s", "m", "l", "xl", "tiny"), "seq": (1024, 2304, 4096), "dtype": tuple(cases.DTYPES)}
-    usual = {
-        "preset": "s,m,l" if wide else "s",
-        "seq": "1024,2304,4096" if wide else "1024",
-        "dtype": "bf16" if args.device == "cuda" else "fp32,bf16",
-    }
-    for name, allowed in known.items():
-        asked = [type(allowed[0])(x) for x in (getattr(args, name) or usual[name]).split(",")]
-        if bad := [x for x in asked if x not in allowed]:
-            parser.error(f"--{name}: got {bad}, expected some of {list(allowed)}")
-        setattr(args, name, asked)
+    args.preset = args.preset or (["s", "m", "l"] if wide else ["s"])
+    args.seq = args.seq or ([1024, 2304, 4096] if wide else [1024])
+    args.dtype = args.dtype or (["bf16"] if args.device == "cuda" else ["fp32", "bf16"])
     try:
         peers.chosen({}, args.peers)
     except ValueError as error:
@@ -112,22 +124,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    log, suite, device, extra = Log(args.out), args.suite, args.device, ""
-    log.say(f"suite {suite} on {device}")
-    evidence(log, device, suite)
-    if suite in TIMED:
-        speeds(args, log)
-    if suite in ("sampling", "full"):
-        left = max(0.0, args.budget - (time.monotonic() - log.start))
-        flags = ["--device", device, "--peers", args.peers, "--budget", str(left), "--preset", *args.preset]
-        log.finish("speed.sampling", log.begin("speed.sampling", *flags))
-    if suite in ("quick", "full"):
-        log.finish("compiled.step", log.begin("compiled.step", *(["--preset", "s"] if suite == "quick" else [])))
+    log, suite, extra = Log(args.out), args.suite, ""
+    log.say(f"suite {suite} on {args.device}")
+    evidence(log, args.device, suite)
+    speeds(args, log)
+    for preset in {"quick": ("s",), "full": ("s", "m", "l")}.get(suite, ()):
+        for row in step.account(preset, 32, 1024):
+            rows.append(row, log.path)
     if args.baseline:
-        ratios, slower = rows.regressions(log.rows(), rows.read(args.baseline))
-        lines = [f"{' '.join(key)}: {ratio:.2f}x the earlier time" for key, ratio in ratios.items()]
-        extra = "\n".join(["## Against the baseline", "", *(f"- {line}" for line in lines or ["no row in common"]), ""])
-        extra += "\n".join(["Regressions:", *(f"- {line}" for line in slower)]) if slower else "No regression."
+        lines = rows.regressions(log.rows(), rows.read(args.baseline))
+        extra = "\n".join(["## Against the baseline", "", *(f"- {line}" for line in lines or ["no row in common"])])
     return log.report(extra)
 
 

@@ -9,6 +9,9 @@ def number(x: float | None, digits: int = 3) -> str:
 
 
 def columns(rows: list[list[str]], head: list[str], markdown: bool) -> str:
+    """Nothing without rows."""
+    if not rows:
+        return ""
     if markdown:
         lines = [head, ["---"] * len(head), *([c.replace("|", "\\|") for c in row] for row in rows)]
         return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from bench import cases
+from bench.cases import model_case
 from bench.speed import host, models
 from bench.speed.measure import call
 
@@ -20,35 +21,26 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE, TOKENS = ("bf16", 65536) if DEVICE == "cuda" else ("fp32", 1024)
 PIXELS = [cases.Case(op, 16, 1024, 1, 64, "fp32") for op in cases.PIXEL_OPS]
 OPERATIONS = [*cases.speed(["s"], [1024], [DTYPE], ("fwd", "fwd+bwd"), TOKENS), *PIXELS]
-MODELS = [models.ModelCase("s", max(1, TOKENS // 2048), 1024, DTYPE, direction) for direction in ("fwd", "fwd+bwd")]
+MODELS = [model_case("s", max(1, TOKENS // 2048), 1024, DTYPE, direction) for direction in ("fwd", "fwd+bwd")]
 
 
-def synchronised(fn):
+def run(benchmark, case, fn, rounds: int) -> None:
     """Wall time of a GPU's work ends with the work."""
-    if DEVICE == "cpu":
-        return fn
-
-    def run():
-        fn()
-        torch.cuda.synchronize()
-
-    return run
+    ended = torch.cuda.synchronize if DEVICE == "cuda" else lambda: None
+    benchmark.extra_info.update(case.labels, flops=case.cost().flops, bytes=case.cost().bytes)
+    benchmark.pedantic(lambda: (fn(), ended()), warmup_rounds=1, rounds=rounds)
 
 
 @pytest.mark.parametrize("case", OPERATIONS, ids=lambda c: f"{c.op} D{c.D}{'' if c.causal else ' full'} {c.direction}")
 @pytest.mark.parametrize("impl", ["ours", "eager"])
 def test_operation(benchmark, case, impl):
     fn = case.ours() if impl == "ours" else case.reference()
-    run = synchronised(call(fn, case.inputs(DEVICE), case.diff, case.direction))
-    benchmark.extra_info.update(case.labels, flops=case.cost().flops, bytes=case.cost().bytes)
-    benchmark.pedantic(run, warmup_rounds=1, rounds=5)
+    run(benchmark, case, call(fn, case.inputs(DEVICE), case.diff, case.direction), rounds=5)
 
 
 @pytest.mark.parametrize("case", MODELS, ids=lambda c: f"{c.preset} {c.direction}")
 def test_model(benchmark, case):
-    run = synchronised(models.build("ours", case, DEVICE))
-    benchmark.extra_info.update(case.labels, flops=case.cost().flops)
-    benchmark.pedantic(run, warmup_rounds=1, rounds=3)
+    run(benchmark, case, models.build("ours", case, DEVICE), rounds=3)
 
 
 @pytest.mark.benchmark(timer=time.thread_time)

@@ -22,9 +22,7 @@ import triton.language as tl
 
 from . import checks, tiles
 from .attention_backward import attention_backward
-from .choose import MAX_HEAD_DIM, takes_head_dim, warp_specialised
-from .device import check_device
-from .heads import (
+from .attention_heads import (
     HEAD_COUNTS,
     add_product,
     head_of,
@@ -38,6 +36,8 @@ from .heads import (
     view_args,
     zero_tile,
 )
+from .choose import MAX_HEAD_DIM, takes_head_dim, warp_specialised
+from .device import check_device
 from .launching import blocks, launch
 from .primitives import LOG2E
 from .registration import differentiable, operation

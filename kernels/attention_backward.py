@@ -17,8 +17,7 @@ import triton
 import triton.language as tl
 
 from . import tiles
-from .choose import warp_specialised
-from .heads import (
+from .attention_heads import (
     HEAD_COUNTS,
     add_product,
     head_of,
@@ -33,6 +32,7 @@ from .heads import (
     view_args,
     zero_tile,
 )
+from .choose import warp_specialised
 from .launching import blocks, launch
 from .primitives import LOG2E
 

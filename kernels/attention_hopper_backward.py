@@ -35,6 +35,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma, warpgroup_mma_wait
 
 from . import tiles
+from .attention_heads import heads_in_group
 from .attention_hopper import (
     CONSUMER_REGISTERS,
     PRODUCER_REGISTERS,
@@ -60,7 +61,6 @@ from .attention_hopper import (
     zero_rows,
 )
 from .device import multiprocessors
-from .heads import heads_in_group
 from .launching import launch
 from .primitives import LOG2E
 

@@ -21,6 +21,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma, warpgroup_mma_wait
 
 from . import tiles
+from .attention_heads import heads_in_group
 from .attention_hopper import (
     CONSUMER_REGISTERS,
     PRODUCER_REGISTERS,
@@ -44,7 +45,6 @@ from .attention_hopper import (
     zero_rows,
 )
 from .device import multiprocessors
-from .heads import heads_in_group
 from .launching import launch
 from .primitives import LOG2E
 
@@ -73,6 +73,16 @@ def producer(descs, rings, sizes, D: gl.constexpr, IS_CAUSAL: gl.constexpr):
             copy(v_desc, at, v_ring, step)
             step += 1
         tile += 1
+
+
+@gluon.jit
+def exponentials(s, m, scale_log2, dtype: gl.constexpr, D: gl.constexpr):
+    """(p, its sums). The scale rides in the exponent's multiply-add; applied before the maximum it is one more pass."""
+    p = gl.exp2(s * scale_log2 - m[:, None])
+    l = gl.sum(p, 1)
+    if D == 128:
+        p = p.to(dtype)  # S, the output and p in fp32 would not fit the registers together
+    return p, l
 
 
 @gluon.jit
@@ -105,10 +115,7 @@ def consumer(
         elif IS_RAGGED:
             s = gl.where(o_col[None, :] < N - (TILES - 1) * BLOCK, s, float("-inf"))
         m = gl.max(s, 1) * scale_log2
-        p = gl.exp2(s * scale_log2 - m[:, None])
-        l = gl.sum(p, 1)
-        if D == 128:
-            p = p.to(dtype)  # S, the output and p in fp32 would not fit the registers together
+        p, l = exponentials(s, m, scale_log2, dtype, D)
         alpha = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, product_layout(BLOCK)))  # of an output still zero
         o = zero_rows(view(v_ring, step))
         wait_filled(v_ring, step)
@@ -119,13 +126,10 @@ def consumer(
             o, b_p = add_products(scale_rows(o, alpha), p.to(dtype), view(v_ring, step))
             s = warpgroup_mma_wait(len(o), deps=[s])
             release(k_ring, step + 1)
-            # The scale rides in the exponent's multiply-add; applied before the maximum it is a pass of its own.
             m_new = gl.maximum(m, gl.max(s, 1) * scale_log2)
             alpha = gl.exp2(m - m_new)
-            p = gl.exp2(s * scale_log2 - m_new[:, None])
-            l = l * alpha + gl.sum(p, 1)
-            if D == 128:
-                p = p.to(dtype)
+            p, l_new = exponentials(s, m_new, scale_log2, dtype, D)
+            l = l * alpha + l_new
             m = m_new
             # This loop holds the exponentials above the wait for the output, which ptxas else puts first: they are
             # what the product is to run under.

@@ -1,9 +1,9 @@
-"""Which implementation runs an operation: decided here alone, from facts. (A decoding step's form follows from how many
-pictures are drawn: FEW_PICTURES in tiles.py, asked by igpt/sample/kernel_decoder.py.)
+"""Which implementation runs an operation: decided here alone, from facts.
 
     kernels           the Triton kernels, or the torch path: by `impl`, device and dtype
     attention         the same for attention, whose kernels take some head dims
     warp_specialised  attention's Gluon kernels (attention_hopper*.py), or the plain ones
+    matrix_vector     a decoding step's products: matrix-vector kernels, or the vendor's
     onednn            the torch path on a CPU: functions over oneDNN's products (igpt/ops/cpu.py), or plain PyTorch
     blocks            its attention: by blocks (igpt/ops/cpu_attention.py), or SDPA
 """
@@ -21,6 +21,7 @@ from . import checks
 IMPLS = ("auto", "triton", "torch")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what the kernels take
 MAX_HEAD_DIM = 128  # wider accumulators would not fit the registers
+FEW_PICTURES = 8  # a guess: no machine was asked yet where the vendor's products begin to win
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # Linux only; elsewhere the torch path is all there is
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 # Where attention by blocks was measured quicker than SDPA, by processor and dtype. SDPA multiplies through MKL, which
@@ -74,6 +75,12 @@ def warp_specialised(*views: torch.Tensor) -> bool:
     from .attention_hopper import fits  # Gluon is imported only where it runs
 
     return fits(*views)
+
+
+def matrix_vector(pictures: int) -> bool:
+    """For how many pictures are drawn in all: the two differ as roundings do, and a picture's bits must not depend on
+    the batch that it is drawn in."""
+    return pictures <= FEW_PICTURES
 
 
 def onednn(x: torch.Tensor) -> bool:

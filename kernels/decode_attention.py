@@ -25,9 +25,9 @@ import triton
 import triton.language as tl
 
 from . import checks, tiles
+from .attention_heads import load_tile, row_dots, scale_tile, store_tile, zero_tile
 from .decode_chain import launch_chained, release, wait
 from .device import arch, check_device
-from .heads import load_tile, row_dots, scale_tile, store_tile, zero_tile
 from .primitives import LOG2E
 from .registration import operation
 

@@ -221,9 +221,6 @@ def embedding_backward_tile(arch: str, element_bytes: int, d: int) -> Tile:
     return EMBEDDING_BACKWARD.get((arch, element_bytes), EMBEDDING_BACKWARD["portable", element_bytes])
 
 
-# Up to how many pictures a decoding step's products are matrix-vector kernels; beyond, the vendor's.
-FEW_PICTURES = 8
-
 # One decoding step's products for few pictures (kernels/decode_linear.py): (what goes in or comes out, columns up to)
 # -> BLOCK_N output features a program. Nothing in them is one architecture's: what an H200 was quick with, in
 # a prototype of these kernels, is taken everywhere (its best for gelu at 1536, 4 rows, spills here with int8 and many

@@ -12,8 +12,8 @@ from torch.library import opcheck
 from bench.correctness.budget import against_fp64
 from igpt.kernels import reference, tiles
 from igpt.kernels.attention import attention, attention_op, attention_packed
+from igpt.kernels.attention_heads import head_width, is_aligned, tail_width
 from igpt.kernels.device import ARCHS, target
-from igpt.kernels.heads import head_width, is_aligned, tail_width
 from igpt.kernels.interpreter import INTERPRETED
 
 HALF = (torch.bfloat16, torch.float16)

@@ -1,20 +1,21 @@
 """The harness that times: rehearsed on a CPU with clocks that lie, so that a GPU's first run dies of no typo."""
 
+import dataclasses
 import json
 import tarfile
 
 import pytest
 import torch
 
-from bench import gpu, rows, run
-from bench.cases import OPS, Case
+from bench import gpu, machine, rows, run
+from bench.cases import DTYPES, OPS, Case, decode_case, model_case
 from bench.correctness import checks
 from bench.correctness import kernels as correctness
 from bench.cost import Ceilings
 from bench.log import Log
 from bench.report import report
 from bench.speed import measure, models, pictures, sampling, timing, tune
-from bench.speed.models import NOTES, ModelCase, build
+from bench.speed.models import NOTES, build
 from bench.speed.peers import Absent, chosen
 from bench.speed.timing import CpuTimer, CudaTimer, interleaved
 from igpt.kernels import tiles
@@ -26,25 +27,23 @@ SMALL = Case("norm", 1, 16, 1, 32, "fp32")
 def given_ceilings(monkeypatch):
     """No ceiling is measured here, and torch.compile hands back what it got: no C++ compiler."""
     roof = Ceilings("a machine", dict.fromkeys(("fp32", "bf16", "fp16"), 1e12), 1e11)
-    for module in (measure, models):
-        monkeypatch.setattr(module, "ceilings", lambda device: roof)
+    monkeypatch.setattr(measure, "ceilings", lambda device: roof)
     monkeypatch.setattr("bench.speed.peers.compiled", lambda fn, device: fn)
     monkeypatch.setattr("bench.speed.models.compiled", lambda fn, device: fn)
 
 
 def lying_run(**options) -> measure.Run:
-    return measure.Run("cpu", gpu.LyingTimer(), gpu.LyingTimer(), case_s=0.0, least=2, **options)
+    return measure.Run("cpu", gpu.lying_timer(), gpu.lying_timer(), case_s=0.0, least=2, **options)
 
 
 def test_interleaving_takes_turns_and_keeps_to_its_budget():
     ticks, order = iter(range(10**6)), []
     timer = CpuTimer(clock=lambda: next(ticks))
-    variants = {name: (lambda name=name: order.append(name)) for name in "abc"}
-    times = interleaved(variants, timer, budget_s=20, least=2, warm=1)
-    assert order[:9] == [*"abc", *"abc", *"bca"]
-    assert times["a"].median == 1000.0 and times["a"].runs == len(order) // 3 - 1
-    order.clear()
-    assert interleaved(variants, timer, budget_s=0, least=2, warm=0)["b"].runs == 2
+    variants = [lambda name=name: order.append(name) for name in "abc"]
+    times = interleaved(variants, timer, budget_s=20, least=2)
+    assert order[:9] == [*"abc", *"bca", *"cab"]
+    assert times[0].median == 1000.0 and times[0].runs == len(order) // 3
+    assert interleaved(variants, timer, budget_s=0, least=2)[1].runs == 2 and interleaved([], timer, 1.0) == []
 
 
 def test_statistics():
@@ -89,7 +88,7 @@ def test_operations_have_ratios_floors_and_reasons():
 def test_red_correctness_shows_no_speed():
     (row,) = measure.operations([SMALL], lying_run(red=frozenset([("norm", "fp32")])))
     assert row.median_ms is None and row.flops == 0 and "correctness of norm fp32 is red" in row.note
-    (row,) = models.rows([ModelCase("tiny", 1, 32, "fp32", "fwd")], lying_run(red=frozenset([("norm", "fp32")])))
+    (row,) = models.rows([model_case("tiny", 1, 32, "fp32", "fwd")], lying_run(red=frozenset([("norm", "fp32")])))
     assert row.median_ms is None
 
 
@@ -110,13 +109,13 @@ def test_a_model_that_does_not_fit_halves_its_batch(monkeypatch):
         return lambda: None
 
     monkeypatch.setattr(models, "build", fake)
-    made, case = models.fitting("ours", ModelCase("tiny", 16, 32, "fp32", "fwd"), "cpu")
-    assert case.B == 2 and not isinstance(made, Absent)
+    row = next(models.rows([model_case("tiny", 16, 32, "fp32", "fwd")], lying_run(peers="eager")))
+    assert row.B == 2 and row.median_ms == 1.0 and row.per_s == 2 * 32 * 1000
 
 
 @pytest.mark.parametrize("direction", ["fwd", "fwd+bwd", "step"])
 def test_every_whole_model_runs(direction):
-    found = {r.impl: r for r in models.rows([ModelCase("tiny", 1, 32, "fp32", direction)], lying_run())}
+    found = {r.impl: r for r in models.rows([model_case("tiny", 1, 32, "fp32", direction)], lying_run())}
     assert set(found) == set(NOTES)
     assert found.pop("torch.compile graphed").note.startswith("absent: ")
     assert all(r.median_ms and r.mfu for r in found.values()), {n: r.note for n, r in found.items()}
@@ -124,7 +123,7 @@ def test_every_whole_model_runs(direction):
 
 
 def test_eager_and_ours_are_one_model():
-    case = ModelCase("tiny", 2, 48, "fp32", "fwd")
+    case = model_case("tiny", 2, 48, "fp32", "fwd")
     ours, eager = build("ours", case, "cpu")(), build("eager", case, "cpu")()
     torch.testing.assert_close(ours, eager, rtol=2e-5, atol=2e-5)
 
@@ -132,18 +131,18 @@ def test_eager_and_ours_are_one_model():
 def test_hugging_face_on_a_device_that_is_not_the_cpu():
     """Built under `with torch.device("cuda")` its constructor left it on two devices: no row had this peer."""
     for direction in ("fwd", "step"):
-        build("hugging face", ModelCase("tiny", 2, 32, "bf16", direction), "meta")()
-    case = sampling.DecodeCase("tiny", 1, 24, "bf16", steps=8)
-    model = models.hugging_face(ModelCase("tiny", case.B, 24, case.activations, "fwd"), "meta")
+        build("hugging face", model_case("tiny", 2, 32, "bf16", direction), "meta")()
+    model = models.hugging_face(decode_case("tiny", 1, 24, "int8", steps=8).model, "meta")
     assert {t.device.type for t in (*model.parameters(), *model.buffers())} == {"meta"}
 
 
 def test_decoding_is_red_by_dtype(monkeypatch):
-    def check(name, device, dtype, B):
-        return rows.Row("correctness", "decode", "decode", dtype, "token", ok=dtype != "bf16")
+    def decoding(presets, device):
+        blank = rows.Row("correctness", "decode", "decode", "bf16", "token")
+        return [checks.Check(dataclasses.replace(blank, dtype=x), lambda x=x: {"ok": x != "bf16"}) for x in DTYPES]
 
-    monkeypatch.setattr(sampling, "check", check)
-    group = [("ours", sampling.DecodeCase("tiny", 1, 24, dtype, steps=8)) for dtype in ("fp32", "bf16", "int8")]
+    monkeypatch.setattr(sampling, "decoding", decoding)
+    group = [("ours", decode_case("tiny", 1, 24, dtype, steps=8)) for dtype in ("fp32", "bf16", "int8")]
     found = {r.dtype: r for r in sampling.rows([group], lying_run(peers="eager"), ("tiny",)) if r.suite == "sampling"}
     assert found["fp32"].median_ms
     for dtype in ("bf16", "int8"):
@@ -164,20 +163,19 @@ def test_a_palette_fit_says_how_good_it_is():
 
 
 def test_correctness_rows_can_be_red(monkeypatch):
-    assert correctness.check(SMALL, "cpu", "torch").ok
-    wrong = Case("norm", 1, 16, 1, 32, "fp32")
+    check = checks.checked("triton", checks.operation, SMALL, "cpu", "torch")
+    assert check().ok
     monkeypatch.setattr(Case, "ours", lambda self, impl: lambda **k: 1.01 * self.reference()(**k))
-    row = correctness.check(wrong, "cpu")
-    assert not row.ok and "OVER BUDGET" in row.note
+    assert not check().ok and "OVER BUDGET" in check().note
     monkeypatch.setattr(Case, "ours", lambda self, impl: lambda **k: 1 / 0)
-    assert "ZeroDivisionError" in correctness.check(wrong, "cpu").note
+    assert not check().ok and "ZeroDivisionError" in check().note
 
 
 def test_determinism_rows_can_be_red(monkeypatch):
     case = Case("norm", 1, 8, 1, 16, "fp32")
-    assert checks.determinism(case, "cpu", 2).ok
+    assert checks.determinism(case, "cpu", 2)["ok"]
     monkeypatch.setattr(Case, "ours", lambda self, impl: lambda x, weight: x * weight * torch.rand(1))
-    assert checks.determinism(case, "cpu", 3).note == "2 of 2 differ"
+    assert checks.determinism(case, "cpu", 3) == {"ok": False, "note": "2 of 2 differ"}
 
 
 def test_correctness_runs_as_processes_side_by_side(tmp_path, monkeypatch):
@@ -201,10 +199,9 @@ def test_unknown_peers_and_options_are_refused(capsys):
 def quiet(monkeypatch, correct_rows):
     """run.py with its children replaced: correctness says what it is told, nothing is compiled."""
     monkeypatch.setattr(run, "evidence", lambda log, *_: log.take(correct_rows))
-    monkeypatch.setattr(Log, "begin", lambda *_, **__: None)
-    monkeypatch.setattr(Log, "finish", lambda *_: None)
-    monkeypatch.setattr(measure, "timers", lambda device: (gpu.LyingTimer(), gpu.LyingTimer()))
-    monkeypatch.setattr(run, "whole", lambda args: [ModelCase("tiny", 1, 32, "fp32", "fwd")])
+    monkeypatch.setattr(measure, "timers", lambda device: (gpu.lying_timer(), gpu.lying_timer()))
+    monkeypatch.setattr(run, "whole", lambda args: [model_case("tiny", 1, 32, "fp32", "fwd")])
+    monkeypatch.setattr(run.step, "account", lambda *_: [])
     monkeypatch.setattr(pictures, "QUICK", ())
     monkeypatch.setattr(run.cases, "speed", lambda *_: [SMALL])
 
@@ -225,16 +222,13 @@ def test_last_line_is_json_and_red_exits_1(monkeypatch, tmp_path, capsys):
     assert all(r.median_ms is None for r in rows.read(tmp_path / "b" / "rows.jsonl"))
 
 
-def test_a_child_that_dies_is_a_failure_that_later_stages_know_of(tmp_path):
-    class Died:
-        def wait(self):
-            return -11
-
-    Log(tmp_path).finish("correctness", Died())
+def test_a_child_that_dies_is_a_failure_that_later_stages_know_of(tmp_path, monkeypatch):
+    monkeypatch.setattr("bench.log.ended", lambda command, **_: (-11, ""))
+    Log(tmp_path).child("correctness")
     log = Log(tmp_path, fresh=False)
     assert "exit code -11" in log.failures()[0]
     run = log.prepared("cpu", 1.0)
-    assert run.refusal(("norm", "bf16")) and set(OPS) < {op for op, _ in run.red}
+    assert "is red" in run.refusal(SMALL) and set(OPS) < {op for op, _ in run.red}
 
 
 def test_report_has_every_section(tmp_path):
@@ -265,7 +259,7 @@ def test_both_halves_are_rehearsed(half, tmp_path, capfd):
     if half == "first":
         assert {("correctness", "step", "triton, compiled"), ("kernels", "attention", "sdpa")} <= seen
         assert {row.op for row in found if row.suite == "correctness"} >= {"norm", "model", "decode", "palette_encode"}
-        assert "launches" in (tmp_path / "profile.txt").read_text()
+        assert "# of Calls" in (tmp_path / "profile.txt").read_text()
         assert "ATTENTION_DQ  ('portable', 96): Tile(" in (tmp_path / "tiles.txt").read_text()
         with tarfile.open(tmp_path / "triton_cache.tar.gz") as tar:
             assert any(name.endswith(".cubin") for name in tar.getnames())
@@ -302,22 +296,22 @@ def test_a_sanitizer_that_fails_is_red_and_one_that_hangs_leaves_nothing_behind(
 def test_what_is_of_another_dtype_takes_no_speed_away():
     others = frozenset([("norm", "bf16"), ("step", "fp32")])
     assert next(measure.operations([SMALL], lying_run(red=others, peers="eager"))).median_ms
-    cases = [ModelCase("tiny", 1, 32, "fp32", "fwd")]
+    cases = [model_case("tiny", 1, 32, "fp32", "fwd")]
     assert next(models.rows(cases, lying_run(red=others, peers="eager"))).median_ms
 
 
 def test_a_tile_is_pasted_where_it_beats_the_table(monkeypatch):
     monkeypatch.setattr(tune, "stamp", lambda device: {"gpu": "NVIDIA H200"})
-    assert "ATTENTION_FORWARD (64,)" in {s.name for s in tune.searches("sm_80")}
+    assert "ATTENTION_FORWARD ('sm_80', 64)" in {s.name for s in tune.searches("sm_80")}
     search = {s.name: s for s in tune.searches("sm_90")}["ATTENTION_HOPPER_FORWARD 128"]
-    now, *others = search.candidates("sm_90")
+    now, *others = search.candidates()
     assert now == tiles.ATTENTION_HOPPER_FORWARD[128] and len(others) == 3
-    with search.using(others[0], "sm_90"):
+    with search.using(others[0]):
         assert tiles.ATTENTION_HOPPER_FORWARD[128] == others[0]
-    row = tune.paste(search, "sm_90", [(1.0, others[-1]), (1.2, now)], "cuda")
+    row = tune.paste(search, [(1.0, others[-1]), (1.2, now)], "cuda")
     assert row.startswith(f"    128: Tile(128, 128, num_stages={others[-1].num_stages}, tma=True, ")
     assert "evidence='H200 2" in row
-    assert "num_stages" not in tune.paste(search, "sm_90", [(1.0, others[-1]), (1.01, now)], "cuda")  # the table's: 2
+    assert "num_stages" not in tune.paste(search, [(1.0, others[-1]), (1.01, now)], "cuda")  # the table's: 2
 
 
 def test_gpu_needs_a_gpu(monkeypatch):
@@ -328,11 +322,10 @@ def test_gpu_needs_a_gpu(monkeypatch):
 
 def test_a_hanging_stage_is_ended(tmp_path, monkeypatch):
     log = Log(tmp_path)
-    real = gpu.subprocess.Popen
-    monkeypatch.setattr(gpu.subprocess, "Popen", lambda command, **k: real(["sleep", "60"], **k))
+    monkeypatch.setattr(gpu, "ended", lambda command, *args, **k: machine.ended(["sleep", "60"], *args, **k))
     monkeypatch.setattr(gpu, "GRACE_S", 0.2)
     gpu.stage("steps", log, 0.1)
     assert log.failures() == [] and "time limit" in log.rows()[0].note
-    monkeypatch.setattr(gpu.subprocess, "Popen", lambda command, **k: real(["false"], **k))
+    monkeypatch.setattr(gpu, "ended", lambda command, *args, **k: machine.ended(["false"], *args, **k))
     gpu.stage("steps", log, 5.0)
     assert "exit code 1" in log.failures()[0]

@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from PIL import Image
 
+from bench.cases import decode_case
 from bench.correctness.budget import compare
 from bench.cost import H200
-from bench.speed import sampling
 from igpt import ImageGPT, Palette, machine, sample
 from igpt.programs import complete
 from igpt.programs import sample as program
@@ -390,8 +390,8 @@ def test_a_cache_that_does_not_fit_is_refused_before_it_is_allocated(monkeypatch
 def test_floor_of_a_token(preset, floors):
     """Milliseconds worked out by hand: weights and a half-full cache in bf16 over an H200's bandwidth."""
     for B, floor in zip((1, 16, 128), floors):
-        case = sampling.DecodeCase(preset, B, 544, "bf16")
-        assert H200.floor_ms(case.cost(cached=2), "bf16") == pytest.approx(floor, rel=0.05)
+        case = decode_case(preset, B, 544, "bf16")
+        assert H200.floor_ms(case.cost(), "bf16") == pytest.approx(floor, rel=0.05)
 
 
 # --- the programs

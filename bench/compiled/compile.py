@@ -8,49 +8,44 @@ process of its own: the compiler may abort. Needs a process without TRITON_INTER
 import argparse
 import contextlib
 import dataclasses
+import functools
 import importlib
+import itertools
 import multiprocessing
-import multiprocessing.connection
 import os
 import re
 import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from bench.compiled.rings import read as read_rings
-from bench.machine import FAULTS
-from bench.rows import CompileRow, to_json
+from bench.machine import FAULTS, raised
+from bench.rows import CompileRow, append
 from bench.tables import columns
 from igpt.kernels.device import SHARED_BYTES, target
 from igpt.kernels.launching import recording
 
-# Portable tiles must fit the smallest shared memory we know of: an Ada or consumer Ampere card's 99 KB.
-TARGETS = {
-    "portable": GPUTarget("cuda", 89, 32),
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
-
 
 @dataclass(frozen=True)
 class Machine:
-    """Limits of one multiprocessor (CUDA C programming guide; CDNA3 guide): bytes of shared memory, resident warps
-    and blocks, registers, registers given out at a time to a warp. SHARED_BYTES: what one block may ask for."""
+    """What is compiled for, and the limits of one multiprocessor (CUDA C programming guide; CDNA3 guide): bytes of
+    shared memory, resident warps and blocks, registers, registers given out at a time to a warp. SHARED_BYTES: what one
+    block may ask for."""
 
+    target: GPUTarget
     shared: int
     warps: int
     blocks: int
@@ -58,12 +53,13 @@ class Machine:
     granule: int = 256
 
 
-MACHINES = {
-    "portable": Machine(102400, 48, 24),
-    "sm_80": Machine(167936, 64, 32),
-    "sm_90": Machine(233472, 64, 32),
-    "sm_100": Machine(233472, 64, 32),
-    "gfx942": Machine(65536, 32, 32, registers=4 * 512 * 64, granule=8 * 64),
+# Portable tiles must fit the smallest shared memory we know of: an Ada or consumer Ampere card's 99 KB.
+TARGETS = {
+    "portable": Machine(GPUTarget("cuda", 89, 32), 102400, 48, 24),
+    "sm_80": Machine(GPUTarget("cuda", 80, 32), 167936, 64, 32),
+    "sm_90": Machine(GPUTarget("cuda", 90, 32), 233472, 64, 32),
+    "sm_100": Machine(GPUTarget("cuda", 100, 32), 233472, 64, 32),
+    "gfx942": Machine(GPUTarget("hip", "gfx942", 64), 65536, 32, 32, registers=4 * 512 * 64, granule=8 * 64),
 }
 
 
@@ -90,20 +86,15 @@ class Launch:
         return self.function.module.rsplit(".", 1)[-1]
 
     @property
-    def tile(self) -> str:
-        """Block sizes, warps and stages: the part of a launch that a tile table decides."""
-        names = self.function.arg_names
-        blocks = {names[path[0]]: v for path, v in self.constexprs.items() if names[path[0]].startswith("BLOCK")}
-        sizes = " ".join(f"{k.removeprefix('BLOCK_')}{v}" for k, v in blocks.items())
-        return f"{sizes} w{self.options['num_warps']} s{self.options['num_stages']}".strip()
-
-    @property
-    def variant(self) -> str:
-        """The launch's other constants, those that are off or absent left out."""
-        names = self.function.arg_names
-        flags = {names[path[0]]: v for path, v in self.constexprs.items() if not names[path[0]].startswith("BLOCK")}
-        shown = (k if v is True else f"{k}={v}" for k, v in flags.items() if v not in (False, None, ""))
-        return " ".join(shown)
+    def names(self) -> dict[str, str]:
+        """What a row calls it. tile: block sizes, warps and stages, which a tile table decides; variant: the other
+        constants, those that are off or absent left out."""
+        constants = {self.function.arg_names[path[0]]: v for path, v in self.constexprs.items()}
+        sizes = [f"{k.removeprefix('BLOCK_')}{v}" for k, v in constants.items() if k.startswith("BLOCK")]
+        flags = {k: v for k, v in constants.items() if not k.startswith("BLOCK") and v not in (False, None, "")}
+        tile = " ".join([*sizes, f"w{self.options['num_warps']}", f"s{self.options['num_stages']}"])
+        variant = " ".join(k if v is True else f"{k}={v}" for k, v in flags.items())
+        return {"kernel": self.file, "function": self.name, "tile": tile, "variant": variant}
 
     @property
     def key(self) -> tuple:
@@ -125,7 +116,7 @@ def capture(arch: str) -> Iterator[list[Launch]]:
     if triton.knobs.runtime.interpret:
         raise RuntimeError("bench.compiled: TRITON_INTERPRET is set: kernels decided at import to be interpreted")
     launches: list[Launch] = []
-    backend = make_backend(TARGETS[arch])
+    backend = make_backend(TARGETS[arch].target)
 
     def record(kernel: JITFunction, grid: tuple, arguments: dict) -> None:
         arguments = arguments | {"debug": False, "instrumentation_mode": ""}
@@ -139,16 +130,13 @@ def capture(arch: str) -> Iterator[list[Launch]]:
         yield launches
 
 
-def occupancy(machine: Machine, regs: int, shared: int, warps: int, lanes: int = 32) -> float:
-    """Resident warps over the limit, from registers and shared memory (1 KB a block is the system's)."""
+def occupancy(machine: Machine, regs: int, shared: int, warps: int) -> float:
+    """Resident warps over the limit, from registers and shared memory (1 KB a block is the system's on Nvidia's)."""
+    lanes = machine.target.warp_size
     per_warp = -(-regs * lanes // machine.granule) * machine.granule
     by_registers = machine.registers // max(per_warp * warps, 1)
     by_shared = machine.shared // (shared + 1024) if lanes == 32 else machine.shared // max(shared, 1)
     return min(by_registers, by_shared, machine.blocks, machine.warps // warps) * warps / machine.warps
-
-
-def _tool(name: str) -> str:
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
 def _count(pattern: str, text: str) -> int:
@@ -183,9 +171,8 @@ def read_cubin(cubin: bytes, ptx: str) -> dict:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        run = {"capture_output": True, "text": True, "check": True}
-        usage = subprocess.run([_tool("cuobjdump"), "-res-usage", file.name], **run).stdout
-        sass = subprocess.run([_tool("cuobjdump"), "-sass", file.name], **run).stdout
+        tool = [Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump", file.name]
+        usage, sass = (subprocess.check_output([*tool, flag], text=True) for flag in ("-res-usage", "-sass"))
     usage = dict(re.findall(r"(REG|STACK):(\d+)", usage))
     wgmma = _count(r"\bHGMMA\.", sass)
     return {
@@ -219,24 +206,18 @@ def read_amdgcn(asm: str) -> dict:
 
 def compile_launch(launch: Launch) -> dict:
     """Compile for launch.arch and return CompileRow's evidence fields. Raises whatever the compiler raises."""
-    source = ASTSource
-    if launch.function.is_gluon():
-        from triton.experimental.gluon._runtime import GluonASTSource as source
-    target, machine = TARGETS[launch.arch], MACHINES[launch.arch]
+    source = GluonASTSource if launch.function.is_gluon() else ASTSource
+    machine = TARGETS[launch.arch]
     src = source(launch.function, launch.signature, launch.constexprs, launch.attrs)
-    kernel = triton.compile(src, target=target, options=launch.options)
-    if target.backend == "cuda":
-        found = read_cubin(kernel.asm["cubin"], kernel.asm["ptx"])
-    else:
-        found = read_amdgcn(kernel.asm["amdgcn"])
+    kernel = triton.compile(src, target=machine.target, options=launch.options)
+    asm, shared = kernel.asm, kernel.metadata.shared
+    found = read_cubin(asm["cubin"], asm["ptx"]) if "cubin" in asm else read_amdgcn(asm["amdgcn"])
     # Warp specialisation adds warps to those asked for.
-    warps = kernel.metadata._asdict().get("num_warps", launch.options["num_warps"])
-    if "ttgir" in kernel.asm and (total := re.search(r'"ttg\.total-num-warps" = (\d+)', kernel.asm["ttgir"])):
-        warps = int(total.group(1))
-    shared = kernel.metadata.shared
-    occupied = occupancy(machine, found["regs"], shared, warps, target.warp_size)
-    found |= {"shared": shared, "dots": half_dots(kernel.asm), "occupancy": round(occupied, 3)}
-    rings, races = read_rings(kernel.asm["ttgir"], kernel.asm.get("ptx", ""), launch.values, launch.grid[0])
+    total = re.search(r'"ttg\.total-num-warps" = (\d+)', asm["ttgir"])
+    warps = int(total[1]) if total else kernel.metadata.num_warps
+    occupied = occupancy(machine, found["regs"], shared, warps)
+    rings, races = read_rings(asm["ttgir"], asm.get("ptx", ""), launch.values, launch.grid[0])
+    found |= {"shared": shared, "dots": half_dots(asm), "occupancy": round(occupied, 3)}
     return found | {"rings": "; ".join(map(str, rings)), "races": "; ".join(races)}
 
 
@@ -269,8 +250,7 @@ class Job:
 
 def judged(job: Job, evidence: dict) -> CompileRow:
     row = dataclasses.replace(job.row, **evidence)
-    wrong = problems(row)
-    return dataclasses.replace(row, ok=not wrong, note="; ".join(wrong) or row.note)
+    return dataclasses.replace(row, ok=not problems(row), note="; ".join(problems(row)))
 
 
 def _child(job: Job, pipe, log: Path) -> None:
@@ -280,48 +260,37 @@ def _child(job: Job, pipe, log: Path) -> None:
     pipe.send(compile_launch(job.launch))
 
 
-def compile_all(jobs: Iterable[Job], workers: int = 2, limit_s: float = 240) -> Iterator[CompileRow]:
-    """A row a job as they finish. A compile that raises, aborts or runs past limit_s gives a row that says so."""
+def compiled(job: Job, limit_s: float) -> CompileRow:
+    """The row of one binary, compiled in a process of its own. One that raises, aborts or runs past limit_s gives a row
+    that says so, with the last line of the compiler's that names an error."""
     context = multiprocessing.get_context("fork")
-    waiting, running = list(jobs)[::-1], {}
-    with tempfile.TemporaryDirectory() as logs:
-        while waiting or running:
-            while waiting and len(running) < workers:
-                job = waiting.pop()
-                receiver, sender = context.Pipe(duplex=False)
-                log = Path(logs) / f"{len(waiting)}.log"
-                process = context.Process(target=_child, args=(job, sender, log))
-                process.start()
-                sender.close()
-                running[process.sentinel] = process, job, receiver, log, time.monotonic() + limit_s
-            soonest = min(deadline for *_, deadline in running.values())
-            done = multiprocessing.connection.wait(list(running), timeout=max(0.0, soonest - time.monotonic()))
-            late = [s for s, (*_, deadline) in running.items() if s not in done and time.monotonic() > deadline]
-            for sentinel in [*done, *late]:
-                process, job, receiver, log, _ = running.pop(sentinel)
-                if sentinel in late:
-                    process.kill()
-                process.join()
-                if process.exitcode == 0:
-                    yield judged(job, receiver.recv())
-                else:
-                    yield dataclasses.replace(job.row, ok=False, note=_failure(process.exitcode, log, sentinel in late))
+    receiver, sender = context.Pipe(duplex=False)
+    with tempfile.NamedTemporaryFile() as file:
+        process = context.Process(target=_child, args=(job, sender, log := Path(file.name)))
+        process.start()
+        process.join(limit_s)
+        if (code := process.exitcode) is None:
+            process.kill()
+            process.join()
+            return dataclasses.replace(job.row, ok=False, note="the compiler ran past its time limit")
+        lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    if code == 0:
+        return judged(job, receiver.recv())
+    said = [line for line in lines if re.search(r"(?i)error|assert|fail", line)]
+    why = " ".join(dict.fromkeys([*said[-1:], *lines[-1:]]))[:300]
+    how = f"exit {code}" if code > 0 else signal.Signals(-code).name
+    return dataclasses.replace(job.row, ok=False, note=f"the compiler failed ({how}): {why}")
 
 
-def _failure(exitcode: int, log: Path, late: bool) -> str:
-    if late:
-        return "the compiler ran past its time limit"
-    how = signal.Signals(-exitcode).name if exitcode < 0 else f"exit {exitcode}"
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    last = (lines or [""])[-1]
-    why = next((line for line in reversed(lines) if re.search(r"(?i)error|assert|fail", line)), last)
-    why = why.strip() if why == last else f"{why.strip()} {last.strip()}"
-    return f"the compiler failed ({how}): {why[:300]}"
+def compile_all(jobs: Iterable[Job], workers: int = 2, limit_s: float = 240) -> Iterator[CompileRow]:
+    """A row a job as they finish. The threads only wait for the compilers' processes."""
+    with ThreadPool(workers) as pool:
+        yield from pool.imap_unordered(functools.partial(compiled, limit_s=limit_s), jobs)
 
 
 def plan(cases: Iterable, archs: Iterable[str]) -> tuple[list[Job], list[CompileRow]]:
     """Jobs for every case on every architecture, each binary once, and red rows of launchers that raised."""
-    jobs, broken, seen, names = [], [], {}, Counter()
+    jobs, broken, names = {}, [], Counter()
     for arch in archs:
         for case in cases:
             if arch not in case.archs:
@@ -331,24 +300,23 @@ def plan(cases: Iterable, archs: Iterable[str]) -> tuple[list[Job], list[Compile
                 try:
                     case.run()
                 except FAULTS as fault:
-                    note = f"the launcher raised {type(fault).__name__}: {fault}"
-                    broken.append(dataclasses.replace(row, note=note))
+                    broken.append(dataclasses.replace(row, note=f"the launcher {raised(fault)}"))
                     continue
             if not launches:
                 broken.append(dataclasses.replace(row, note="the launcher launched nothing"))
             for launch in launches:
-                if launch.key in seen:
-                    seen[launch.key].cases.add(case.name)
-                    continue
-                named = dataclasses.replace(
-                    row, kernel=launch.file, function=launch.name, tile=launch.tile, variant=launch.variant
-                )
-                names[named.key] += 1
-                if names[named.key] > 1:
-                    named = dataclasses.replace(named, variant=f"{named.variant} #{names[named.key]}")
-                seen[launch.key] = Job(launch, named, {case.name})
-                jobs.append(seen[launch.key])
-    return jobs, broken
+                if launch.key not in jobs:
+                    named = dataclasses.replace(row, **launch.names)
+                    names[named.key] += 1
+                    if names[named.key] > 1:
+                        named = dataclasses.replace(named, variant=f"{named.variant} #{names[named.key]}")
+                    jobs[launch.key] = Job(launch, named, set())
+                jobs[launch.key].cases.add(case.name)
+    return list(jobs.values()), broken
+
+
+def verdict(row: CompileRow) -> str:
+    return "ok" if row.ok else f"RED {row.note}"
 
 
 COLUMNS = (
@@ -362,11 +330,11 @@ def table(rows: Iterable[CompileRow], markdown: bool = False) -> str:
     lines = []
     for row in rows:
         shown = [f"{v:.3g}" if isinstance(v := getattr(row, c), float) else str(v) for c in COLUMNS]
-        lines.append([*shown, "ok" if row.ok else f"RED {row.note}"])
+        lines.append([*shown, verdict(row)])
     return columns(lines, [*COLUMNS, "verdict"], markdown)
 
 
-def main(argv: list[str] | None = None, progress: Callable[[str], None] = lambda s: print(s, file=sys.stderr)) -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.compiled", description=__doc__.splitlines()[0])
     parser.add_argument("--kernel", default="", help="only kernel files whose name contains this")
     parser.add_argument("--case", default="", help="only cases whose name contains this, such as an operation")
@@ -379,23 +347,15 @@ def main(argv: list[str] | None = None, progress: Callable[[str], None] = lambda
     cases = list(importlib.import_module(args.cases).cases())
     chosen = {c.name for c in cases if args.case in c.name and (c.quick or not args.quick)}
     # All are planned, whatever is chosen: a binary that several share has one name, which the gate knows it by.
-    jobs, rows = plan(cases, args.arch)
+    jobs, broken = plan(cases, args.arch)
     jobs = [job for job in jobs if args.kernel in job.row.kernel and job.cases & chosen]
-    rows = [row for row in rows if row.case in chosen]
-    with args.out.open("a", buffering=1) if args.out else contextlib.nullcontext() as out:
-        total = len(jobs) + len(rows)
-        for row in [*rows] if out else []:
-            print(to_json(row), file=out)
-        for row in compile_all(jobs, args.workers):
-            rows.append(row)
-            verdict = "ok" if row.ok else f"RED {row.note}"
-            progress(f"[{len(rows)}/{total}] {row.kernel} {row.function} {row.case} {row.arch} {row.tile}: {verdict}")
-            if out:
-                print(to_json(row), file=out)
+    broken, rows = [row for row in broken if row.case in chosen], []
+    for row in itertools.chain(broken, compile_all(jobs, args.workers)):
+        rows.append(row)
+        append(row, args.out)
+        where = f"[{len(rows)}/{len(jobs) + len(broken)}] {row.kernel} {row.function} {row.case} {row.arch} {row.tile}"
+        print(f"{where}: {verdict(row)}", file=sys.stderr)
     if not args.out:
         print(table(sorted(rows, key=lambda r: r.key)))
     return 0 if rows and all(r.ok for r in rows) else 1
 
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -26,30 +26,13 @@ def waits_left(row: CompileRow) -> int:
 
 def worse(row: CompileRow, base: CompileRow) -> list[str]:
     """What a binary lost, each in words; empty if nothing."""
-    found = []
-
-    def more(name: str, allowed: float = 0) -> None:
-        have, had = getattr(row, name), getattr(base, name)
-        if have > had + allowed:
-            found.append(f"{name} {had} -> {have}")
-
-    more("stack")
-    more("spill_loads")
-    more("spill_stores")
-    more("regs", REGISTERS)
-    more("shared", 0.1 * base.shared)
-    for name in ("mma", "wgmma", "tma"):
-        if getattr(base, name) and not getattr(row, name):
-            found.append(f"{name} {getattr(base, name)} -> 0")
-    if row.occupancy < base.occupancy:
-        found.append(f"occupancy {base.occupancy} -> {row.occupancy}")
-    if waits_left(row) < waits_left(base):
-        found.append(f"wgmma waits {base.waits} -> {row.waits}")
-    if row.exp2_under < base.exp2_under:
-        found.append(f"exponentials under products {base.exp2_under} -> {row.exp2_under}")
-    if base.ok and not row.ok and not found:
-        found.append(row.note)
-    return found
+    allowed = {"stack": 0, "spill_loads": 0, "spill_stores": 0, "regs": REGISTERS, "shared": 0.1 * base.shared}
+    lost = [name for name, more in allowed.items() if getattr(row, name) > getattr(base, name) + more]
+    lost += [name for name in ("mma", "wgmma", "tma") if getattr(base, name) and not getattr(row, name)]
+    lost += [name for name in ("occupancy", "exp2_under") if getattr(row, name) < getattr(base, name)]
+    lost += ["waits"] if waits_left(row) < waits_left(base) else []
+    found = [f"{name} {getattr(base, name)} -> {getattr(row, name)}" for name in lost]
+    return found or ([row.note] if base.ok and not row.ok else [])
 
 
 def compare(found: Iterable[CompileRow], baseline: Iterable[CompileRow]) -> list[str]:

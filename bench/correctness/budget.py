@@ -46,19 +46,12 @@ def compare(name: str, ours: torch.Tensor, eager: torch.Tensor, exact: torch.Ten
         raise ValueError(f"{name}: shapes {tuple(ours.shape)}, {tuple(eager.shape)}, {tuple(exact.shape)} differ")
     if exact.dtype != torch.float64:
         raise ValueError(f"{name}: exact is {exact.dtype}, expected float64")
-    error_ours, error_eager = ours.double() - exact, eager.double() - exact
-    peak = exact.abs().max().item() if exact.numel() else 0.0
-
-    def rms(e):
-        return e.square().mean().sqrt().item() if e.numel() else 0.0
-
-    def top(e):
-        return e.abs().max().item() if e.numel() else 0.0
-
-    return Errors(
-        name, top(error_ours), top(error_eager), rms(error_ours), rms(error_eager),
-        torch.finfo(ours.dtype).eps / 2 * peak, bool(ours.isfinite().all()), peak,
-    )
+    if not exact.numel():
+        return Errors(name, 0.0, 0.0, 0.0, 0.0, 0.0, finite=True)
+    errors = [x.double() - exact for x in (ours, eager)]
+    peak, *tops = (x.abs().max().item() for x in (exact, *errors))
+    rms = (x.square().mean().sqrt().item() for x in errors)
+    return Errors(name, *tops, *rms, torch.finfo(ours.dtype).eps / 2 * peak, bool(ours.isfinite().all()), peak)
 
 
 def against_fp64(ours, eager, inputs: dict, diff: tuple[str, ...], grad_output=None) -> list[Errors]:
@@ -66,16 +59,12 @@ def against_fp64(ours, eager, inputs: dict, diff: tuple[str, ...], grad_output=N
     gradient of every input named in `diff`, for the same upstream gradient (default: a fixed random one)."""
 
     def run(fn, dtype=None):
-        args = {
-            k: (v.detach().to(dtype) if dtype and torch.is_tensor(v) and v.is_floating_point() else
-                v.detach() if torch.is_tensor(v) else v)
-            for k, v in inputs.items()
-        }
-        for k in diff:
-            args[k] = args[k].requires_grad_()
+        def given(v):
+            return v.detach().to(dtype if v.is_floating_point() else None) if torch.is_tensor(v) else v
+
+        args = {k: given(v).requires_grad_() if k in diff else given(v) for k, v in inputs.items()}
         out = fn(**args)
-        g = upstream(out)
-        return [out.detach(), *torch.autograd.grad(out, [args[k] for k in diff], g)] if diff else [out]
+        return [out.detach(), *torch.autograd.grad(out, [args[k] for k in diff], upstream(out))] if diff else [out]
 
     def upstream(out):
         if grad_output is not None:

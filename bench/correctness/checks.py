@@ -1,23 +1,33 @@
-"""What a GPU alone can show besides errors and times: the same bits in every run, in a CUDA graph and under
-torch.compile, a first step that nobody waits for, and no bad access to memory."""
+"""What is checked: errors against fp64 within the budget of budget.py, and what a GPU alone can show: the same bits in
+every run, in a CUDA graph and under torch.compile, a first step that nobody waits for, and no bad access to memory.
 
+A check returns the fields that it sets in its row; what it raises makes the row red.
+"""
+
+import copy
 import dataclasses
+import functools
+import itertools
 import os
-import signal
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 import igpt
-from bench.cases import Case
-from bench.machine import ROOT, attempted, stamp
+from bench.cases import DTYPES, PIXEL_OPS, Case, decode_case, tokens
+from bench.correctness.budget import Errors, against_fp64, compare
+from bench.machine import FAULTS, ended, raised, stamp
 from bench.rows import Row
 from bench.speed import models
 from bench.speed.measure import blank
-from bench.speed.models import ModelCase
+from bench.speed.timing import captured
+from igpt import ImageGPT, sample
+from igpt.config import preset
+from igpt.kernels import reference
 
 SANITIZERS = ("memcheck", "racecheck")
 FIRST_STEP_S = 30.0  # from import to the first fused step, every kernel compiled on the way
@@ -34,71 +44,127 @@ print(time.monotonic() - start)
 """
 
 
-def equal(row: Row, wanted: list, others: Iterator[list]) -> Row:
+@dataclass(frozen=True)
+class Check:
+    """A row still blank, and what fills it."""
+
+    row: Row
+    run: Callable[[], dict]
+
+    def __call__(self) -> Row:
+        try:
+            return dataclasses.replace(self.row, **self.run())
+        except FAULTS as fault:
+            return dataclasses.replace(self.row, ok=False, note=raised(fault))
+
+
+def checked(impl: str, check: Callable, case, device: str, *args, **labels) -> Check:
+    row = dataclasses.replace(blank("correctness", impl, case, device), **labels)
+    return Check(row, functools.partial(check, case, device, *args))
+
+
+def judged(errors: list[Errors]) -> dict:
+    """The largest error of ours and of eager, each tensor's relative to its fp64 peak."""
+    ours, eager = (max(getattr(e, name) / (e.peak or 1.0) for e in errors) for name in ("ours_max", "eager_max"))
+    over = "; ".join(str(e) for e in errors if not e.ok)
+    return {"err_vs_fp64": ours, "eager_err_vs_fp64": eager, "ok": not over, "note": over}
+
+
+def equal(wanted: list, others: Iterable[list]) -> dict:
     """Green if every other list of tensors has the wanted bits."""
     differ = [not all(map(torch.equal, wanted, other)) for other in others]
-    note = f"{sum(differ)} of {len(differ)} differ" if any(differ) else "bit-equal"
-    return dataclasses.replace(row, ok=not any(differ), note=note)
+    return {"ok": not any(differ), "note": f"{sum(differ)} of {len(differ)} differ" if any(differ) else "bit-equal"}
 
 
-def determinism(case: Case, device: str, runs: int) -> Row:
+def operation(case: Case, device: str, impl: str = "triton") -> dict:
+    """Output and gradients within the budget; of palettes each token to the bit."""
+    ours, inputs = case.ours(impl), case.inputs(device)
+    if case.op not in PIXEL_OPS:
+        return judged(against_fp64(ours, case.reference(), inputs, case.diff))
+    differ = int((ours(**inputs) != case.reference()(**inputs)).sum())
+    note = f"{differ} differ of {case.B * case.N}" if differ else "bit-equal"
+    return {"ok": not differ, "err_vs_fp64": float(differ), "eager_err_vs_fp64": 0.0, "note": note}
+
+
+def whole_model(case: Case, device: str, impl: str = "triton") -> dict:
+    """Loss of each pixel, and all gradients as one vector, of a whole model on real pictures."""
+    model, ids = models.ours(case, device), tokens(case.B, case.N, device)
+    model.impl = impl
+
+    def nll(model):
+        logits = models.eager_logits(model, ids)
+        return F.cross_entropy(reference.wide(logits).flatten(0, 1), ids.flatten(), reduction="none")
+
+    losses, grads = [], []
+    exact = copy.deepcopy(model).double()
+    for m, loss in ((model, lambda m: m.nll(m.trunk(ids), ids)), (model, nll), (exact, nll)):
+        losses.append(loss(m).flatten())
+        found = torch.autograd.grad(losses[-1].mean(), list(m.parameters()))
+        grads.append(torch.cat([g.flatten() for g in found]))
+    return judged([compare("nll", *(x.detach() for x in losses)), compare("gradients", *grads)])
+
+
+def decoded(case: Case, device: str) -> dict:
+    """Decoding at a preset's width: two layers, N positions, the log-likelihood of real pictures by decode and by the
+    full forward of the same dtype, both against fp64; in fp32 greedy decoding must be the argmax."""
+    torch.manual_seed(0)
+    model = ImageGPT(preset(case.preset, n_layer=2, n_ctx=case.N, vocab=512), device=device)
+    torch.nn.init.normal_(model.head, std=0.1)
+    exact = ImageGPT(model.config, impl="torch", device=device, dtype=torch.float64)
+    exact.load_state_dict(model.to(DTYPES[case.dtype]).state_dict())
+    ids = tokens(case.B, case.N, device)
+    with torch.no_grad():
+        answers = [m(ids).to(torch.promote_types(m.wte.dtype, torch.float32)) for m in (model, exact)]
+    eager, truth = (x.log_softmax(-1).gather(-1, ids[..., None])[..., 0] for x in answers)
+    found = judged([compare("log-likelihood", sample.log_likelihood(model, ids), eager, truth)])
+    if case.dtype == "fp32":
+        greedy = model.generate(case.B, temperature=0.0)
+        if differ := int((model(greedy).argmax(-1) != greedy).sum()):
+            note = f"greedy decoding differs from the full forward's argmax at {differ} positions"
+            found |= {"ok": False, "note": f"{found['note']} {note}".strip()}
+    return found
+
+
+def decoding(presets: Iterable[str], device: str, dtypes: Iterable[str] = ("fp32", "bf16")) -> list[Check]:
+    """At the presets' widths; on a GPU for few pictures and for many, which are other kernels."""
+    batches = (3, 16) if device == "cuda" else (3,)
+    sizes = itertools.product(presets, dtypes, batches)
+    return [checked("decode", decoded, decode_case(name, B, 40, dtype), device) for name, dtype, B in sizes]
+
+
+def determinism(case: Case, device: str, runs: int) -> dict:
     """Output and gradients of `runs` runs, compared to the bit."""
-    row = dataclasses.replace(blank("correctness", f"triton, {runs} runs", case, device), direction="fwd+bwd")
-
-    def check():
-        args = {k: v.detach().requires_grad_(k in case.diff) for k, v in case.inputs(device).items()}
-
-        def once():
-            out = case.ours("triton")(**args)
-            return [out.detach(), *torch.autograd.grad(out, [args[k] for k in case.diff], torch.ones_like(out))]
-
-        return equal(row, once(), (once() for _ in range(runs - 1)))
-
-    return attempted(row, check)
+    inputs = case.inputs(device)
+    return equal(case.answers("triton", inputs), (case.answers("triton", inputs) for _ in range(runs - 1)))
 
 
-def step(way: str, device: str, N: int) -> Row:
+def step(case: Case, device: str, way: str) -> dict:
     """A loss and its gradients bit-equal to eager: "compiled", through torch.compile without a graph break, or "CUDA
     graph", replayed on other tokens than it was captured with."""
-    case = ModelCase("tiny", 1, N, "bf16", "fwd+bwd")
-    row = dataclasses.replace(blank("correctness", f"triton, {way}", case, device), op="step")
     if way == "CUDA graph" and device != "cuda":
-        return dataclasses.replace(row, note="absent: no GPU")
+        return {"note": "absent: no GPU"}
+    model = models.ours(case, device)
+    first, second = torch.randint(0, 512, (2, 1, case.N), device=device)
 
-    def check():
-        model = models.ours(case, device)
-        first, second = torch.randint(0, 512, (2, 1, N), device=device)
+    def run(tokens, loss=model.loss):
+        value = loss(tokens)
+        return [value.detach(), *torch.autograd.grad(value, list(model.parameters()))]
 
-        def run(tokens, loss=model.loss):
-            value = loss(tokens)
-            return [value.detach(), *torch.autograd.grad(value, list(model.parameters()))]
-
-        if way == "compiled":
-            whole = torch.compile(model.loss, fullgraph=True, backend="aot_eager")
-            answer = equal(row, run(second), [run(second, whole)])
-            # On a CPU, where this is only rehearsed, what is compiled leaves igpt/ops/cpu.py out.
-            return dataclasses.replace(answer, ok=answer.ok or device == "cpu")
-        tokens, aside, graph = first.clone(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):  # what is lazily set up must be there before the capture
-            run(tokens)
-        torch.cuda.current_stream().wait_stream(aside)
-        with torch.cuda.graph(graph):
-            results = run(tokens)
-        tokens.copy_(second)
-        graph.replay()
-        return equal(row, run(second), [results])
-
-    return attempted(row, check)
+    if way == "compiled":
+        found = equal(run(second), [run(second, torch.compile(model.loss, fullgraph=True, backend="aot_eager"))])
+        # On a CPU, where this is only rehearsed, what is compiled leaves igpt/ops/cpu.py out.
+        return found | {"ok": found["ok"] or device == "cpu"}
+    replay, results = captured(functools.partial(run, first))
+    first.copy_(second)
+    replay()
+    return equal(run(second), [results])
 
 
-def graphed(device: str) -> Row:
+def graphed(case: Case, device: str) -> dict:
     """Six steps of igpt.graphed, the last four replayed, against a loop of its own: losses, norms and weights."""
-    case = ModelCase("tiny", 4, 1024, "fp32", "step")
-    row = dataclasses.replace(blank("correctness", "triton, igpt.graphed", case, device), op="step")
     if device != "cuda":
-        return dataclasses.replace(row, note="absent: no GPU")
-    batches = torch.randint(0, 512, (6, 4, 1024))
+        return {"note": "absent: no GPU"}
+    batches = torch.randint(0, 512, (6, case.B, case.N))
 
     def built():
         model = models.ours(case, device)
@@ -111,8 +177,8 @@ def graphed(device: str) -> Row:
     def loop():
         model, optimizer = built()
         optimizer.param_groups[0]["lr"] = torch.tensor(1e-3, device=device)
-        for tokens in batches.to(device):
-            value = loss(model, tokens)
+        for batch in batches.to(device):
+            value = loss(model, batch)
             value.backward()
             yield value.detach()
             yield torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
@@ -123,25 +189,24 @@ def graphed(device: str) -> Row:
     def replayed():
         model, optimizer = built()
         step = igpt.graphed(lambda tokens: loss(model, tokens), optimizer, clip=0.5)
-        for tokens in batches:
-            yield from (figure.clone() for figure in step(tokens))  # the next replay writes to the same places
+        for batch in batches:
+            yield from (figure.clone() for figure in step(batch))  # the next replay writes to the same places
         yield from model.parameters()
 
-    return attempted(row, lambda: equal(row, list(loop()), [list(replayed())]))
+    return equal(list(loop()), [list(replayed())])
 
 
 def first_step(device: str, preset: str) -> Iterator[Row]:
     """Seconds from `import igpt` to the first loss and its gradients, with an empty compile cache."""
     row = Row("model", "first step", "ours", "bf16", "fwd+bwd", preset=preset, B=2, **stamp(device))
     with tempfile.TemporaryDirectory() as empty:
-        run = subprocess.run(
-            [sys.executable, "-c", FIRST_STEP, preset, device], cwd=ROOT, env=os.environ | {"TRITON_CACHE_DIR": empty},
-            capture_output=True, text=True,
-        )  # fmt: skip
-    if run.returncode:
-        yield dataclasses.replace(row, ok=False, note=" ".join(run.stderr.strip().splitlines()[-1:])[:200])
+        command = [sys.executable, "-c", FIRST_STEP, preset, device]
+        code, said = ended(command, env=os.environ | {"TRITON_CACHE_DIR": empty})
+    last = " ".join(said.strip().splitlines()[-1:])
+    if code:
+        yield dataclasses.replace(row, ok=False, note=last[:200])
         return
-    seconds = float(run.stdout.split()[-1])
+    seconds = float(last.split()[-1])
     note = f"{seconds:.1f} s from import, nothing compiled before; at most {FIRST_STEP_S:.0f}"
     ok = seconds <= FIRST_STEP_S or device != "cuda"  # a CPU has nothing to compile, but others to wait for
     yield dataclasses.replace(row, median_ms=1e3 * seconds, runs=1, ok=ok, note=note)
@@ -157,17 +222,6 @@ def sanitizer(device: str, seconds: float, tool: str | None) -> Iterator[Row]:
         check = [sys.executable, "-m", "bench.correctness", "--device", device, "--list", "sanitizer"]
         # torch's caching allocator would hide an access past the end of a tensor.
         env = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        # A session of its own: the checked program must not outlive the tool, on a GPU that others are to be timed on.
-        running = subprocess.Popen(
-            [tool, "--tool", name, "--error-exitcode", "9", *check], cwd=ROOT, env=env, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
-        try:
-            said, _ = running.communicate(timeout=seconds / len(SANITIZERS))
-        except subprocess.TimeoutExpired:
-            os.killpg(running.pid, signal.SIGKILL)
-            running.communicate()
-            yield dataclasses.replace(row, note="not finished in its time: nothing is known")
-            continue
-        last = said.strip().splitlines()[-1:]
-        yield dataclasses.replace(row, ok=running.returncode == 0, note=" ".join(last)[:200])
+        code, said = ended([tool, "--tool", name, "--error-exitcode", "9", *check], seconds / len(SANITIZERS), env)
+        note = "not finished in its time: nothing is known" if code is None else said.strip().rpartition("\n")[2][:200]
+        yield dataclasses.replace(row, ok=code in (0, None), note=note)

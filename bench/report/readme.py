@@ -56,12 +56,12 @@ class Grid:
     title: str
 
     def __call__(self, found: list[Row]) -> tuple[list[str], list[list[str]]]:
-        grid: dict[tuple[str, str], Row] = {}
         order = list(DIRECTIONS)
-        for row in sorted(found, key=lambda r: (r.op, not r.causal, order.index(r.direction), r.N, r.B, r.d)):
-            if row.impl == "ours" and self.keep(row):
-                place = self.line(row), self.column(row)
-                grid[place] = rows.joined(grid.get(place), row)
+        kept = sorted(
+            (r for r in found if r.impl == "ours" and self.keep(r)),
+            key=lambda r: (r.op, not r.causal, order.index(r.direction), r.N, r.B, r.d),
+        )
+        grid = rows.joined(kept, lambda r: (self.line(r), self.column(r)))
         names, heads = (list(dict.fromkeys(place[i] for place in grid)) for i in (0, 1))
         lines = [[n, *(self.cell(grid[n, h]) if (n, h) in grid else "" for h in heads)] for n in names]
         return [self.title, *heads], lines

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from bench.cases import Case
-from bench.cost import Cost
+from bench.cases import Case, Timed
 from bench.machine import FAULTS, ceilings, raised, stamp
 from bench.rows import Row
 from bench.speed import peers
 from bench.speed.peers import Absent
 from bench.speed.timing import CpuTimer, CudaTimer, interleaved
+from igpt.machine import peak_flops
 
 
 @dataclass
@@ -31,22 +31,12 @@ class Run:
     red: frozenset[tuple[str, str]] = frozenset()  # subjects whose correctness is red
     errors: dict[tuple, tuple[float, float]] = field(default_factory=dict)
     least: int = 3
-    clock: Callable[[], float] = time.monotonic
 
-    @property
-    def late(self) -> bool:
-        return self.clock() > self.deadline
-
-    def refusal(self, *subjects: tuple[str, str]) -> str:
-        """Why nothing of these operations and dtypes is to be timed, "" if they are."""
-        if red := sorted(self.red.intersection(subjects)):
+    def refusal(self, case: Timed) -> str:
+        """Why nothing of this case is to be timed, "" if it is."""
+        if red := sorted(self.red.intersection(case.needs)):
             return f"not timed: the correctness of {', '.join(map(' '.join, red))} is red"
-        return "not timed: no time was left" if self.late else ""
-
-
-def subject(x: Row | Case) -> tuple[str, str]:
-    """What a correctness row speaks for: an operation and a dtype."""
-    return x.op, x.dtype
+        return "not timed: no time was left" if time.monotonic() > self.deadline else ""
 
 
 def timers(device: str) -> tuple[Callable, Callable]:
@@ -54,20 +44,15 @@ def timers(device: str) -> tuple[Callable, Callable]:
     return (CudaTimer(), CudaTimer(lead=False)) if device == "cuda" else (CpuTimer(), CpuTimer())
 
 
-def blank(suite: str, impl: str, case, device: str, **more) -> Row:
+def blank(suite: str, impl: str, case: Timed, device: str, **more) -> Row:
     """The row of one implementation on one case with nothing measured yet."""
-    return Row(suite, impl=impl, **case.labels, **stamp(device), **more)
+    return Row(suite, impl=impl, **case.labels, **stamp(device) | more)
 
 
 def call(fn: Callable, inputs: dict, diff: tuple[str, ...], direction: str) -> Callable[[], object]:
     """What is timed: "fwd" without a gradient, "bwd" alone, or both."""
     if direction == "fwd" or not diff:
-
-        def forward():
-            with torch.no_grad():
-                return fn(**inputs)
-
-        return forward
+        return torch.no_grad()(functools.partial(fn, **inputs))
     args = {k: v.detach().requires_grad_(k in diff) for k, v in inputs.items()}
     leaves = [args[k] for k in diff]
     out = fn(**args)
@@ -94,78 +79,111 @@ def warmed(build: Callable[[], object]) -> Callable | Absent:
         return Absent(raised(fault))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Variant:
-    """One implementation to be timed: its row so far, and a call that costs `cost`.
+    """One implementation of a case: build(case) makes the call that is timed, or says why there is none. done: how much
+    of the case's work such a call does, where not all."""
 
-    scale: of the row's milliseconds to the call's (a token's share of many, or a part's time for the whole). rate: what
-    is done in the row's milliseconds; ratios compare rates. unit: what per_s counts, "" for nothing."""
+    impl: str
+    case: Timed
+    build: Callable[[Timed], Callable | Absent]
+    note: str = ""
+    done: float = 1.0
 
-    row: Row
-    run: Callable | Absent
-    cost: Cost
-    scale: float = 1.0
-    rate: float = 1.0
-    unit: str = ""
+
+def fitted(v: Variant, gpu: bool) -> tuple[Callable | Absent, Timed, float | None]:
+    """The variant's call, its case, and of a whole model the GB that it took of a GPU, at the largest batch that fits:
+    B, B / 2, ... 1."""
+    while True:
+        if gpu:
+            torch.cuda.reset_peak_memory_stats()
+        held, made = torch.cuda.memory_allocated(), warmed(functools.partial(v.build, v.case))
+        is_too_big = isinstance(made, Absent) and "OutOfMemory" in made.why
+        if not (is_too_big and v.case.is_whole and v.case.B > 1):
+            took = (torch.cuda.max_memory_allocated() - held) / 1e9
+            return made, v.case, took if gpu and v.case.is_whole else None
+        torch.cuda.empty_cache()
+        v = dataclasses.replace(v, case=dataclasses.replace(v.case, B=v.case.B // 2))
 
 
 OURS = ("ours", "ours, building", "hugging face patched")  # no rivals to each other
 
 
-def rows_of(variants: Iterable[Variant], run: Run, timer: Callable, warm: int = 0) -> Iterator[Row]:
-    """Time the variants together. An absent one leaves a row without a speed that says why; ours get their ratio to
-    each other variant of their dtype, and to Hugging Face in fp32, its default."""
-    variants = list(variants)
-    present = {v: v.run for v in variants if not isinstance(v.run, Absent)}
-    timed = interleaved(present, timer, run.case_s, run.least, warm=warm) if present else {}
-    pace = {v: t.median * v.scale / v.rate for v, t in timed.items()}
+def rows_of(suite: str, variants: Iterable[Variant], run: Run, timer: Callable) -> Iterator[Row]:
+    """Time the variants together. A case whose correctness is red, or that no time is left for, has a row that says so;
+    so has a variant that is absent. Ours get their ratio to each other variant of their dtype, and to Hugging Face in
+    fp32, its default."""
+    refused: dict[Timed, str] = {}
+    made = []
     for v in variants:
-        row, ratios = v.row, {}
-        if v not in timed:
-            yield dataclasses.replace(row, note=f"absent: {v.run.why}", ok=row.impl != "ours")
-            continue
+        if v.case not in refused:
+            refused[v.case] = run.refusal(v.case)
+            if why := refused[v.case]:
+                yield blank(suite, "ours", v.case, run.device, note=why)
+        if not refused[v.case]:
+            fn, case, peak = fitted(v, run.device == "cuda")
+            row = blank(suite, v.impl, case, run.device, note=v.note, peak_gb=peak)
+            if isinstance(fn, Absent):
+                yield dataclasses.replace(row, note=f"absent: {fn.why}", ok=row.impl != "ours")
+            else:
+                made.append((row, case, fn, case.share / v.done))
+    times = interleaved([fn for _, _, fn, _ in made], timer, run.case_s, run.least)
+    pace = [t.median * share / case.rate for (_, case, _, share), t in zip(made, times)]
+    for (row, case, _, share), t, mine in zip(made, times, pace):
+        ratios, known, cost = {}, {}, case.cost()
         if row.impl in OURS:
-            for other in pace:
-                name = other.row.impl
-                if other.row.dtype != row.dtype:
-                    name = "hugging face fp32" if (name, other.row.dtype) == ("hugging face", "fp32") else ""
+            for (other, *_), theirs in zip(made, pace):
+                name = other.impl
+                if other.dtype != row.dtype:
+                    name = "hugging face fp32" if (name, other.dtype) == ("hugging face", "fp32") else ""
                 if name not in ("", "ours again", *OURS):
-                    ratios[name] = pace[other] / pace[v]
-        t, floor = timed[v], ceilings(run.device).floor_ms(v.cost, PRODUCT_DTYPE.get(row.dtype, row.dtype))
-        ms = t.median * v.scale
+                    ratios[name] = theirs / mine
+        if row.impl == "ours" and (errors := run.errors.get((row.op, row.dtype))):
+            known = dict(zip(("err_vs_fp64", "eager_err_vs_fp64"), errors))
+        ms, roof = t.median * share, ceilings(run.device)
+        dtype = "bf16" if row.dtype == "int8" else row.dtype  # what such weights are multiplied in
+        if useful := case.useful():  # as others publish it: against the data sheet where that is known
+            sheet = peak_flops(torch.device(run.device)) if row.dtype != "fp32" else None
+            known["mfu"] = useful / (ms / 1e3) / (sheet or roof.flops[row.dtype])
+        floor = roof.floor_ms(cost, dtype)
         yield dataclasses.replace(
-            row, median_ms=ms, p20_ms=t.p20 * v.scale, p80_ms=t.p80 * v.scale, runs=t.runs, flops=v.cost.flops,
-            bytes=v.cost.bytes, tflops=v.cost.flops / ms / 1e9, tb_s=v.cost.bytes / ms / 1e9, floor_ms=floor,
-            pct_floor=100 * floor / ms, per_s=1e3 * v.rate / ms if v.unit else None, unit=v.unit, ratios=ratios,
+            row, median_ms=ms, p20_ms=t.p20 * share, p80_ms=t.p80 * share, runs=t.runs, flops=cost.flops,
+            bytes=cost.bytes, tflops=cost.flops / ms / 1e9, tb_s=cost.bytes / ms / 1e9, floor_ms=floor,
+            pct_floor=100 * floor / ms, per_s=1e3 * case.rate / ms if case.unit else None, unit=case.unit,
+            ratios=ratios, **known,
         )  # fmt: skip
+    torch.compiler.reset()
+    torch.cuda.empty_cache()
 
 
-PRODUCT_DTYPE = {"int8": "bf16"}  # what weights of a narrower dtype are multiplied in
+def rows(
+    suite: str, groups: Iterable[Iterable[tuple[str, Case]]], build: Callable, notes: dict[str, str], run: Run, timer
+) -> Iterator[Row]:
+    """Rows of groups that are timed together: (implementation, case) each, of which the peers asked for are built."""
+    asked = {"ours", "ours again", *peers.chosen(notes, run.peers)}
+    for group in groups:
+        yield from rows_of(suite, [
+            Variant(name, case, functools.partial(build, name, device=run.device), notes[name])
+            for name, case in group if name in asked
+        ], run, timer)  # fmt: skip
+
+
+def build(name: str, case: Case, device: str) -> Callable | Absent:
+    """The timed call of one implementation of an operation."""
+    made = case.ours() if name in ("ours", "ours again") else peers.of(case)[name](case, device)
+    if isinstance(made, Absent):
+        return made
+    return call(made, *peers.operands(name, case, inputs(case, device)), case.direction)
+
+
+inputs = functools.lru_cache(1)(Case.inputs)
+NOTES = dict.fromkeys(("ours", *peers.NAMES), "") | {
+    "ours again": "one version twice: the noise", "torch.compile": peers.COMPILED_NOTE,
+}  # fmt: skip
 
 
 def operations(cases: Iterable[Case], run: Run) -> Iterator[Row]:
-    """Rows of single operations. One whose correctness is red has no speed."""
-    for case in cases:
-        row = functools.partial(blank, "kernels", case=case, device=run.device)
-        if why := run.refusal(subject(case)):
-            yield row("ours", note=why)
-            continue
-        inputs = case.inputs(run.device)
-        builders = {"ours": lambda case, device: case.ours()} | peers.chosen(peers.of(case), run.peers)
-        if run.device == "cuda":
-            builders |= {"ours again": builders["ours"]}
-        ours, eager = run.errors.get(subject(case), (None, None))
-        more = {
-            "ours": {"err_vs_fp64": ours, "eager_err_vs_fp64": eager},
-            "ours again": {"note": "one version twice: the noise"},
-            "torch.compile": {"note": peers.COMPILED_NOTE},
-        }
-        variants = []
-        for name, build in builders.items():
-            made = build(case, run.device)
-            if not isinstance(made, Absent):
-                given, diff = peers.operands(name, case, inputs)
-                made = warmed(functools.partial(call, made, given, diff, case.direction))
-            variants.append(Variant(row(name, **more.get(name, {})), made, case.cost()))
-        yield from rows_of(variants, run, run.timer)
-        torch.compiler.reset()
+    """Rows of single operations, each case's variants timed together; on a GPU ours twice."""
+    again = ["ours again"] if run.device == "cuda" else []
+    groups = ([(name, case) for name in ("ours", *peers.of(case), *again)] for case in cases)
+    return rows("kernels", groups, build, NOTES, run, run.timer)

@@ -4,65 +4,30 @@ Directions: "fwd" is logits without gradients, "fwd+bwd" the loss and every grad
 GPU ours is what `igpt train` does, one CUDA graph.
 """
 
-import dataclasses
 import functools
 import itertools
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import igpt
-from bench import cost
-from bench.cases import DTYPES, tokens
-from bench.machine import ceilings
+from bench.cases import DTYPES, Case, tokens
 from bench.rows import Row
-from bench.speed import peers
-from bench.speed.measure import Run, Variant, blank, rows_of, warmed
-from bench.speed.peers import Absent, compiled, importable
+from bench.speed import measure, peers
+from bench.speed.measure import Run
+from bench.speed.peers import Absent, compiled, fused_attention
 from igpt import ImageGPT
 from igpt.config import PRESETS
 from igpt.hf.patch import apply_igpt_kernels
 from igpt.kernels import reference
-from igpt.machine import peak_flops
 
-PARTS = ("embed", "norm", "norm_linear", "attention", "norm_mlp", "head_loss", "model")
 SDPA_ORDER = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 
 
-@dataclass(frozen=True)
-class ModelCase:
-    """A preset at B pictures of N positions."""
-
-    preset: str
-    B: int
-    N: int
-    dtype: str
-    direction: str
-
-    @property
-    def labels(self) -> dict:
-        c = PRESETS[self.preset]
-        return {
-            "op": "model", "preset": self.preset, "B": self.B, "N": self.N, "H": c.heads, "D": c.head_dim,
-            "d": c.width, "dtype": self.dtype, "direction": self.direction, "causal": c.causal,
-        }  # fmt: skip
-
-    def cost(self) -> cost.Cost:
-        e, config = cost.ELEMENT[self.dtype], PRESETS[self.preset]
-        if self.direction == "fwd":
-            return cost.logits(config, self.B, self.N, e)
-        return cost.model(config, self.B, self.N, e, "fwd+bwd")
-
-    def flops(self) -> float:
-        """FLOPs that a model-FLOPs utilisation counts: the model's own, recomputation left out."""
-        model = ImageGPT(dataclasses.replace(PRESETS[self.preset], n_ctx=self.N), device="meta")
-        return model.flops_per_token(training=self.direction != "fwd") * self.B * self.N
-
-
-def ours(case: ModelCase, device: str) -> ImageGPT:
+def ours(case: Case, device: str) -> ImageGPT:
     """Random weights from one seed; the head drawn too, since with the zeros of the init every answer is right."""
     torch.manual_seed(0)
     model = ImageGPT.from_preset(case.preset, device=device, dtype=DTYPES[case.dtype], n_ctx=case.N)
@@ -87,16 +52,9 @@ def eager_block(h, norm_a, qkv, proj, norm_m, w_fc, w_proj, heads, scale, eps, c
     return reference.norm_mlp(h, norm_m, w_fc, w_proj, eps=eps)
 
 
-def sdpa(q_BNHD, k_BMHD, v_BMHD, causal, scale):
-    q, k, v = (t.transpose(1, 2) for t in (q_BNHD, k_BMHD, v_BMHD))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale).transpose(1, 2)
-
-
-def hugging_face(case: ModelCase, device: str):
+def hugging_face(case: Case, device: str):
     """transformers' ImageGPT of the same size. Its attention divides by int(sqrt(head dim)), right only for 64, and
     is left as shipped; dropout, 0.1 by its default and none in the paper, is off, in its favour."""
-    if not importable("transformers"):
-        return Absent("transformers is not installed")
     from transformers import ImageGPTConfig, ImageGPTForCausalImageModeling
 
     c = PRESETS[case.preset]
@@ -118,17 +76,12 @@ def nll(logits, tokens_BN):
 
 
 def runner(
-    case: ModelCase, model, logits: Callable, loss: Callable, device: str, graph: bool = False
+    case: Case, model, logits: Callable, loss: Callable, device: str, graph: bool = False
 ) -> Callable[[], object]:
     """The call that is timed."""
     ids = tokens(case.B, case.N, device)
     if case.direction == "fwd":
-
-        def forward():
-            with torch.no_grad():
-                return logits(model, ids)
-
-        return forward
+        return torch.no_grad()(functools.partial(logits, model, ids))
     optimizer, on_gpu = None, device == "cuda"
     if case.direction == "step":
         optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.95), fused=on_gpu, capturable=on_gpu)
@@ -147,13 +100,13 @@ def runner(
     return step
 
 
-def build(name: str, case: ModelCase, device: str):
+def build(name: str, case: Case, device: str):
     """The timed call of one implementation, or Absent."""
     if name == "ours":
         return runner(case, ours(case, device), ImageGPT.__call__, ImageGPT.loss, device, graph=device == "cuda")
     if name.startswith("hugging face"):
         model, logits = hugging_face(case, device), hugging_face_logits
-        if name == "hugging face patched" and not isinstance(model, Absent):
+        if name == "hugging face patched":
             apply_igpt_kernels(model)
     elif name == "eager":
         model, logits = ours(case, device), eager_logits
@@ -165,12 +118,11 @@ def build(name: str, case: ModelCase, device: str):
 
         def logits(model, ids):
             with sdpa_kernel(SDPA_ORDER, set_priority=True):
-                return eager_logits(model, ids, sdpa, block)
+                return eager_logits(model, ids, fused_attention, block)
 
     if isinstance(model, Absent):
         return model
-    graph = name == "torch.compile graphed"
-    return runner(case, model, logits, lambda m, ids: nll(logits(m, ids), ids), device, graph)
+    return runner(case, model, logits, lambda m, ids: nll(logits(m, ids), ids), device, "graphed" in name)
 
 
 NOTES = {
@@ -183,53 +135,12 @@ NOTES = {
 }
 
 
-def fitting(name: str, case: ModelCase, device: str) -> tuple[Callable | Absent, ModelCase]:
-    """The variant at the largest batch that fits: B, B / 2, ... 1."""
-    while True:
-        made = warmed(functools.partial(build, name, case, device))
-        if not (isinstance(made, Absent) and "OutOfMemory" in made.why and case.B > 1):
-            return made, case
-        torch.cuda.empty_cache()
-        case = dataclasses.replace(case, B=case.B // 2)
-
-
-def variants_of(case: ModelCase, run: Run, keep: Callable[[str, ModelCase], bool]) -> Iterator[Variant]:
-    gpu = run.device == "cuda"
-    for name in ("ours", *peers.chosen(dict.fromkeys(n for n in NOTES if n != "ours"), run.peers)):
-        if keep(name, case):
-            held = torch.cuda.memory_allocated() if gpu else 0
-            if gpu:
-                torch.cuda.reset_peak_memory_stats()
-            made, fit = fitting(name, case, run.device)
-            peak = (torch.cuda.max_memory_allocated() - held) / 1e9 if gpu else None
-            row = blank("model", name, fit, run.device, note=NOTES[name], peak_gb=peak)
-            yield Variant(row, made, fit.cost(), rate=fit.B * fit.N, unit="tokens")
-
-
-def with_mfu(row: Row, device: str) -> Row:
-    """As others publish it, against the data sheet where that is known, not against what is reached at best."""
-    if not row.median_ms:
-        return row
-    sheet = peak_flops(torch.device(device)) if row.dtype != "fp32" else None
-    useful = ModelCase(row.preset, row.B, row.N, row.dtype, row.direction).flops() / (row.median_ms / 1e3)
-    return dataclasses.replace(row, mfu=useful / (sheet or ceilings(device).flops[row.dtype]))
-
-
 def rows(
-    cases: Iterable[ModelCase], run: Run, keep: Callable[[str, ModelCase], bool] = lambda *_: True
+    cases: Iterable[Case], run: Run, keep: Callable[[str, Case], bool] = lambda *_: True
 ) -> Iterator[Row]:
-    """Rows of whole models. Cases of one preset, length and direction, whatever their dtype, are timed together; rates
-    and ratios are a token's. Those of a dtype whose correctness is red have no speed."""
-    groups: dict[tuple, list[ModelCase]] = {}
-    for case in cases:
-        groups.setdefault((case.preset, case.N, case.B, case.direction), []).append(case)
-    for group in groups.values():
-        why = {case: run.refusal(*itertools.product(PARTS, [case.dtype])) for case in group}
-        for case in filter(why.get, group):
-            yield blank("model", "ours", case, run.device, note=why[case])
-        variants = (v for case in group if not why[case] for v in variants_of(case, run, keep))
-        for row in rows_of(variants, run, run.step_timer):
-            yield with_mfu(row, run.device)
-        torch.compiler.reset()
-        if run.device == "cuda":
-            torch.cuda.empty_cache()
+    """Rows of whole models. Cases of one preset, length and direction, whatever their dtype, are timed together."""
+    groups = defaultdict(list)
+    for case, name in itertools.product(cases, NOTES):
+        if keep(name, case):
+            groups[case.preset, case.N, case.B, case.direction].append((name, case))
+    return measure.rows("model", groups.values(), build, NOTES, run, run.step_timer)

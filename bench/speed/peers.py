@@ -1,10 +1,10 @@
 """The others: for each operation and for the whole model, peers by name, with the reason where one is absent.
 
-A peer is built for a case and answers with a callable that takes the case's inputs, or with `Absent`.
+A peer is built for a case and answers with a callable that takes the case's inputs, or with `Absent`; so does one
+whose package can't be imported.
 """
 
 import functools
-import importlib.util
 import os
 import shutil
 from collections.abc import Callable
@@ -30,15 +30,7 @@ class Absent:
     why: str
 
 
-def importable(name: str) -> bool:
-    return importlib.util.find_spec(name) is not None
-
-
-def missing(device: str, package: str = "torch") -> Absent | None:
-    """Why a GPU's peer out of this package cannot run here."""
-    if device != "cuda":
-        return Absent("needs a GPU")
-    return None if importable(package) else Absent(f"{package} is not installed")
+NO_GPU = Absent("needs a GPU")
 
 
 def compiled(fn: Callable, device: str) -> Callable | Absent:
@@ -64,51 +56,39 @@ def operands(name: str, case: Case, inputs: dict) -> tuple[dict, tuple[str, ...]
     return {n: t.contiguous() for n, t in zip("qkv", inputs["qkv"].unbind(2))}, ("q", "k", "v")
 
 
-def _sdpa(case: Case, q, k, v):
+def fused_attention(q, k, v, causal: bool, scale=None, fn=F.scaled_dot_product_attention):
+    """torch's, or a function that takes the same, on heads (B, N, H, D)."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=case.causal).transpose(1, 2)
+    return fn(q, k, v, is_causal=causal, scale=scale).transpose(1, 2)
 
 
 def sdpa(case: Case, device: str, backend: SDPBackend | None = None):
     """torch's fused attention: its own choice, or one backend forced."""
+    fused = functools.partial(fused_attention, causal=case.causal)
     if backend is None:
-        return functools.partial(_sdpa, case)
-    if absent := missing(device):
-        return absent
-
-    def forced(q, k, v):
-        with sdpa_kernel(backend):
-            return _sdpa(case, q, k, v)
-
-    return forced
-
-
-@functools.cache
-def _flex(device: str):
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=False)  # its own tiles: autotuning them takes a minute a shape
+        return fused
+    return sdpa_kernel(backend)(fused) if device == "cuda" else NO_GPU
 
 
 def flex(case: Case, device: str):
-    if absent := missing(device):
-        return absent
-    from torch.nn.attention.flex_attention import create_block_mask
+    """With its own tiles: autotuning them takes a minute a shape."""
+    if device != "cuda":
+        return NO_GPU
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    mask = None
+    mask, run = None, torch.compile(flex_attention, dynamic=False)
     if case.causal:
         mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, case.N, case.N, device=device)
 
-    def run(q, k, v):
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        return _flex(device)(q, k, v, block_mask=mask).transpose(1, 2)
+    def blocked(q, k, v, is_causal, scale):
+        return run(q, k, v, block_mask=mask, scale=scale)
 
-    return run
+    return functools.partial(fused_attention, causal=case.causal, fn=blocked)
 
 
 def flash4(case: Case, device: str):
-    if absent := missing(device, "flash_attn") or missing(device, "flash_attn.cute"):
-        return absent
+    if device != "cuda":
+        return NO_GPU
     from flash_attn.cute import flash_attn_func
 
     def run(q, k, v):
@@ -122,13 +102,13 @@ def compiled_reference(case: Case, device: str):
     """torch.compile of what a careful user would write: SDPA for attention, the reference for the rest."""
     if case.op.startswith("palette"):
         return Absent("the reference's argmin is numpy's")
-    return compiled(functools.partial(_sdpa, case) if case.op == "attention" else case.reference(), device)
+    return compiled(sdpa(case, device) if case.op == "attention" else case.reference(), device)
 
 
 def liger(case: Case, device: str):
     """Liger-Kernel's norm, or its fused linear cross-entropy behind its norm."""
-    if absent := missing(device, "liger_kernel"):
-        return absent
+    if device != "cuda":
+        return NO_GPU
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as HeadLoss
     from liger_kernel.ops.rms_norm import LigerRMSNormFunction as Norm
 
@@ -186,7 +166,7 @@ def chosen(names: dict, wanted: str) -> dict:
     """Those of "all" or "NAME,NAME". Raises ValueError for a name that no peer has."""
     if wanted == "all":
         return names
-    asked = [w.strip() for w in wanted.split(",") if w.strip()]
-    if unknown := sorted(set(asked) - set(NAMES)):
+    asked = {w.strip() for w in wanted.split(",")}
+    if unknown := sorted(asked - set(NAMES)):
         raise ValueError(f"peers: got {unknown}, expected 'all' or some of {NAMES}")
     return {name: build for name, build in names.items() if name in asked}

@@ -1,5 +1,6 @@
 """Whole pictures on a CPU, in pictures a second: colours looked up, a palette fitted, a folder of files encoded; ours
-against Hugging Face's processor and scikit-learn's k-means."""
+against Hugging Face's processor and scikit-learn's k-means. The processor is slow: it does fewer pictures, and its time
+is scaled up, for it is linear."""
 
 import dataclasses
 import shutil
@@ -11,11 +12,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from bench.cases import Case, palette_cube
+from bench.cases import Timed, palette_cube
 from bench.cost import Cost
 from bench.rows import Row
-from bench.speed.measure import Run, Variant, blank, rows_of
-from bench.speed.peers import Absent, importable
+from bench.speed.measure import Run, Variant, rows_of
 from igpt import Palette, data
 from igpt.data.encode import encode_folder
 from igpt.programs.palette import mse
@@ -24,12 +24,24 @@ SIDE = 32
 
 
 @dataclass(frozen=True)
-class Job:
-    """One way to do `count` pictures' work; a slow peer may do fewer (`done`), its time scaled up: it is linear."""
+class PictureCase(Timed):
+    """`op` done to B pictures, whose bytes are read and whose tokens are written."""
 
-    run: Callable[[], object] | Absent
-    note: str
-    done: int | None = None
+    op: str
+    B: int
+    bytes: int
+    unit, needs = "pictures", ()
+
+    @property
+    def rate(self) -> int:
+        return self.B
+
+    @property
+    def labels(self) -> dict:
+        return {"op": self.op, "B": self.B, "N": SIDE * SIDE, "dtype": "fp32", "direction": "fwd"}
+
+    def cost(self) -> Cost:
+        return Cost(0, self.bytes)
 
 
 def pictures(count: int) -> np.ndarray:
@@ -38,29 +50,32 @@ def pictures(count: int) -> np.ndarray:
     return images[np.arange(count) % len(images)]
 
 
-def processor(palette: Palette):
-    """Hugging Face's, without torchvision."""
-    from transformers.models.imagegpt.image_processing_pil_imagegpt import ImageGPTImageProcessorPil
+def processor(case: PictureCase, few: Callable[[], list], count: int) -> Variant:
+    """Hugging Face's, without torchvision, on `count` pictures."""
 
-    size = {"height": SIDE, "width": SIDE}
-    return ImageGPTImageProcessorPil(clusters=palette.centres.numpy(), size=size, do_normalize=True)
+    def build(case):
+        from transformers.models.imagegpt.image_processing_pil_imagegpt import ImageGPTImageProcessorPil
+
+        size, colours = {"height": SIDE, "width": SIDE}, palette_cube().numpy()
+        convert = ImageGPTImageProcessorPil(clusters=colours, size=size, do_normalize=True)
+        return lambda: convert(few(), return_tensors="np")
+
+    note = f"ImageGPTImageProcessorPil on {count} pictures, time scaled to {case.B}"
+    return Variant("hugging face", case, build, note, done=count / case.B)
 
 
 def lookup(run: Run, count: int = 4096, theirs: int = 256) -> Iterator[Row]:
     """Palette.encode with its table built, and building it each time, against the processor (its PIL variant)."""
     images, palette = pictures(count), Palette(palette_cube())
-    jobs = {
-        "ours": Job(lambda: palette.encode(images), "the table, which fills as colours come, has seen these"),
-        "ours, building": Job(
-            lambda: Palette(palette_cube()).encode(images), "a new palette each time: every table is built anew"
-        ),
-    }
-    if importable("transformers"):
-        convert, few = processor(palette), list(images[:theirs])
-        note = f"ImageGPTImageProcessorPil on {theirs} pictures, time scaled to {count}"
-        jobs["hugging face"] = Job(lambda: convert(few, return_tensors="np"), note, theirs)
-    bytes_ = count * SIDE * SIDE * (3 + 8)
-    yield from _rows(run, "palette pictures", count, jobs, "hugging face", "transformers", bytes_)
+    case, few = PictureCase("palette pictures", count, count * SIDE * SIDE * (3 + 8)), list(images[:theirs])
+    variants = [
+        Variant("ours", case, lambda case: lambda: palette.encode(images),
+                "the table, which fills as colours come, has seen these"),
+        Variant("ours, building", case, lambda case: lambda: Palette(palette_cube()).encode(images),
+                "a new palette each time: every table is built anew"),
+        processor(case, lambda: few, theirs),
+    ]  # fmt: skip
+    yield from rows_of("model", variants, run, run.timer)
 
 
 def fit(run: Run, count: int = 256, k: int = 512) -> Iterator[Row]:
@@ -77,11 +92,13 @@ def fit(run: Run, count: int = 256, k: int = 512) -> Iterator[Row]:
 
         found["scikit-learn"] = KMeans(k, n_init=1, random_state=0).fit(x).cluster_centers_
 
-    jobs = {"ours": Job(ours, "Palette.fit")}
-    if importable("sklearn"):
-        jobs["scikit-learn"] = Job(theirs, f"KMeans(n_clusters={k}, n_init=1)")
-    for row in _rows(run, "palette fit", count, jobs, "scikit-learn", "scikit-learn", images.size):
-        if row.impl in found:
+    case = PictureCase("palette fit", count, images.size)
+    variants = [
+        Variant("ours", case, lambda case: ours, "Palette.fit"),
+        Variant("scikit-learn", case, lambda case: theirs, f"KMeans(n_clusters={k}, n_init=1)"),
+    ]
+    for row in rows_of("model", variants, run, run.timer):
+        if row.median_ms:
             error = mse(Palette(found[row.impl]), images)
             row = dataclasses.replace(row, note=f"{row.note}: mean squared error {error} (bytes squared)")
         yield row
@@ -102,29 +119,11 @@ def folder(run: Run, count: int = 4096, theirs: int = 256, side: int = 96) -> It
             shutil.rmtree(out, ignore_errors=True)
             encode_folder(source, out, palette, SIDE, progress=False)
 
-        jobs = {"ours": Job(ours, f"encode_folder of {side}x{side} PNG files, its processes' start included")}
-        if importable("transformers"):
-            convert = processor(palette)
-
-            def processed():
-                convert([Image.open(path) for path in paths[:theirs]], return_tensors="np")
-
-            note = f"Image.open and ImageGPTImageProcessorPil on {theirs} files, time scaled to {count}"
-            jobs["hugging face"] = Job(processed, note, theirs)
-        bytes_ = sum(path.stat().st_size for path in paths) + count * SIDE * SIDE * 2
-        yield from _rows(run, "encode folder", count, jobs, "hugging face", "transformers", bytes_)
-
-
-def _rows(run: Run, op: str, count: int, jobs: dict[str, Job], peer: str, package: str, bytes_: float) -> Iterator[Row]:
-    """The jobs timed in turns, each with its ratio to the peer; a row that says so if the peer's package is absent."""
-    case = Case(op, count, SIDE * SIDE, 0, 0, "fp32", direction="fwd")
-    jobs = jobs if peer in jobs else jobs | {peer: Job(Absent(f"{package} is not installed"), "")}
-    yield from rows_of((
-        Variant(
-            blank("model", name, case, "cpu", note=job.note), job.run, Cost(0, bytes_),
-            scale=count / (job.done or count), rate=count, unit="pictures",
-        ) for name, job in jobs.items()
-    ), run, run.timer, warm=1)  # fmt: skip
+        size = sum(path.stat().st_size for path in paths) + count * SIDE * SIDE * 2
+        case = PictureCase("encode folder", count, size)
+        note = f"encode_folder of {side}x{side} PNG files, its processes' start included"
+        peer = processor(case, lambda: [Image.open(path) for path in paths[:theirs]], theirs)
+        yield from rows_of("model", [Variant("ours", case, lambda case: ours, note), peer], run, run.timer)
 
 
 QUICK, ALL = (lookup,), (lookup, fit, folder)

@@ -23,11 +23,7 @@ class Stats:
 
 def stats(times: list[float]) -> Stats:
     t = sorted(times)
-
-    def at(q):
-        return t[min(len(t) - 1, round(q * (len(t) - 1)))]
-
-    return Stats(at(0.5), at(0.2), at(0.8), len(t))
+    return Stats(*(t[round(q * (len(t) - 1))] for q in (0.5, 0.2, 0.8)), len(t))
 
 
 class CpuTimer:
@@ -46,9 +42,10 @@ class CudaTimer:
     """Device time. L2 is filled with other bytes first; `lead` keeps the device busy while the host enqueues, so that
     an operation of a few microseconds isn't charged for Python (off for whole steps: there Python is part of it)."""
 
-    def __init__(self, lead: bool = True, clock: Callable[[], float] = time.perf_counter):
-        self.clock, self.lead = clock, lead
-        self.flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
+    clock = staticmethod(time.perf_counter)
+
+    def __init__(self, lead: bool = True):
+        self.lead, self.flush = lead, torch.empty(256 << 20, dtype=torch.int8, device="cuda")
 
     def __call__(self, fn: Callable[[], object]) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -63,19 +60,30 @@ class CudaTimer:
 
 
 def interleaved(
-    variants: dict[str, Callable[[], object]], timer, budget_s: float, least: int = 3, most: int = 100, warm: int = 1
-) -> dict[str, Stats]:
+    variants: list[Callable[[], object]], timer, budget_s: float, least: int = 3, most: int = 100
+) -> list[Stats]:
     """Time each variant in turn, round after round, from `least` to `most` rounds until budget_s is spent.
 
     The order turns each round, so that none always runs in another's wake. A variant so slow that it alone would eat
     the budget is timed least times."""
-    start, names, times = timer.clock(), list(variants), {name: [] for name in variants}
-    for _ in range(warm):
-        for name in names:
-            variants[name]()
-    for turn in range(most):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            times[name].append(timer(variants[name]))
+    start, times = timer.clock(), [[] for _ in variants]
+    for turn in range(most if variants else 0):
+        for i in range(turn, turn + len(variants)):
+            times[i % len(variants)].append(timer(variants[i % len(variants)]))
         if turn + 1 >= least and timer.clock() - start > budget_s:
             break
-    return {name: stats(t) for name, t in times.items()}
+    return [stats(t) for t in times]
+
+
+def captured(fn: Callable[[], object]) -> tuple[Callable[[], None], object]:
+    """A CUDA graph of one call and what that returns. What is lazily set up must be there before the capture: a few
+    calls go ahead beside the main stream."""
+    aside, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(3):
+            fn()
+    torch.cuda.current_stream().wait_stream(aside)
+    with torch.cuda.graph(graph):
+        results = fn()
+    return graph.replay, results

@@ -6,13 +6,11 @@ own row, in turns, and must give what the table's row gives. Nothing searches in
 """
 
 import argparse
-import contextlib
 import dataclasses
 import datetime
 import functools
 import itertools
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,9 +23,9 @@ import torch
 from bench import rows
 from bench.cases import Case, sized
 from bench.compiled.cases import CompileCase, forward_and_backward
-from bench.machine import FAULTS, ROOT, raised, stamp
-from bench.speed.measure import call
-from bench.speed.timing import CudaTimer, interleaved
+from bench.machine import FAULTS, ended, raised, stamp
+from bench.speed.measure import Run, Variant, call, rows_of, timers
+from bench.speed.peers import Absent
 from igpt.kernels import tiles
 from igpt.kernels.device import ARCHS, arch
 from igpt.kernels.tiles import Tile
@@ -39,7 +37,7 @@ WARPS = (4, 8)
 @dataclass(frozen=True)
 class Search:
     """One row of one table: where it stands, the kernel whose launches it shapes, the case that is timed, and the
-    values tried. A key of one number is that of a table of sm_90 alone."""
+    values tried."""
 
     table: str
     key: tuple | int
@@ -51,20 +49,20 @@ class Search:
     def name(self) -> str:
         return f"{self.table} {self.key}"
 
-    def row_key(self, arch: str):
-        return (arch, *self.key) if isinstance(self.key, tuple) else self.key
+    @property
+    def current(self) -> Tile:
+        """The table's own, or the portable one in its place."""
+        table = getattr(tiles, self.table)
+        return table[self.key] if self.key in table else table["portable", *self.key[1:]]
 
-    def current(self, arch: str) -> Tile:
-        table, key = getattr(tiles, self.table), self.row_key(arch)
-        return table[key] if key in table else table["portable", *self.key]
-
-    def candidates(self, arch: str) -> list[Tile]:
+    def candidates(self) -> list[Tile]:
         """The table's own row first."""
-        now, choices = self.current(arch), itertools.product(*self.values.values())
-        return list(dict.fromkeys([now, *(dataclasses.replace(now, **dict(zip(self.values, c))) for c in choices)]))
+        choices = (dict(zip(self.values, chosen)) for chosen in itertools.product(*self.values.values()))
+        return list(dict.fromkeys([self.current, *(dataclasses.replace(self.current, **c) for c in choices)]))
 
-    def using(self, tile: Tile, arch: str):
-        return tiles.using(getattr(tiles, self.table), self.row_key(arch), tile)
+    def using(self, tile: Tile):
+        """As a context, or as a decorator."""
+        return tiles.using(getattr(tiles, self.table), self.key, tile)
 
 
 def searches(arch: str) -> Iterator[Search]:
@@ -78,17 +76,17 @@ def searches(arch: str) -> Iterator[Search]:
             yield Search("ATTENTION_HOPPER_BACKWARD", D, "attention_hopper_backward_kernel", backward, stages)
         else:
             keys = blocks | {"BLOCK_M": (32, 64, 128)}
-            yield Search("ATTENTION_FORWARD", (D,), "attention_forward_kernel", forward, blocks)
-            yield Search("ATTENTION_DKDV", (D,), "attention_dkdv_kernel", backward, keys)
-            yield Search("ATTENTION_DQ", (D,), "attention_dq_kernel", backward, blocks)
+            yield Search("ATTENTION_FORWARD", (arch, D), "attention_forward_kernel", forward, blocks)
+            yield Search("ATTENTION_DKDV", (arch, D), "attention_dkdv_kernel", backward, keys)
+            yield Search("ATTENTION_DQ", (arch, D), "attention_dq_kernel", backward, blocks)
     blocks |= {"BLOCK_N": (128, 256), "BLOCK_K": (32, 64), "num_stages": (3, 4)}
     (head,), (table,) = sized("head_loss", "m", ("fwd",), 32768), sized("embed", "m", ("bwd",), 32768)
-    yield Search("HEAD_LOSS", (2,), "head_loss_kernel", head, blocks)
-    yield Search("EMBEDDING_BACKWARD", (2,), "table_backward_kernel", table, blocks | {"BLOCK_N": (64, 128)})
+    yield Search("HEAD_LOSS", (arch, 2), "head_loss_kernel", head, blocks)
+    yield Search("EMBEDDING_BACKWARD", (arch, 2), "table_backward_kernel", table, blocks | {"BLOCK_N": (64, 128)})
     rows_of = {"BLOCK_M": (1, 2, 4, 8, 16), "num_warps": (2, 4, 8, 16)}
     for name, direction in (("forward", "fwd"), ("backward", "bwd")):
         for width, case in zip((512, 1024, 2048), sized("norm", PRESETS, (direction,), 32768)):
-            yield Search(f"NORM_{name.upper()}", (width,), f"norm_{name}_kernel", case, rows_of)
+            yield Search(f"NORM_{name.upper()}", (arch, width), f"norm_{name}_kernel", case, rows_of)
 
 
 def this_arch() -> str:
@@ -98,15 +96,12 @@ def this_arch() -> str:
 def cases() -> Iterator[CompileCase]:
     """Every candidate of every search, for bench.compiled; its name is the search's and its place in it."""
 
-    def launched(search: Search, tile: Tile, arch: str) -> None:
-        with search.using(tile, arch):
-            forward_and_backward(dataclasses.replace(search.case, B=1))
-
     for machine in ARCHS:
         for search in searches(machine):
-            for place, tile in enumerate(search.candidates(machine)):
-                run = functools.partial(launched, search, tile, machine)
-                yield CompileCase(f"{search.name}#{place}", run, archs=(machine,))
+            for place, tile in enumerate(search.candidates()):
+                run = search.using(tile)(forward_and_backward)
+                case = dataclasses.replace(search.case, B=1)
+                yield CompileCase(f"{search.name}#{place}", functools.partial(run, case), archs=(machine,))
 
 
 def clean(arch: str, only: str, limit_s: float) -> set[str]:
@@ -115,19 +110,10 @@ def clean(arch: str, only: str, limit_s: float) -> set[str]:
     flags = ["--cases", "bench.speed.tune", "--case", only, "--arch", arch, "--workers", str(os.cpu_count() or 1)]
     with tempfile.NamedTemporaryFile(suffix=".jsonl") as file:
         command = [sys.executable, "-m", "bench.compiled", *flags, "--out", file.name]
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            subprocess.run(command, cwd=ROOT, env=env, timeout=limit_s, stdout=sys.stderr)
+        ended(command, limit_s, env, stdout=sys.stderr)
         kernels = {search.name: search.kernel for search in searches(arch)}
         found = [row for row in rows.read(file.name) if row.function == kernels[row.case.split("#")[0]]]
     return {row.case for row in found if row.ok} - {row.case for row in found if not row.ok}
-
-
-def answers(search: Search, inputs: dict, tile: Tile, arch: str):
-    with search.using(tile, arch):
-        args = {k: v.detach().requires_grad_(k in search.case.diff) for k, v in inputs.items()}
-        out = search.case.ours("triton")(**args)
-        grads = torch.autograd.grad(out, [args[k] for k in search.case.diff], torch.ones_like(out))
-    return [out.detach(), *grads]
 
 
 def agree(a, b) -> bool:
@@ -138,64 +124,51 @@ def agree(a, b) -> bool:
     )
 
 
-def timed(
-    search: Search, arch: str, device: str, tried: Callable[[str], bool], timer, seconds: float
-) -> list[tuple[float, Tile]]:
+def timed(search: Search, tried: Callable[[str], bool], run: Run) -> list[tuple[float, Tile]]:
     """(ms, tile) of every candidate that is to be tried, runs, and agrees with the table's row, quickest first."""
-    inputs = search.case.inputs(device)
-    candidates = search.candidates(arch)
-    wanted, variants = answers(search, inputs, candidates[0], arch), {}
-    for place, tile in enumerate(candidates):
-        if place and not tried(f"{search.name}#{place}"):
-            continue
-        try:
-            if not agree(answers(search, inputs, tile, arch), wanted):
-                continue
-            with search.using(tile, arch):
-                fn = call(search.case.ours("triton"), inputs, search.case.diff, search.case.direction)
+    inputs, now, *others = search.case.inputs(run.device), *search.candidates()
+    wanted = search.using(now)(search.case.answers)("triton", inputs)
+    found = {"ours": now}  # it must run, or there is nothing to compare with
+    found |= {name: tile for i, tile in enumerate(others, 1) if tried(name := f"{search.name}#{i}")}
 
-            def variant(fn=fn, tile=tile):
-                with search.using(tile, arch):
-                    return fn()
+    def build(case, tile):
+        using = search.using(tile)
+        if not agree(using(case.answers)("triton", inputs), wanted):
+            return Absent("it gives something else")
+        return using(using(call)(case.ours("triton"), inputs, case.diff, case.direction))
 
-            variant()
-            variants[tile] = variant
-        except FAULTS as fault:
-            print(f"  {tile}: {raised(fault)}", file=sys.stderr)
-    first = interleaved(variants, timer, seconds / 2, least=3, most=10)
-    best = sorted(first, key=lambda t: first[t].median)[:4]
-    last = interleaved({t: variants[t] for t in {*best, candidates[0]}}, timer, seconds / 2, least=5, most=50)
-    return sorted(((s.median, t) for t, s in last.items()), key=lambda x: x[0])
+    variants, ranked = [Variant(n, search.case, functools.partial(build, tile=t)) for n, t in found.items()], []
+    for row in rows_of("tune", variants, run, run.timer):
+        print(f"  {found[row.impl]}: {row}", file=sys.stderr)
+        ranked += [(row.median_ms, found[row.impl])] if row.median_ms else []
+    return sorted(ranked, key=lambda x: x[0])
 
 
-def paste(search: Search, arch: str, ranked: list[tuple[float, Tile]], device: str) -> str:
+def paste(search: Search, ranked: list[tuple[float, Tile]], device: str) -> str:
     """The row for kernels/tiles.py: the best where it beats the table's own by 2% or more, else the table's own."""
-    now = search.current(arch)
+    now = search.current
     mine = next(ms for ms, tile in ranked if tile == now)
     best_ms, best = ranked[0]
     if best_ms > 0.98 * mine:
         best_ms, best = mine, now
     gpu, note = stamp(device)["gpu"].removeprefix("NVIDIA "), f"{best_ms:.4f} ms, the table's {mine:.4f}"
     best = dataclasses.replace(best, evidence=f"{gpu} {datetime.date.today().isoformat()}")
-    defaults = {f.name: f.default for f in dataclasses.fields(Tile)}
-    options = {k: v for k, v in dataclasses.asdict(best).items() if v != defaults[k] and not k.startswith("BLOCK")}
-    shown = [f"{k}={v!r}" for k, v in options.items()]
-    sizes = [str(v) for v in (best.BLOCK_M, best.BLOCK_N, best.BLOCK_K) if v]
-    return f"    {search.row_key(arch)!r}: Tile({', '.join([*sizes, *shown])}),  # {note}"
+    shown = [str(v) for v in (best.BLOCK_M, best.BLOCK_N, best.BLOCK_K) if v]
+    for f in dataclasses.fields(Tile):
+        value = getattr(best, f.name)
+        shown += [f"{f.name}={value!r}"] if value != f.default and not f.name.startswith("BLOCK") else []
+    return f"    {search.key!r}: Tile({', '.join(shown)}),  # {note}"
 
 
-def run(
-    chosen: Iterable[Search], arch: str, device: str, tried: Callable[[str], bool], timer, seconds: float, out: Path
-) -> None:
-    """Search until the time is over; the rows to paste go to stdout and to the end of `out`."""
-    end = time.monotonic() + seconds
+def search(chosen: Iterable[Search], tried: Callable[[str], bool], run: Run, out: Path) -> None:
+    """Until the run's time is over; the rows to paste go to stdout and to the end of `out`."""
     for search in chosen:
-        if (left := end - time.monotonic()) < 5:
+        if (left := run.deadline - time.monotonic()) < 5:
             print(f"no time was left for {search.name} and what follows", file=sys.stderr)
             break
         try:
-            found = timed(search, arch, device, tried, timer, min(10.0, left / 2))
-            line = f"{search.table}  {paste(search, arch, found, device).strip()}"
+            run.case_s = min(run.case_s, left / 2)
+            line = f"{search.table}  {paste(search, timed(search, tried, run), run.device).strip()}"
         except FAULTS as fault:
             line = f"{search.name}: {raised(fault)}"
         print(line, flush=True)
@@ -209,10 +182,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="only tables whose name and key contain this")
     parser.add_argument("--out", type=Path, default=Path("tiles.txt"), help="append the rows to paste to this file")
     args = parser.parse_args(argv)
-    end, arch = time.monotonic() + args.seconds, this_arch()
-    tried = clean(arch, args.only, args.seconds / 3)
-    chosen = [s for s in searches(arch) if args.only in s.name]
-    run(chosen, arch, "cuda", tried.__contains__, CudaTimer(), end - time.monotonic(), args.out)
+    run = Run("cuda", *timers("cuda"), case_s=10.0, deadline=time.monotonic() + args.seconds, least=10)
+    tried = clean(this_arch(), args.only, args.seconds / 3)
+    search([s for s in searches(this_arch()) if args.only in s.name], tried.__contains__, run, args.out)
     return 0
 
 

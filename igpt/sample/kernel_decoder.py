@@ -1,7 +1,7 @@
 """Decoding by the kernels: each step the same launches, which read the position from device memory, so that one CUDA
 graph holds a step and a picture is as many replays. The host waits for nothing until the last pixel is drawn.
 
-Up to tiles.FEW_PICTURES a step is five kernels a layer, chained, whose products are matrix-vector kernels: norm and
+Up to choose.FEW_PICTURES a step is five kernels a layer, chained, whose products are matrix-vector kernels: norm and
 qkv; attention in parts; their join, projection and residual; norm, fc and gelu; projection and residual. Beyond it is
 eight: the vendor's four products, two norms, attention and gelu. Embedding, head and draw are three more (and a norm).
 
@@ -24,12 +24,12 @@ the kind follows from how many pictures are drawn in all (`total`), and a batch 
 
 import torch
 
+from igpt.kernels import choose
 from igpt.kernels.decode_attention import decode_attention, decode_attention_parts
 from igpt.kernels.decode_linear import decode_linear_residual, decode_norm_linear
 from igpt.kernels.decode_rows import decode_norm, decode_product
 from igpt.kernels.decode_sample import decode_embed, decode_sample
 from igpt.kernels.norm_mlp import gelu_op
-from igpt.kernels.tiles import FEW_PICTURES
 from igpt.sample.decoder import Decoder, quantise
 
 
@@ -63,7 +63,7 @@ class KernelDecoder(Decoder):
 
     def prepare(self, weights: str | None) -> None:
         model, c, device, B = self.model, self.config, self.device, self.batch
-        self.is_few = self.total <= FEW_PICTURES
+        self.is_few = choose.matrix_vector(self.total)
         self.layers = [Layer(block, cache, weights, self.is_few) for block, cache in zip(model.blocks, self.cache)]
         self.wte, self.wpe, self.sos = model.wte, model.wpe, model.sos
         self.head = prepared(model.head * model.norm_f, None, "bf16" if weights else None, self.is_few)
