@@ -48,13 +48,13 @@ def overfitted(tmp_path_factory):
     """A run of 8 steps, validated at each, whose fifth was the best: (directory, result, weights after each step)."""
     run, after = tmp_path_factory.mktemp("runs") / "overfitted", {}
 
-    def valid_loss(self):
+    def validated(self):
         step = self.metrics.last["step"]
         after[step] = {name: p.detach().clone() for name, p in self.model.named_parameters()}
-        return LOSSES.get(step, 6.0)
+        return {"valid_loss": LOSSES.get(step, 6.0)}
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.Training, "valid_loss", valid_loss)
+        patch.setattr(train.Training, "validated", validated)
         result = train.run(options(run, steps=8, save_every=4, valid_every=1, keep=1))
     return run, result, after
 

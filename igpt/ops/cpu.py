@@ -24,9 +24,9 @@ from igpt.kernels.reference import QUICK_GELU, wide
 _linear = torch.ops.mkldnn._linear_pointwise if HAS_ONEDNN else None
 
 
-def product(a, weight, bias=None, epilogue=("none", [], "")):
-    """epilogue(a @ weight^T + bias) for 2-D operands of any strides; oneDNN calls silu "swish"."""
-    return _linear(a, weight, bias, *epilogue)
+def product(a, weight, bias=None, activation: str = "none"):
+    """a @ weight^T + bias for 2-D operands of any strides; activation "swish" (silu) or "gelu", in the epilogue."""
+    return _linear(a, weight, bias, activation, [], "none")  # gelu without approximation
 
 
 def transposed_product(a, b):
@@ -117,12 +117,12 @@ class Activation(NamedTuple):
     scale: float
     function: Callable
     backward: Callable  # (gradient, pre, grad_input=)
-    epilogue: tuple  # oneDNN's
+    epilogue: str  # oneDNN's name for it
 
 
 ACTIVATIONS = {
-    "quick_gelu": Activation(QUICK_GELU, F.silu, torch.ops.aten.silu_backward.grad_input, ("swish", [], "")),
-    "gelu": Activation(1.0, F.gelu, torch.ops.aten.gelu_backward.grad_input, ("gelu", [], "none")),
+    "quick_gelu": Activation(QUICK_GELU, F.silu, torch.ops.aten.silu_backward.grad_input, "swish"),
+    "gelu": Activation(1.0, F.gelu, torch.ops.aten.gelu_backward.grad_input, "gelu"),
 }
 
 
