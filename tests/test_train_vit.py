@@ -10,7 +10,7 @@ import torch
 
 import igpt
 from igpt.programs import eval as evaluate
-from igpt.programs import train
+from igpt.programs import info, train
 from igpt.training import start
 from igpt.training.order import Order
 from igpt.training.processes import processes
@@ -53,6 +53,8 @@ def test_eval_says_how_often_it_is_right(unbroken):
     said, trained = evaluate.run(asked), unbroken[1]["exported"]["valid_loss"]
     assert said["pictures"] == 20 and said["nats_per_picture"] == pytest.approx(trained, abs=1e-5)
     assert 0 <= said["accuracy"] <= 1
+    with pytest.raises(ValueError, match="is a ViT, expected an Image GPT"):
+        info.run(info.Options(model=str(unbroken[0])))
     with pytest.raises(ValueError, match=r"has classes .*, the model"):
         evaluate.run(replace(asked, labels="subgroup"))
 
@@ -93,6 +95,20 @@ def test_weights_decay_and_vectors_do_not(tmp_path):
     training.optimizers[0].step()
     for name, p in training.model.named_parameters():
         torch.testing.assert_close(p.detach(), before[name] * (1 if p.dim() == 1 else 0.95))
+
+
+def test_augmentation_is_the_same_however_many_share_a_batch(tmp_path):
+    with processes("cpu") as us:
+        asked = options(tmp_path / "run", augment=True).resolved()
+        task = train.task_of(asked, us, None)
+    rows = np.arange(5, 13)
+    plain, labels = task.inputs(task.train, rows)
+    whole, same = task.inputs(task.train, rows, 0, 1)
+    parts = [task.inputs(task.train, rows, 0, 1, mine=part)[0] for part in (slice(0, 3), slice(3, 8))]
+    assert torch.equal(torch.cat(parts), whole) and torch.equal(labels, same)
+    assert not torch.equal(whole, plain) and not torch.equal(task.inputs(task.train, rows, 0, 2)[0], whole)
+    with pytest.raises(ValueError, match="augment: got it for an Image GPT"):
+        train.Options("run", augment=True).resolved()
 
 
 def test_patches_are_learnt_from_their_surroundings(tmp_path):

@@ -185,6 +185,7 @@ def test_hugging_face_there_and_back(kind, tmp_path):
     again, loading = type(theirs).from_pretrained(tmp_path / "back", output_loading_info=True)
     assert not any(loading.values())
     assert all(torch.equal(t, theirs.state_dict()[name]) for name, t in again.state_dict().items())
+    assert igpt.convert.convert(tmp_path / "theirs", tmp_path / "ours")["source_format"] == "hf"
     ours.save_pretrained(tmp_path / "ours")
     mine = ViT.from_pretrained(tmp_path / "ours")
     assert mine.config == ours.config and mine.class_names == ours.class_names

@@ -3,7 +3,7 @@
 import importlib
 
 _HOMES = {
-    "crops": ("CROPS", "cifar_augment", "resize_all"),
+    "crops": ("CROPS", "cifar_augment", "resize_all", "shifted", "shifts"),
     "encode": ("encode_folder",),
     "loading": ("SPLITS", "hold_out", "kind_of", "load"),
     "pictures": ("Pictures", "Rows", "same_classes"),

@@ -119,10 +119,18 @@ def cifar_augment(images: np.ndarray, rng: np.random.Generator, pad: int = 4) ->
     """Fine-tuning on CIFAR: reflection-pad each side by 4, a random crop of the padded picture or of its mirror image.
 
     uint8 (B, H, W, 3) -> the same shape."""
+    return shifted(images, pad, *shifts(len(images), rng, pad))
+
+
+def shifts(B: int, rng: np.random.Generator, pad: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What cifar_augment draws for B pictures: rows and columns to begin at, and which are mirrored, each (B, 1)."""
+    top, left = rng.integers(0, 2 * pad + 1, (2, B, 1))
+    return top, left, rng.random((B, 1)) < 0.5
+
+
+def shifted(images: np.ndarray, pad: int, top: np.ndarray, left: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
     B, H, W, _ = images.shape
     padded = np.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)), mode="reflect")
-    top, left = rng.integers(0, 2 * pad + 1, (2, B, 1))
-    mirrored = rng.random((B, 1)) < 0.5
     rows, columns = top + np.arange(H), left + np.arange(W)
     columns = np.where(mirrored, W + 2 * pad - 1 - columns, columns)
     return padded[np.arange(B)[:, None, None], rows[:, :, None], columns[:, None, :]]

@@ -40,6 +40,8 @@ def run(options: Options) -> dict:
         found = convert.open_checkpoint(options.model, options.which)
         known = {"model": options.model, "trained": found.trained and found.trained._asdict()}
         config = found.config
+        if not isinstance(config, Config):
+            raise ValueError(f"model: {options.model} is a ViT, expected an Image GPT: docs/vit.md has a ViT's figures")
     model = ImageGPT(config, device="meta")
     counts = sorted({options.gpus, *(2**i for i in range(options.gpus.bit_length()) if 2**i <= options.gpus)})
     plans = [plan(model, gpus, options.memory * GB) for gpus in counts]

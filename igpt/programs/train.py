@@ -61,6 +61,7 @@ class Options:
     norm: Literal["rms", "layer"] = "rms"  # as OpenAI's code has it (not centred), or as the paper writes it
     size: int | None = None  # pictures become size x size; default: 32, or the token set's own
     holdout: float = 0.1  # part of train that is valid, where the set has no valid of its own (paper's ImageNet: 0.04)
+    augment: bool = False  # a ViT's pictures: reflect-pad by an eighth, a random crop of each or of its mirror image
     skip_bad: bool = False  # leave a folder's unreadable pictures out; default: stop at the first
     palette: Path | None = None  # palette.npy or kmeans_centers.npy; default: --init's, the set's own, or one is fitted
     steps: int | None = None  # updates; default: the paper's 1,000,000 (xl 2,000,000; tiny 1000)
@@ -121,6 +122,8 @@ class Options:
 
     def defaults(self) -> dict:
         objective = self.objective or "ar"
+        if self.augment:
+            raise ValueError("augment: got it for an Image GPT, expected it with a ViT only")
         require_one_of("objective", objective, OBJECTIVES)
         return {
             "objective": objective, "steps": STEPS.get(self.preset, 1_000_000), "batch": BATCHES.get(self.preset, 128),

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import asdict
 
+import numpy as np
 import torch
 
 from igpt import convert
@@ -75,6 +76,7 @@ class Training:
         """What config.json says: all that decides the run's losses."""
         asked = {k: v for k, v in asdict(self.options).items() if k not in FREE}
         asked["palette"] = None if self.task.palette is None else self.task.palette.fingerprint
+        asked["augment"] = self.options.augment or None  # runs from before it go on
         pictures = len(self.task.train)
         return {"model": self.config.to_dict(), "train": {**asked, "warmup": self.warmup, "pictures": pictures}}
 
@@ -121,7 +123,7 @@ class Training:
         rows = self.order.rows(step - 1)
         mine = slice(us.rank * len(rows) // us.world, (us.rank + 1) * len(rows) // us.world)
         draws = (t[mine] for t in self.task.draws(len(rows), options.seed, step))
-        figures = self.step(*self.task.inputs(self.task.train, rows[mine]), *draws)
+        figures = self.step(*self.task.inputs(self.task.train, rows, options.seed, step, mine=mine), *draws)
         asked = torch.full((1,), float(stop), device=us.device)
         return graphed.to_host(us.sum(torch.cat([figures / us.world, asked])))
 
@@ -184,7 +186,7 @@ class Training:
         for first in range(0, n, self.micro * us.world):
             start = first + us.rank * self.micro
             part = slice(start, start + self.micro) if start < n else slice(0, self.micro)
-            batch = *task.inputs(task.valid, part), *(t[part] for t in draws)
+            batch = *task.inputs(task.valid, np.arange(n), mine=part), *(t[part] for t in draws)
             figures = self.called(lambda *batch: task.measure(self.model, *batch), *batch)
             weighted += figures * max(0, min(self.micro, n - start))
         return dict(zip(task.measures, (us.sum(weighted) / n).tolist()))

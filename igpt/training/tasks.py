@@ -2,7 +2,7 @@
 
     task = task_of(options, us, init)
     task.kind(task.config)                               # the model, whose weights task.fill draws or copies
-    model.loss(*task.inputs(task.train, rows), *task.draws(len(rows), seed, step))
+    model.loss(*task.inputs(task.train, rows, seed, step), *task.draws(len(rows), seed, step))
 """
 
 from functools import partial
@@ -33,8 +33,9 @@ class Tokens:
         self.config = config_of(options, init, self.train)
         self.fill = partial(fill, init=init, plane=self.train.size, seed=options.seed)
 
-    def inputs(self, pictures: data.Pictures, rows) -> list[torch.Tensor]:
-        return [torch.from_numpy(pictures.tokens[rows].astype(np.int64))]
+    def inputs(self, pictures: data.Pictures, rows: np.ndarray, *seed: int, mine=slice(None)) -> list[torch.Tensor]:
+        """What of a batch's pictures the model takes, of those that are `mine`; `seed` of a training batch only."""
+        return [torch.from_numpy(pictures.tokens[rows[mine]].astype(np.int64))]
 
     def draws(self, pictures: int, *seed: int) -> list[torch.Tensor]:
         """BERT's masks of a whole batch, the same however many processes share it; none for a causal model."""
@@ -54,6 +55,7 @@ class Pixels:
 
     def __init__(self, options, us: Processes, init: Checkpoint | None):
         self.train, self.valid = pixels_of(options, init)
+        self.augment = options.augment
         self.config = vit_config_of(options, init, self.train)
         self.classes = self.train.classes if self.config.classes else ()
         known = init is not None and init.classes == self.classes and init.config.objective == self.config.objective
@@ -62,9 +64,14 @@ class Pixels:
         self.fill = partial(fill, init=init, plane=plane, seed=options.seed, fresh=fresh)
         self.corruption = ViT(self.config, device="meta").draw_corruption
 
-    def inputs(self, pictures: data.Pictures, rows) -> list[torch.Tensor]:
-        pixels = torch.from_numpy(np.ascontiguousarray(pictures.images[rows]))
-        return [pixels, torch.from_numpy(pictures.labels[rows])] if self.config.classes else [pixels]
+    def inputs(self, pictures: data.Pictures, rows: np.ndarray, *seed: int, mine=slice(None)) -> list[torch.Tensor]:
+        images = pictures.images[rows[mine]]
+        if seed and self.augment:
+            pad = self.config.size // 8  # of 32 pixels, CIFAR's 4
+            drawn = data.shifts(len(rows), np.random.default_rng(seed), pad)
+            images = data.shifted(images, pad, *(a[mine] for a in drawn))
+        pixels = torch.from_numpy(np.ascontiguousarray(images))
+        return [pixels, torch.from_numpy(pictures.labels[rows[mine]])] if self.config.classes else [pixels]
 
     def draws(self, pictures: int, *seed: int) -> list[torch.Tensor]:
         """Which patches of a whole batch are corrupted, and how; nothing where labels are predicted."""
