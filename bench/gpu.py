@@ -30,7 +30,7 @@ from bench.correctness import checks
 from bench.log import Log
 from bench.machine import ROOT, ended
 from bench.rows import Row
-from bench.speed import measure, models, products, sampling, tune
+from bench.speed import measure, models, products, sampling, tune, vits
 from bench.speed.timing import CpuTimer
 from igpt.kernels.interpreter import INTERPRETED
 
@@ -148,6 +148,13 @@ def steps(job: Job) -> None:
     job.time(itertools.chain(*longer), "hugging face")
 
 
+def by_pictures(job: Job) -> None:
+    """ViT, forward and training step, against Hugging Face's."""
+    chosen = vits.cases("cuda", ["bf16"])
+    chosen = chosen if job.device == "cuda" else [dataclasses.replace(chosen[0], preset="vit-tiny", B=2, dtype="fp32")]
+    job.log.take(vits.rows(chosen, job.run("hugging face", case_s=1.0, least=3)))
+
+
 def sampled(job: Job) -> None:
     """Decoding: the ends of the range of batches first, against Hugging Face's generate."""
     groups = [[(name, *job.small([case])) for name, case in group] for group in sampling.groups("cuda", PRESETS)]
@@ -187,7 +194,7 @@ HALVES: dict[str, dict[str, tuple[int, Callable[[Job], None]]]] = {
         "attention_tiles": (REST, lambda job: job.search("ATTENTION")),
     },
     "second": {
-        "steps": (75, steps), "sampled": (45, sampled), "others": (35, others),
+        "steps": (75, steps), "sampled": (45, sampled), "others": (35, others), "pictures": (12, by_pictures),
         "cold": (30, lambda job: job.log.take(checks.first_step(job.device, job.presets[0]))),
         "sanitized": (20, lambda job: job.log.take(checks.sanitizer(job.device, job.seconds, job.sanitizer))),
         "autotuned": (30, autotuned), "other_tiles": (REST, lambda job: job.search("")),

@@ -25,7 +25,7 @@ from bench import cases, rows  # noqa: E402
 from bench.cases import Case  # noqa: E402
 from bench.compiled import step  # noqa: E402
 from bench.log import Log  # noqa: E402
-from bench.speed import measure, models, peers, pictures, sampling  # noqa: E402
+from bench.speed import measure, models, peers, pictures, sampling, vits  # noqa: E402
 
 SUITES = ("quick", "kernels", "model", "sampling", "compile", "full")
 QUICK = ("--arch", "sm_90", "--quick")  # of what is compiled
@@ -58,6 +58,8 @@ def speeds(args, log: Log) -> None:
         # In bf16 the quick suite compares with Hugging Face alone, to end in time.
         keep = (lambda name, c: c.dtype == "fp32" or name in ("ours", "hugging face")) if quick else (lambda *_: True)
         log.take(models.rows(whole(args), run, keep))
+        if not quick:
+            log.take(vits.rows(vits.cases(args.device, args.dtype), run))
     if suite in ("quick", "kernels", "full"):
         presets, lengths, dtypes = args.preset, args.seq, args.dtype
         directions, T = ("fwd", "bwd") if gpu else ("fwd", "fwd+bwd"), 65536 if gpu else lengths[0]
