@@ -8,6 +8,10 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 # torch threads of parallel test workers fight over the cores.
 torch.set_num_threads(int(os.environ.get("IGPT_TEST_THREADS", "1")))
+# torch keeps what a device context redirects as it finds it at the first one: that must not be while a test has another
+# torch.empty in place, or "meta" models take real memory from then on (iGPT-XL's 27 GB).
+with torch.device("meta"):
+    assert torch.empty(1).is_meta
 
 import pytest  # noqa: E402
 
