@@ -1,9 +1,10 @@
 """Everything that needs a GPU, in two halves of at most four minutes each: `make gpu`, or `python -m bench.gpu`.
 
-The first half says whether the kernels are right and attention is quick, the second times the rest; a repair fits
-between them. Each stage is a process of its own with a share of the time: one that crashes or hangs costs its share and
-no more, and rows are in rows.jsonl as soon as they are measured. First all kernels are compiled, on every core; what
-compiled travels as one file, to the next half or the next machine. `--rehearse` runs the same stages on a CPU, small.
+The first half says whether the kernels are right and what has not run yet is quick, the second times the rest; a repair
+fits between them. Each stage is a process of its own with a share of the time: one that crashes or hangs costs its
+share and no more, and rows are in rows.jsonl as soon as they are measured. First all kernels are compiled, on every
+core; what compiled travels as one file, to the next half or the next machine. `--rehearse` runs the same stages on a
+CPU, small.
 """
 
 import argparse
@@ -155,9 +156,10 @@ def by_pictures(job: Job) -> None:
     job.log.take(vits.rows(chosen, job.run("hugging face", case_s=1.0, least=3)))
 
 
-def sampled(job: Job) -> None:
+def sampled(job: Job, presets: tuple[str, ...] = PRESETS, impls: Iterable[str] = sampling.NOTES) -> None:
     """Decoding: the ends of the range of batches first, against Hugging Face's generate."""
-    groups = [[(name, *job.small([case])) for name, case in group] for group in sampling.groups("cuda", PRESETS)]
+    wanted = [[(i, case) for i, case in group if i in impls] for group in sampling.groups("cuda", presets)]
+    groups = [[(name, *job.small([case])) for name, case in group] for group in wanted]
     groups = groups if job.device == "cuda" else [list(dict.fromkeys(groups[0]))]
     known = any(isinstance(row, Row) and (row.suite, row.op) == ("correctness", "decode") for row in job.log.rows())
     job.log.take(sampling.rows(groups, job.run("hugging face", case_s=1.0, least=2), () if known else job.presets))
@@ -189,8 +191,8 @@ def cases() -> Iterator[CompileCase]:
 REST = 1000
 HALVES: dict[str, dict[str, tuple[int, Callable[[Job], None]]]] = {
     "first": {
-        "compiled": (50, compiled), "correct": (70, correct), "attention": (65, attention), "gelu": (15, gelu),
-        "profiled": (25, profiled),
+        "compiled": (50, compiled), "correct": (65, correct), "attention": (60, attention), "gelu": (15, gelu),
+        "decoded": (15, lambda job: sampled(job, PRESETS[:1], ("ours",))), "profiled": (20, profiled),
         "attention_tiles": (REST, lambda job: job.search("ATTENTION")),
     },
     "second": {

@@ -259,7 +259,7 @@ def test_both_halves_are_rehearsed(half, tmp_path, capfd):
     seen = {(row.suite, row.op, row.impl) for row in found if row.median_ms or row.suite == "correctness"}
     if half == "first":
         assert {("correctness", "step", "triton, compiled"), ("kernels", "attention", "sdpa"),
-                ("kernels", "gelu", "ours")} <= seen  # fmt: skip
+                ("kernels", "gelu", "ours"), ("sampling", "decode", "ours")} <= seen  # fmt: skip
         assert {row.op for row in found if row.suite == "correctness"} >= {"norm", "model", "decode", "palette_encode"}
         assert "# of Calls" in (tmp_path / "profile.txt").read_text()
         assert "ATTENTION_DQ  ('portable', 96): Tile(" in (tmp_path / "tiles.txt").read_text()
