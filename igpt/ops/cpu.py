@@ -6,7 +6,7 @@ that torch.compile emits). Why not autograd: on a CPU each fresh 8 MB tensor cos
 here reuses its buffers, and the activation and the residual ride in the products' epilogues where oneDNN has one.
 
 For fp32 and bf16 in eager mode; kernels/choose.py sends everything else to plain PyTorch. Saved for backward: x, the
-rows' reciprocal deviation, the MLP's pre-activation and, unless `recompute`, activation. Statistics and the norm's
+rows' statistics, the MLP's pre-activation and, unless `recompute`, activation. Statistics and the norm's
 gradients are fp32.
 """
 
@@ -37,46 +37,48 @@ def transposed_product(a, b):
     return product(a.t(), b.t()) if a.shape[1] <= b.shape[1] else product(b.t(), a.t()).t()
 
 
-def _centre(x, centred):
-    h = wide(x)
-    return h - h.mean(-1, keepdim=True) if centred else h
-
-
 def _normalise(x, gain, eps, centred):
-    """(n, rstd): n = h * rstd * gain in x's dtype, h = x or x - mean(x), rstd fp32 [rows, 1]."""
-    h = _centre(x, centred)
+    """(n, mean, rstd): n = (x - mean) rstd gain in x's dtype; fp32 statistics. Without `centred` there is no mean; with
+    it, it is ATen's layer norm, one pass over x."""
+    if centred:  # of 16 bits it would keep the statistics in 16, and sum dgain in them
+        n, mean, rstd = torch.native_layer_norm(wide(x), x.shape[-1:], wide(gain), None, eps)
+        return n.to(x.dtype), mean, rstd
+    h = wide(x)
     rstd = torch.rsqrt(torch.linalg.vector_norm(h, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps))
-    return (h * rstd).mul_(gain).to(x.dtype), rstd
+    return (h * rstd).mul_(gain).to(x.dtype), None, rstd
 
 
-def _again(x, gain, rstd, centred):
+def _again(x, gain, mean, rstd, eps):
     """n once more, for a weight's gradient: cheaper than to have kept it."""
-    return (_centre(x, centred) * rstd).mul_(gain).to(x.dtype)
+    if mean is not None:
+        return torch.native_layer_norm(wide(x), x.shape[-1:], wide(gain), None, eps)[0].to(x.dtype)
+    return (wide(x) * rstd).mul_(gain).to(x.dtype)
 
 
-def _normalise_backward(dn, x, gain, rstd, centred):
+def _normalise_backward(dn, x, gain, mean, rstd):
     """(dx, dgain), both fp32: dx = rstd (gain dn - xhat rowdot(gain dn, xhat) / d), less its mean if centred."""
-    dn, xhat = wide(dn), _centre(x, centred) * rstd
+    if mean is not None:
+        tensors = wide(dn), wide(x), x.shape[-1:], mean, rstd, wide(gain), None
+        return torch.ops.aten.native_layer_norm_backward(*tensors, [True, True, False])[:2]
+    dn, xhat = wide(dn), wide(x) * rstd
     product = dn * xhat
     dgain = product.sum(0)
     rowdot = product.mul_(gain).sum(-1, keepdim=True).div_(x.shape[-1])
-    dx = (dn * gain).sub_(xhat.mul_(rowdot)).mul_(rstd)
-    return dx.sub_(dx.mean(-1, keepdim=True)) if centred else dx, dgain
+    return (dn * gain).sub_(xhat.mul_(rowdot)).mul_(rstd), dgain
 
 
 class Norm(Function):
     @staticmethod
     def forward(ctx, x, gain, eps, centred):
-        n, rstd = _normalise(x, gain, eps, centred)
-        ctx.save_for_backward(x, gain, rstd)
-        ctx.centred = centred
+        n, *stats = _normalise(x, gain, eps, centred)
+        ctx.save_for_backward(x, gain, *stats)
         return n
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dn):
-        x, gain, rstd = ctx.saved_tensors
-        dx, dgain = _normalise_backward(dn, x, gain, rstd, ctx.centred)
+        x, gain, *stats = ctx.saved_tensors
+        dx, dgain = _normalise_backward(dn, x, gain, *stats)
         return dx.to(x.dtype), dgain.to(gain.dtype), None, None
 
 
@@ -97,17 +99,17 @@ class Linear(Function):
 class NormLinear(Function):
     @staticmethod
     def forward(ctx, x, gain, weight, bias, eps, centred):
-        n, rstd = _normalise(x, gain, eps, centred)
-        ctx.save_for_backward(x, gain, rstd, weight)
-        ctx.has_bias, ctx.centred = bias is not None, centred
+        n, *stats = _normalise(x, gain, eps, centred)
+        ctx.save_for_backward(x, gain, weight, *stats)
+        ctx.has_bias, ctx.eps = bias is not None, eps
         return product(n, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, gain, rstd, weight = ctx.saved_tensors
-        dweight = transposed_product(dy, _again(x, gain, rstd, ctx.centred))
-        dx, dgain = _normalise_backward(product(dy, weight.t()), x, gain, rstd, ctx.centred)
+        x, gain, weight, *stats = ctx.saved_tensors
+        dweight = transposed_product(dy, _again(x, gain, *stats, ctx.eps))
+        dx, dgain = _normalise_backward(product(dy, weight.t()), x, gain, *stats)
         return dx.to(x.dtype), dgain.to(gain.dtype), dweight, dy.sum(0) if ctx.has_bias else None, None, None
 
 
@@ -133,13 +135,13 @@ class NormMLP(Function):
     @staticmethod
     def forward(ctx, x, gain, w_fc, w_proj, b_fc, b_proj, eps, centred, activation, training, recompute):
         act = ACTIVATIONS[activation]
-        n, rstd = _normalise(x, gain * act.scale, eps, centred)
+        n, *stats = _normalise(x, gain * act.scale, eps, centred)
         bias = None if b_fc is None else b_fc * act.scale
         if training:
             pre = product(n, w_fc, bias)
             hidden = act.function(pre)
-            ctx.save_for_backward(x, gain, rstd, w_fc, w_proj, pre, None if recompute else hidden)
-            ctx.has_bias, ctx.centred, ctx.act = (b_fc is not None, b_proj is not None), centred, act
+            ctx.save_for_backward(x, gain, w_fc, w_proj, pre, None if recompute else hidden, *stats)
+            ctx.has_bias, ctx.eps, ctx.act = (b_fc is not None, b_proj is not None), eps, act
         else:
             hidden = product(n, w_fc, bias, act.epilogue)
         y = product(hidden, w_proj)
@@ -149,7 +151,7 @@ class NormMLP(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, gain, rstd, w_fc, w_proj, pre, hidden = ctx.saved_tensors
+        x, gain, w_fc, w_proj, pre, hidden, *stats = ctx.saved_tensors
         act = ctx.act
         hidden = act.function(pre) if hidden is None else hidden
         dz = dy if act.scale == 1 else dy * (1 / act.scale)
@@ -157,8 +159,8 @@ class NormMLP(Function):
         dpre = product(dz, w_proj.t())
         act.backward(dpre, pre, grad_input=dpre)
         scaled = gain * act.scale
-        dw_fc = transposed_product(dpre, _again(x, scaled, rstd, ctx.centred))
-        dx, dgain = _normalise_backward(product(dpre, w_fc.t()), x, scaled, rstd, ctx.centred)
+        dw_fc = transposed_product(dpre, _again(x, scaled, *stats, ctx.eps))
+        dx, dgain = _normalise_backward(product(dpre, w_fc.t()), x, scaled, *stats)
         db_fc = dpre.sum(0).mul_(act.scale) if ctx.has_bias[0] else None
         db_proj = dy.sum(0) if ctx.has_bias[1] else None
         dx, dgain = dx.add_(dy).to(x.dtype), dgain.mul_(act.scale).to(gain.dtype)
