@@ -145,7 +145,7 @@ class NormMLP(Function):
         else:
             hidden = product(n, w_fc, bias, act.epilogue)
         y = product(hidden, w_proj)
-        torch.add(x, y, alpha=1 / act.scale, out=y)
+        y = (y if act.scale == 1 else y.mul_(1 / act.scale)).add_(x)
         return y if b_proj is None else y.add_(b_proj)
 
     @staticmethod
