@@ -117,8 +117,9 @@ def table(path: Path, name: str) -> str:
     head, lines = TABLES[name](timed)
     if not lines:
         raise ValueError(f"{path}: no timed rows for the table {name}")
-    one = timed[0]
-    stamp = f"{one.gpu}; torch {one.torch}, Triton {one.triton}, commit {one.commit}, {one.date}. Medians, interleaved."
+    one, commits = timed[0], dict.fromkeys(r.commit for r in timed)
+    stamp = f"{one.gpu}; torch {one.torch}, Triton {one.triton}, commit {', '.join(commits)}, {one.date}"
+    stamp += ". Medians, interleaved."
     return f"{columns(lines, head, markdown=True)}\n\n{stamp}\n"
 
 
