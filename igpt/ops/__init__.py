@@ -32,7 +32,7 @@ if HAS_TRITON:
     from igpt.kernels import norm_mlp as norm_mlp_kernel
     from igpt.kernels import palette as palette_kernel
 
-DISTANCES = 1 << 21  # of pixels from colours, held at once by the torch path: 60 MB, as each takes 28 bytes at work
+DISTANCES = 1 << 19  # of pixels from colours, held at once by the torch path: 15 MB, as each takes 28 bytes at work
 __all__ = ["IMPLS"]
 
 
