@@ -56,6 +56,7 @@ from .attention_hopper import (
     allocate_ring,
     claim,
     copy,
+    layout_of,
     product_layout,
     release,
     store_through,
@@ -280,9 +281,8 @@ def require(name: str, tile: tiles.Tile, **tensors: torch.Tensor | None) -> None
 def matrix(t: torch.Tensor | None, rows: int, columns: int) -> TensorDescriptor | None:
     if t is None:
         return None
-    block, dtype = [1, rows, columns], gl.bfloat16 if t.dtype == torch.bfloat16 else gl.float16
-    layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
-    return TensorDescriptor(t, [1, *t.shape], [t.shape[0] * t.stride(0), *t.stride()], block, layout)
+    strides = [t.shape[0] * t.stride(0), *t.stride()]
+    return TensorDescriptor(t, [1, *t.shape], strides, [1, rows, columns], layout_of(t.dtype, rows, columns))
 
 
 def run(a, b, bias, u, first, h, is_grad: bool, tile: tiles.Tile) -> None:

@@ -193,7 +193,7 @@ def attention_tile(table: dict, q: torch.Tensor, aligned: bool) -> Tile:
     raise ValueError(f"attention: no tile for head dim {D}, expected up to 128")
 
 
-# The warp-specialised kernels of sm_90 (kernels/attention_hopper.py, attention_hopper_backward.py) by head dim: BLOCK_M
+# The warp-specialised kernels of sm_90 (kernels/attention_hopper_forward.py, _backward.py) by head dim: BLOCK_M
 # rows in two consumers, BLOCK_N streamed rows, num_stages of which are in shared memory.
 ATTENTION_HOPPER_FORWARD = {
     64: Tile(128, 128, num_stages=4, tma=True, evidence="H200 2026-11-27"),

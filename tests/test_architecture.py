@@ -92,3 +92,10 @@ def test_no_file_outgrows_its_topic():
     for path in modules().values():
         lines, name = len(path.read_text().splitlines()), str(path.relative_to(ROOT))
         assert lines <= 350 or name in reasons, (name, lines)
+
+
+def test_a_former_name_leads_to_its_module():
+    import igpt.crops
+    import igpt.data.crops
+
+    assert igpt.crops.open_picture is igpt.data.crops.open_picture

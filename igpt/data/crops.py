@@ -94,7 +94,11 @@ CROPS: dict[str, Callable] = {"eval": eval_crop, "train": train_crop, "stretch":
 
 def square(path: str | Path, size: int, crop: str = "eval", seed=0, resample: str = "bilinear") -> np.ndarray:
     """A picture file as uint8 (size, size, 3) by one of CROPS; one that has that size already is taken as it is."""
-    picture = open_picture(path)
+    return fitted(open_picture(path), size, crop, seed, resample)
+
+
+def fitted(picture: Image.Image, size: int, crop: str = "eval", seed=0, resample: str = "bilinear") -> np.ndarray:
+    """The same of an open picture, RGB."""
     if picture.size == (size, size):
         return np.asarray(picture)
     return CROPS[crop](picture, size, np.random.default_rng(seed), resample)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from igpt.data.crops import eval_crop, open_picture
+from igpt.data.crops import fitted, open_picture
 from igpt.data.folder import warn_of_bad
 from igpt.programs.sampling import Sampling
 from igpt.programs.source import say
@@ -63,15 +63,12 @@ def read(options: Options, side: int) -> list[np.ndarray]:
                 raise
             bad.append(str(path))
             continue
-        if picture.size == (side, side):
-            squares.append(np.asarray(picture))
-        elif options.resize:
+        if picture.size != (side, side):
+            if not options.resize:
+                got = f"{picture.width} x {picture.height}"
+                raise ValueError(f"{path}: got {got}, expected {side} x {side} without --resize")
             say(f"pictures of another size are taken by their middle square, resized to {side} x {side}")
-            squares.append(eval_crop(picture, side))
-        else:
-            raise ValueError(
-                f"{path}: got {picture.width} x {picture.height}, expected {side} x {side} without --resize"
-            )
+        squares.append(fitted(picture, side))
     if not squares:
         raise ValueError(f"pictures: none of the {len(bad)} files can be read")
     warn_of_bad("pictures", bad, len(options.pictures))

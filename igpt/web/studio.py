@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 
 from igpt import data, sample
 from igpt.convert.tensors import read_json
-from igpt.data.crops import BROKEN, eval_crop, to_rgb
+from igpt.data.crops import BROKEN, fitted, to_rgb
 
 FILE_BYTES = 16 << 20  # of an upload, at most
 FILE_PIXELS = 50_000_000  # of the picture in it: a small file may unpack to any size
@@ -38,10 +38,8 @@ class Studio:
         }  # fmt: skip
 
     def tokens_of(self, file: bytes) -> list[int]:
-        """A picture file, cropped as `igpt complete --resize` does and in the palette's colours."""
-        picture = open_upload(file)
-        fits = picture.size == (self.side, self.side)
-        return self.quantised(np.asarray(picture) if fits else eval_crop(picture, self.side))
+        """A picture file, cropped as `igpt complete` does and in the palette's colours."""
+        return self.quantised(fitted(open_upload(file), self.side))
 
     def emoji(self, i: int) -> list[int]:
         """A built-in picture that `igpt train` holds out; they repeat from their number on."""
