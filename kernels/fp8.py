@@ -9,8 +9,8 @@ Of a layer's three products two are in 8 bits: y = x @ w^T, and dx = dy @ w, who
 gradient dw = dy^T @ x sums over all tokens, would need both operands rounded a second time, by columns, and what it
 loses is never averaged away; it keeps its dtype. Weights are the caller's own, as ever; nothing is kept in 8 bits.
 
-A block multiplies 16 d numbers a token in 8 bits, forward and backward, and rounding each reads 2 bytes and writes 1: 48
-d bytes, against 2/3 of 72 d^2 FLOPs at another pace. On an H200 that eats what S gains (d = 512) and leaves L (1536)
+A block multiplies 16 d numbers a token in 8 bits, forward and backward, and rounding each reads 2 bytes and writes 1:
+48 d bytes, against 2/3 of 72 d^2 FLOPs at another pace. On an H200 that eats what S gains (d = 512) and leaves L (1536)
 most of it, by arithmetic alone: bench/gpu_todo.md.
 """
 

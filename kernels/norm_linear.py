@@ -17,7 +17,7 @@ import torch
 from . import checks, tiles
 from .device import check_device
 from .norm import norm_backward_op, norm_op
-from .quantize import linear
+from .quantize import linear, linear_backward
 from .registration import differentiable
 from .rows import as_rows
 
@@ -46,7 +46,7 @@ class NormLinear(torch.autograd.Function):
             return dres, dres if ctx.has_add else None, *[None] * 6
         s, gain, weight, stats = ctx.saved_tensors
         dy = as_rows(dy)
-        ds, dgain, n = norm_backward_op(linear(dy, weight.t(), None, ctx.fp8), s, gain, stats, dres, True)
+        ds, dgain, n = norm_backward_op(linear_backward(dy, weight, ctx.fp8), s, gain, stats, dres, True)
         dbias = dy.sum(0) if ctx.has_bias else None
         return ds, ds if ctx.has_add else None, dgain, dy.t() @ n, dbias, None, None, None
 

@@ -22,7 +22,7 @@ from .device import arch, check_device
 from .launching import blocks, launch
 from .norm import norm_backward_op, norm_op
 from .primitives import gelu, gelu_grad, quick_gelu, quick_gelu_grad
-from .quantize import linear
+from .quantize import linear, linear_backward
 from .registration import differentiable, operation
 from .rows import as_rows
 
@@ -102,10 +102,9 @@ class NormMLP(torch.autograd.Function):
             return dres, dres if ctx.has_add else None, *[None] * 10
         s, gain, w_fc, w_proj, stats, u, h = ctx.saved_tensors
         dz, recompute = as_rows(dz), h.shape != u.shape
-        du = linear(dz, w_proj.t(), None, ctx.fp8)
+        du = linear_backward(dz, w_proj, ctx.fp8)
         again = gelu_backward_op(u, du, ctx.exact, recompute)
-        dn = linear(du, w_fc.t(), None, ctx.fp8)
-        ds, dgain, n = norm_backward_op(dn, s, gain, stats, dres, True)
+        ds, dgain, n = norm_backward_op(linear_backward(du, w_fc, ctx.fp8), s, gain, stats, dres, True)
         dw_fc, dw_proj = du.t() @ n, dz.t() @ as_rows(again if recompute else h)
         db_fc = du.sum(0) if ctx.has_b_fc else None
         db_proj = dz.sum(0) if ctx.has_b_proj else None

@@ -86,3 +86,8 @@ def quantize_rows(x):
 def linear(x, weight, bias, fp8: bool):
     """x @ weight^T + bias by the vendor, in x's dtype or in 8 bits (kernels/fp8.py)."""
     return product(x, weight, bias, quantize_rows_op) if fp8 else F.linear(x, weight, bias)
+
+
+def linear_backward(dy, weight, fp8: bool):
+    """dy @ weight, the gradient of x, in the same way."""
+    return product(dy, weight.t(), None, quantize_rows_op) if fp8 else dy @ weight
