@@ -193,6 +193,20 @@ def test_attention_by_blocks_on_a_cpu(n, h, d, dtype, causal, packed):
         assert errors.ok, errors
 
 
+def test_attention_by_blocks_sums_in_fp32_whatever_the_default_dtype():
+    qkv = rand(1, 600, 3, 1, 16).requires_grad_()
+
+    def gradient():
+        return torch.autograd.grad(cpu_attention.Attention.apply(True, 0.25, qkv).square().sum(), qkv)[0]
+
+    want = gradient()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(gradient(), want)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_attention_by_blocks_is_causal_to_the_bit_and_takes_hard_scores():
     qkv = rand(1, 600, 3, 1, 64, scale=6.0)
     changed = qkv.clone()

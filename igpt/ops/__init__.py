@@ -67,7 +67,8 @@ def decode_attention(qkv, k_cache, v_cache, position, scale: float | None = None
     if position.numel() != 1 or position.is_floating_point():
         checks.refuse("decode_attention", "position", checks.said(position), "one integer")
     if choose.kernels(impl, qkv):
-        return decode_attention_kernel.decode_attention(qkv, k_cache, v_cache, position.reshape(1).expand(len(qkv)), scale)
+        position = position.reshape(1).expand(len(qkv))
+        return decode_attention_kernel.decode_attention(qkv, k_cache, v_cache, position, scale)
     n = int(position)
     if not 0 <= n < k_cache.shape[2]:
         raise ValueError(f"position: got {n}, expected an integer in [0, {k_cache.shape[2]})")

@@ -68,7 +68,7 @@ class Palette:
     @cached_property
     def colours(self) -> torch.Tensor:
         """The colours as uint8 (k, 3)."""
-        return reference.palette_decode(torch.arange(len(self)), self.centres)
+        return reference.palette_decode(torch.arange(len(self), device="cpu"), self.centres)
 
     @cached_property
     def table(self) -> ColourTable:
@@ -102,7 +102,7 @@ class Palette:
     def decode(self, tokens, size: tuple[int, int]) -> torch.Tensor:
         """Colours of integer tokens (B, H*W) as pictures uint8 (B, H, W, 3), on the tokens' device. A token that the
         palette doesn't have raises ValueError on a CPU and is black on a GPU."""
-        tokens = torch.as_tensor(tokens)
+        tokens = tokens if torch.is_tensor(tokens) else torch.as_tensor(tokens)
         if tokens.is_floating_point() or tokens.dtype == torch.bool or tokens.dim() != 2:
             raise ValueError(f"tokens: got {tokens.dtype} {tuple(tokens.shape)}, expected integers (B, H*W)")
         if tokens.shape[1] != size[0] * size[1]:
