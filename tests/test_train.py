@@ -192,6 +192,7 @@ def test_another_configuration_is_refused_with_the_difference(unbroken, tmp_path
     [
         ({"batch": 9, "accumulate": 2}, "batch: got 9, expected a multiple of 1 processes"),
         ({"steps": 0}, "steps: got 0"),
+        ({"size": 0}, "size: got 0"),
         ({"lr": math.nan}, "lr: got nan"),
         ({"clip": 0.0}, "clip: got 0.0"),
         ({"beta2": 1.0}, "beta1, beta2"),
