@@ -79,9 +79,11 @@ class Palette:
     def fit(cls, images, k: int = 512, seed: int = 0) -> "Palette":
         """k-means on the pixels of uint8 images (..., 3), on the GPU for tensors of one; see kmeans.py.
 
-        Raises ValueError for fewer than k distinct colours."""
+        Raises ValueError for fewer than k distinct colours, or a seed that isn't in [0, 2^32)."""
         if not isinstance(k, int) or not 1 <= k <= LARGEST:
             raise ValueError(f"k: got {k!r}, expected an integer from 1 to {LARGEST}")
+        if not isinstance(seed, int) or not 0 <= seed < 2**32:
+            raise ValueError(f"seed: got {seed!r}, expected an integer from 0 to {2**32 - 1}")
         images = _pixels(images)
         return cls(kmeans.kmeans(images, k, seed))
 
