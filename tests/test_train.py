@@ -22,6 +22,7 @@ from PIL import Image
 import igpt
 from igpt import machine
 from igpt.programs import info, train
+from igpt.sample import decoder
 from igpt.training.order import Order
 from igpt.training.processes import processes
 from tests import children
@@ -173,6 +174,16 @@ def test_a_loss_that_is_not_finite_names_the_step_and_the_checkpoint(tmp_path):
     asked = options(tmp_path / "run", save_every=1, lr=1e30, warmup=0, clip=None)
     with pytest.raises(FloatingPointError, match=r"step 2: .* checkpoint is .*/checkpoints/step-1"):
         train.run(asked)
+
+
+def test_a_grid_too_large_for_the_memory_is_drawn_in_parts(tmp_path, monkeypatch):
+    """A run of days doesn't end for it: the pictures are the same."""
+    train.run(options(tmp_path / "whole", steps=1, sample_every=1))
+    monkeypatch.setattr(decoder, "available_bytes", lambda device: 300_000)  # the cache of 16 takes 524,288
+    with pytest.warns(UserWarning, match="batch: 1 at once, as memory allows, not 16"):
+        train.run(options(tmp_path / "parts", steps=1, sample_every=1))
+    whole, parts = ((tmp_path / run / "samples" / "step-0000001.png").read_bytes() for run in ("whole", "parts"))
+    assert whole == parts
 
 
 def test_another_configuration_is_refused_with_the_difference(unbroken, tmp_path):
