@@ -121,7 +121,7 @@ def palette_encode(pixels, palette_V3):
     d_r, d_g, d_b = (palette_pixels(pixels)[..., None, :] - palette_V3.float()).unbind(-1)
     distance = (d_r * d_r + d_g * d_g) + d_b * d_b
     # numpy's argmin is the first minimum by contract; torch's is any.
-    return torch.from_numpy(distance.cpu().numpy().argmin(-1)).to(pixels.device)
+    return torch.from_numpy(distance.detach().cpu().numpy().argmin(-1)).to(pixels.device)
 
 
 def palette_decode(tokens, palette_V3):

@@ -71,7 +71,8 @@ def decode_attention(qkv, k_cache, v_cache, position, scale: float | None = None
     if position.numel() != 1 or position.is_floating_point():
         checks.refuse("decode_attention", "position", checks.said(position), "one integer")
     if choose.kernels(impl, qkv):
-        return decode_attention_kernel.decode_attention(qkv, k_cache, v_cache, position.expand(len(qkv)), scale)
+        position = position.reshape(1).expand(len(qkv))
+        return decode_attention_kernel.decode_attention(qkv, k_cache, v_cache, position, scale)
     n = int(position)
     if not 0 <= n < k_cache.shape[2]:
         raise ValueError(f"position: got {n}, expected an integer in [0, {k_cache.shape[2]})")
@@ -206,7 +207,7 @@ def head_loss(x, norm_weight, head_weight, targets, *, eps: float = 1e-5, centre
     logits, targets = reference.wide(linear(n, head_weight)), targets.long()
     is_outside = (targets < 0) | (targets >= head_weight.shape[0])  # only where nobody could read them
     inside = targets.masked_fill(is_outside, 0)
-    nll = F.cross_entropy(logits.flatten(0, -2), inside.flatten(), reduction="none").view(targets.shape)
+    nll = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), inside.flatten(), reduction="none").view(targets.shape)
     return nll.masked_fill(is_outside, torch.nan)
 
 
@@ -256,13 +257,13 @@ def _with_row_outside(ids, table, value: float):
 
 def _rows(function, x, *args):
     """Apply an autograd function of 2-D activations to (..., d) ones."""
-    y = function.apply(x.flatten(0, -2), *args)
+    y = function.apply(x.reshape(-1, x.shape[-1]), *args)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def _addmm(added, a, weight, alpha: float = 1.0):
     """added + alpha a @ weight^T in one product (`added` may be None, a row, or a full residual)."""
-    rows, shape = a.flatten(0, -2), (*a.shape[:-1], weight.shape[0])
+    rows, shape = a.reshape(-1, a.shape[-1]), (*a.shape[:-1], weight.shape[0])
     if added is None:
         out = rows.new_zeros(())  # beta = 0: never read
         return torch.addmm(out, rows, weight.t(), beta=0, alpha=alpha).view(shape)

@@ -102,6 +102,8 @@ class Options:
         ):  # fmt: skip
             if getattr(options, name) < 1:
                 raise ValueError(f"{name}: got {getattr(options, name)}, expected at least 1")
+        if options.size is not None and options.size < 1:
+            raise ValueError(f"size: got {options.size}, expected at least 1")
         for name in ("lr", "eps"):
             if not 0 < getattr(options, name) < math.inf:
                 raise ValueError(f"{name}: got {getattr(options, name)}, expected a positive number")

@@ -17,7 +17,7 @@ import torch
 from igpt import convert
 from igpt.kernels import checks
 from igpt.machine import peak_flops
-from igpt.sample import generate, grid
+from igpt.sample import batch_of, generate, grid
 from igpt.training import graphed, muon
 from igpt.training.checkpoint import Checkpoints
 from igpt.training.order import Order
@@ -201,8 +201,12 @@ class Training:
         model = whole(self.model, self.us)
         if model is not None and self.task.palette is not None:
             weights = "bf16" if self.bf16 else None
-            tokens = generate(model, SAMPLES, seed=self.options.seed, weights=weights).cpu()
-            pictures = self.task.palette.decode(tokens, self.task.train.size)
+            batch = batch_of(model, SAMPLES, weights=weights)  # a run doesn't end for a grid that memory is too small for
+            tokens = [
+                generate(model, min(batch, SAMPLES - first), first=first, seed=self.options.seed, weights=weights).cpu()
+                for first in range(0, SAMPLES, batch)
+            ]
+            pictures = self.task.palette.decode(torch.cat(tokens), self.task.train.size)
             path = self.options.run / "samples" / f"step-{step:07d}.png"
             grid.save(path, pictures, columns=math.isqrt(SAMPLES), scale=4)
         self.us.wait()
