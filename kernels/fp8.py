@@ -42,6 +42,7 @@ class Linear(Function):
     @once_differentiable
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
-        rows = dy.flatten(0, -2)
-        dbias = rows.sum(0) if ctx.has_bias else None
-        return product(dy, weight.t(), None, ctx.quantize), rows.t() @ x.flatten(0, -2), dbias, None
+        rows, dbias = dy.reshape(-1, dy.shape[-1]), None
+        if ctx.has_bias:
+            dbias = rows.sum(0)
+        return product(dy, weight.t(), None, ctx.quantize), rows.t() @ x.reshape(-1, x.shape[-1]), dbias, None
