@@ -109,16 +109,34 @@ def palette_encode(c, e: int) -> Cost:
     return Cost(0, c.T * (3 + 8) + VOCAB * 12)
 
 
-palette_decode = palette_encode
+palette_decode = palette_pictures = palette_encode
+
+
+def palette_fit(c, e: int) -> Cost:
+    return Cost(0, 3 * c.T)
+
+
+def encode_folder(c, e: int) -> Cost:
+    """The pixels that are looked up, and tokens of 16 bits; what a file holds, its format decides."""
+    return Cost(0, 5 * c.T)
+
+
+def blocks(c, e: int) -> Cost:
+    residual = Cost(0, c.T * c.d * e)  # read by whoever adds it
+    return c.layers * (norm_linear(c, e) + attention(c, e) + linear(c, e, c.d) + residual + norm_mlp(c, e))
 
 
 def model(c, e: int) -> Cost:
     """A whole Image GPT: logits, written once ("fwd"), or the loss and its gradients, a step without its optimiser."""
     c = replace(c, direction="fwd" if c.direction == "fwd" else "fwd+bwd")
-    residual = Cost(0, c.T * c.d * e)  # read by whoever adds it
-    layer = norm_linear(c, e) + attention(c, e) + linear(c, e, c.d) + residual + norm_mlp(c, e)
-    total = c.layers * layer + embed(c, e) + head_loss(c, e)
+    total = blocks(c, e) + embed(c, e) + head_loss(c, e)
     return total + Cost(0, c.T * VOCAB * e) if c.direction == "fwd" else total
+
+
+def vit(c, e: int) -> Cost:
+    """Of the blocks and the patches' product; the head's one row a picture is left out."""
+    c = replace(c, direction="fwd" if c.direction == "fwd" else "fwd+bwd")
+    return blocks(c, e) + linear(replace(c, N=c.N - 1, H=1, D=3 * c.config.patch**2), e, c.d)
 
 
 def decode(c, e: int) -> Cost:

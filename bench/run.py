@@ -25,25 +25,23 @@ from bench import cases, rows  # noqa: E402
 from bench.cases import Case  # noqa: E402
 from bench.compiled import step  # noqa: E402
 from bench.log import Log  # noqa: E402
-from bench.speed import measure, models, peers, pictures, sampling, vits  # noqa: E402
+from bench.speed import measure, models, peers, pictures, sampling  # noqa: E402
 
 SUITES = ("quick", "kernels", "model", "sampling", "compile", "full")
 QUICK = ("--arch", "sm_90", "--quick")  # of what is compiled
-TIMED = ("quick", "kernels", "model", "full")  # operations or models, whose correctness is checked first
 
 
 def evidence(log: Log, device: str, suite: str) -> None:
     """Correctness and compilation, side by side on a CPU's two cores: neither is timed."""
-    quick, children = suite == "quick", []
-    if suite in TIMED:
-        flags = ["--device", device, *(["--list", "quick"] if quick else [])]
+    children, only = [], {"quick": ["--list", "quick"], "sampling": ["--op", "decode"]}
+    if suite != "compile":
+        flags = ["--device", device, *only.get(suite, [])]
         children.append(functools.partial(log.child, "correctness", *flags, interpret=device == "cpu"))
     if suite in ("quick", "compile", "full"):
         flags = ["--workers", str(max(1, min(8, (os.cpu_count() or 1) - len(children))))]
-        children.append(functools.partial(log.child, "compiled", *flags, *QUICK * quick))
-    if children:
-        with ThreadPool(len(children)) as pool:
-            pool.map(lambda child: child(), children)
+        children.append(functools.partial(log.child, "compiled", *flags, *QUICK * (suite == "quick")))
+    with ThreadPool(len(children)) as pool:
+        pool.map(lambda child: child(), children)
 
 
 def speeds(args, log: Log) -> None:
@@ -57,9 +55,8 @@ def speeds(args, log: Log) -> None:
             log.take(rows_of(run))
         # In bf16 the quick suite compares with Hugging Face alone, to end in time.
         keep = (lambda name, c: c.dtype == "fp32" or name in ("ours", "hugging face")) if quick else (lambda *_: True)
-        log.take(models.rows(whole(args), run, keep))
-        if not quick:
-            log.take(vits.rows(vits.cases(args.device, args.dtype), run))
+        vits = [] if quick else cases.vit_cases(args.device, args.dtype)
+        log.take(models.rows([*whole(args), *vits], run, keep))
     if suite in ("quick", "kernels", "full"):
         presets, lengths, dtypes = args.preset, args.seq, args.dtype
         directions, T = ("fwd", "bwd") if gpu else ("fwd", "fwd+bwd"), 65536 if gpu else lengths[0]

@@ -22,38 +22,29 @@ from bench.correctness.checks import Check, checked
 from bench.machine import ROOT
 from bench.rows import append
 
-LISTS = ("quick", "full", "gpu", "rehearsal", "sanitizer")
+LISTS = ("quick", "full", "gpu", "sanitizer")
 
 
 def listed(name: str, device: str) -> list[Check]:
-    """The checks of each list, what speeds are shown of first: "quick" is bf16 at one length, "full" every dtype, both
-    small enough for the interpreter; "gpu" is everything, at the lengths that count; "rehearsal" one check of each
-    kind; "sanitizer" two cases of attention."""
-    gpu, dtypes, widths, repeated = name == "gpu", ("bf16", "fp32"), (), []
+    """The checks of each list, what speeds are shown of first: "quick" is bf16 at one length, "full" every dtype and
+    decoding, both small enough for the interpreter; "gpu" is everything, at the lengths that count; "sanitizer" two
+    cases of attention."""
     if name == "sanitizer":
         found = [Case("attention", 1, 160, 2, 64, "bf16", causal, "fwd+bwd") for causal in (True, False)]
         return [checked("triton", checks.operation, case, device) for case in found]
-    if name == "rehearsal":
-        found = [Case(op, 1, 16, 1, 16, "fp32", direction="fwd+bwd") for op in ("norm", "palette_encode")]
-        dtypes, widths, repeated = ("fp32",), ("tiny",), found[:1]
-    else:
-        found = cases.correctness(name == "quick", gpu)
-        dtypes = dtypes[:1] if name == "quick" else dtypes
+    quick, gpu = name == "quick", name == "gpu"
+    found = [checked("triton", checks.operation, case, device) for case in cases.correctness(quick, gpu)]
+    for dtype in ("bf16",) if quick else ("bf16", "fp32"):
+        case = model_case(*(("s", 2, 1024) if gpu else ("tiny", 2, 48)), dtype, "fwd+bwd")
+        found.append(checked("triton", checks.whole_model, case, device))
+    if not quick:
+        found += checks.decoding(device)
     if gpu:
-        widths = "s", "m", "l"
-        repeated = [Case(op, 4, 1024, 8, 64, "bf16") for op in ("attention", *cases.ROW_OPS)]
-    whole = [model_case(*(("s", 2, 1024) if gpu else ("tiny", 2, 48)), dtype, "fwd+bwd") for dtype in dtypes]
-    runs, stepped = 20 if gpu else 2, model_case("tiny", 1, 1024 if gpu else 64, "bf16", "fwd+bwd")
-    found = [checked("triton", checks.operation, case, device) for case in found]
-    found += [checked("triton", checks.whole_model, case, device) for case in whole]
-    found += checks.decoding(widths, device, dtypes)
-    found += [
-        checked(f"triton, {runs} runs", checks.determinism, case, device, runs, direction="fwd+bwd")
-        for case in repeated
-    ]
-    if widths:
-        for way in ("compiled", "CUDA graph"):
-            found.append(checked(f"triton, {way}", checks.step, stepped, device, way, op="step"))
+        for op in ("attention", *cases.ROW_OPS):
+            case = Case(op, 4, 1024, 8, 64, "bf16", direction="fwd+bwd")
+            found.append(checked("triton, 20 runs", checks.determinism, case, device, 20))
+        case = model_case("tiny", 1, 1024, "bf16", "fwd+bwd")
+        found.append(checked("triton, compiled", checks.compiled, case, device, op="step"))
         case = model_case("tiny", 4, 1024, "fp32", "step")
         found.append(checked("triton, igpt.graphed", checks.graphed, case, device, op="step"))
     return found

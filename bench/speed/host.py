@@ -1,14 +1,11 @@
-"""What the host does for one block of iGPT-S while a GPU would work, in microseconds: `python -m bench.speed.host`.
+"""What the host does for one block of iGPT-S while a GPU would work: `pytest bench --benchmark-only -k host` times it.
 
 Nothing is launched: our kernels are handed to a recorder that drops them, the vendor's products only allocate. What
 is left is what Python, the dispatcher and autograd cost: checks, tiles, descriptors, arguments, outputs, the engine.
 Not in it is the driver's and Triton's own cost of a launch, which is the same for everybody who launches as many.
 """
 
-import argparse
 import contextlib
-import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from unittest import mock
@@ -51,25 +48,3 @@ def block(direction: str) -> Callable[[], object]:
         return block(stream, add, "triton")
 
     return forward if direction == "fwd" else lambda: torch.autograd.grad(forward(), wanted, gradients)
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.speed.host", description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", nargs="+", default=["sm_90", "portable"])
-    args = parser.parse_args(argv)
-    torch.set_num_threads(1)
-    for arch in args.arch:
-        with unlaunched(arch):
-            for direction in DIRECTIONS:
-                call, rounds = block(direction), []
-                for _ in range(20):
-                    start = time.thread_time()
-                    for _ in range(100):
-                        call()
-                    rounds.append((time.thread_time() - start) * 1e4)
-                print(f"{arch} {direction}: {min(rounds):.0f} us")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

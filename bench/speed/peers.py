@@ -163,8 +163,8 @@ def of(case: Case) -> dict[str, Callable]:
 
 
 def asked(wanted: str) -> set[str]:
-    """The names of "all" or "NAME,NAME". Raises ValueError for one that no peer has."""
-    names = set(NAMES) if wanted == "all" else {w.strip() for w in wanted.split(",")}
+    """The names of "all" or "NAME,NAME" or "". Raises ValueError for one that no peer has."""
+    names = set(NAMES) if wanted == "all" else {w.strip() for w in wanted.split(",") if w}
     if unknown := sorted(names - set(NAMES)):
         raise ValueError(f"peers: got {unknown}, expected 'all' or some of {NAMES}")
     return names

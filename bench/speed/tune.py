@@ -24,7 +24,7 @@ from bench import rows
 from bench.cases import Case, sized
 from bench.compiled.cases import CompileCase, forward_and_backward
 from bench.machine import FAULTS, ended, raised, stamp
-from bench.speed.measure import Run, Variant, call, rows_of, timers
+from bench.speed.measure import Run, call, timers, together
 from bench.speed.peers import Absent
 from igpt.kernels import tiles
 from igpt.kernels.device import ARCHS, arch
@@ -131,14 +131,14 @@ def timed(search: Search, tried: Callable[[str], bool], run: Run) -> list[tuple[
     found = {"ours": now}  # it must run, or there is nothing to compare with
     found |= {name: tile for i, tile in enumerate(others, 1) if tried(name := f"{search.name}#{i}")}
 
-    def build(case, tile):
-        using = search.using(tile)
+    def build(name, case, device):
+        using = search.using(found[name])
         if not agree(using(case.answers)("triton", inputs), wanted):
             return Absent("it gives something else")
         return using(using(call)(case.ours("triton"), inputs, case.diff, case.direction))
 
-    variants, ranked = [Variant(n, search.case, functools.partial(build, tile=t)) for n, t in found.items()], []
-    for row in rows_of("tune", variants, run, run.timer):
+    ranked = []
+    for row in together("tune", [(name, search.case) for name in found], build, {}, run, run.timer):
         print(f"  {found[row.impl]}: {row}", file=sys.stderr)
         ranked += [(row.median_ms, found[row.impl])] if row.median_ms else []
     return sorted(ranked, key=lambda x: x[0])
