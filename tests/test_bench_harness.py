@@ -19,7 +19,7 @@ from bench.log import Log
 from bench.report import report
 from bench.speed import measure, models, pictures, sampling, timing, tune
 from bench.speed.models import NOTES, build
-from bench.speed.peers import Absent, asked
+from bench.speed.peers import asked
 from bench.speed.timing import CpuTimer, CudaTimer, interleaved
 from igpt.kernels import tiles
 
@@ -106,8 +106,12 @@ def test_no_time_left_is_said():
 
 
 def test_a_peer_that_raises_is_absent_with_its_words():
-    made = measure.warmed(lambda: lambda: torch.ones(2) @ torch.ones(3))
-    assert isinstance(made, Absent) and "RuntimeError" in made.why
+    def build(name, case, device):
+        return lambda: torch.ones(2) @ torch.ones(2 if name == "ours" else 3)
+
+    group = [(name, SMALL) for name in ("ours", "eager")]
+    theirs, ours = measure.together("kernels", group, build, {}, lying_run(), lying_timer())
+    assert theirs.ok and theirs.note.startswith("absent: raised RuntimeError") and ours.median_ms and ours.ratios == {}
 
 
 def test_a_model_that_does_not_fit_halves_its_batch(monkeypatch):

@@ -1,7 +1,7 @@
 """From implementations to rows: built, warmed up, timed in turns; ratios, rates and floors are made here alone.
 
-An implementation of a case is a name and the case: `build(name, case, device)` makes the call that is timed, or says
-why there is none.
+An implementation of a case is a name and the case: `build(name, case, device)` makes the call that is timed, or raises
+where there is none.
 """
 
 import dataclasses
@@ -66,35 +66,32 @@ def call(fn: Callable, inputs: dict, diff: tuple[str, ...], direction: str) -> C
     return lambda: torch.autograd.grad(fn(**args), leaves, grad)
 
 
-def warmed(build: Callable[[], object]) -> Callable | Absent:
-    """What is built, after a call (on a GPU up to three within a moment, to settle its clock), or why it cannot run
-    here. A GPU's fault shows at the synchronisation."""
-    try:
-        fn = build()
-        if not isinstance(fn, Absent):
-            start = time.monotonic()
+def warmed(fn: Callable[[], object]) -> Callable[[], object]:
+    """The same after a call (on a GPU up to three within a moment, to settle its clock). A GPU's fault shows at the
+    synchronisation."""
+    start = time.monotonic()
+    fn()
+    for _ in range(2 if torch.cuda.is_available() else 0):
+        torch.cuda.synchronize()
+        if time.monotonic() - start < 0.3:
             fn()
-            for _ in range(2 if torch.cuda.is_available() else 0):
-                torch.cuda.synchronize()
-                if time.monotonic() - start < 0.3:
-                    fn()
-        return fn
-    except FAULTS as fault:
-        return Absent(raised(fault))
+    return fn
 
 
-def fitted(build: Callable, name: str, case: Case, device: str) -> tuple[Callable | Absent, Case, float | None]:
+def fitted(build: Callable, name: str, case: Case, device: str) -> tuple[Callable, Case, float | None]:
     """The call, its case, and of a whole model the GB that it took of a GPU, at the largest batch that fits: B, B / 2,
     ... 1."""
+    is_measured = device == "cuda" and case.is_whole
     while True:
-        gpu = device == "cuda"
-        if gpu:
+        if is_measured:
             torch.cuda.reset_peak_memory_stats()
-        held, made = torch.cuda.memory_allocated(), warmed(functools.partial(build, name, case, device))
-        is_too_big = isinstance(made, Absent) and "OutOfMemory" in made.why
-        if not (is_too_big and case.is_whole and case.B > 1):
-            took = (torch.cuda.max_memory_allocated() - held) / 1e9
-            return made, case, took if gpu and case.is_whole else None
+        held = torch.cuda.memory_allocated()
+        try:
+            made = warmed(build(name, case, device))
+            return made, case, (torch.cuda.max_memory_allocated() - held) / 1e9 if is_measured else None
+        except torch.OutOfMemoryError:
+            if not case.is_whole or case.B == 1:
+                raise
         torch.cuda.empty_cache()
         case = dataclasses.replace(case, B=case.B // 2)
 
@@ -106,7 +103,7 @@ def together(
     suite: str, group: Iterable[tuple[str, Case]], build: Callable, notes: dict[str, str], run: Run, timer: Callable
 ) -> Iterator[Row]:
     """Rows of implementations that are timed in turns. A case whose correctness is red, or that no time is left for,
-    has a row that says so; so has an implementation that is absent. Ours get their ratio to each other
+    has a row that says so; so has an implementation that raises. Ours get their ratio to each other
     of their dtype, and to Hugging Face in fp32, its default."""
     refusals = {case: run.refusal(case) for _, case in group}
     yield from (blank(suite, "ours", case, run.device, note=why) for case, why in refusals.items() if why)
@@ -114,12 +111,12 @@ def together(
     for name, case in group:
         if refusals[case]:
             continue
-        fn, case, peak = fitted(build, name, case, run.device)
-        row = blank(suite, name, case, run.device, note=notes.get(name, ""), peak_gb=peak)
-        if isinstance(fn, Absent):
-            yield dataclasses.replace(row, note=f"absent: {fn.why}", ok=name != "ours")
-        else:
-            made.append((row, case, fn))
+        try:
+            fn, case, peak = fitted(build, name, case, run.device)
+            made.append((blank(suite, name, case, run.device, note=notes.get(name, ""), peak_gb=peak), case, fn))
+        except FAULTS as fault:
+            why = fault if isinstance(fault, Absent) else raised(fault)
+            yield blank(suite, name, case, run.device, note=f"absent: {why}", ok=name != "ours")
     times = interleaved([fn for *_, fn in made], timer, run.case_s, run.least)
     pace = [t.median * case.share / case.rate for (_, case, _), t in zip(made, times)]
     for (row, case, _), t, mine in zip(made, times, pace):
@@ -157,11 +154,9 @@ def rows(
         yield from together(suite, [x for x in group if x[0] in asked], build, notes, run, timer)
 
 
-def build(name: str, case: Case, device: str) -> Callable | Absent:
+def build(name: str, case: Case, device: str) -> Callable:
     """The timed call of one implementation of an operation."""
     made = case.ours() if name in ("ours", "ours again") else peers.of(case)[name](case, device)
-    if isinstance(made, Absent):
-        return made
     return call(made, *peers.operands(name, case, inputs(case, device)), case.direction)
 
 

@@ -97,7 +97,7 @@ def timed(direction: str, model, forward: Callable, loss: Callable, batch: tuple
     return step
 
 
-def build(name: str, case: Case, device: str) -> Callable | Absent:
+def build(name: str, case: Case, device: str) -> Callable[[], object]:
     """The timed call of one implementation."""
     if case.op == "vit":
         return vit(name, case, device)
@@ -112,12 +112,9 @@ def build(name: str, case: Case, device: str) -> Callable | Absent:
     elif name == "eager":
         model, logits = ours(case, device), eager_logits
     elif name == "torch.compile graphed" and (device, case.direction) != ("cuda", "step"):
-        return Absent("a training step's, on a GPU")
+        raise Absent("a training step's, on a GPU")
     else:
-        block = compiled(eager_block, device)
-        if isinstance(block, Absent):
-            return block
-        model = ours(case, device)
+        model, block = ours(case, device), compiled(eager_block, device)
 
         def logits(model, ids):
             with sdpa_kernel(SDPA_ORDER, set_priority=True):

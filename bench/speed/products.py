@@ -59,18 +59,19 @@ def wanted(x, w, u) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.autograd.grad(h, u, x @ w)[0], h.detach()
 
 
-def build(name: str, case: Case, device: str) -> Callable | Absent:
+def build(name: str, case: Case, device: str) -> Callable[[], object]:
     """The timed call, of a candidate only if its results are within the budget."""
     given = operands(case, device)
     if name == "ours":
         return functools.partial(now, *given)
     if not fits(*given):
-        return Absent("needs sm_90, fp16 or bf16")
+        raise Absent("needs sm_90, fp16 or bf16")
     call = functools.partial(candidate, CANDIDATES[name], *given)
     exact = wanted(*(t if t is None else t.double() for t in given))
     errors = map(compare, ("u or du", "h"), call(), wanted(*given), exact)
-    over = [str(e) for e in errors if not e.ok]
-    return Absent("; ".join(over)) if over else call
+    if over := [str(e) for e in errors if not e.ok]:
+        raise Absent("; ".join(over))
+    return call
 
 
 def rows(cases: Iterable[Case], run: Run) -> Iterator[Row]:

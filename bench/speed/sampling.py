@@ -14,7 +14,6 @@ from bench.cases import Case, decode_case, tokens
 from bench.rows import Row
 from bench.speed import measure, models, peers
 from bench.speed.measure import Run
-from bench.speed.peers import Absent
 from igpt.kernels import reference
 from igpt.sample import decoder_of
 from igpt.sample.draw import Sampler
@@ -72,10 +71,7 @@ def captured(fn: Callable[[], object]) -> Callable[[], None]:
 
 def compiled(case: Case, device: str):
     """A static cache and torch.compile of each block, as gpt-fast decodes; on a GPU the step is one CUDA graph."""
-    block = peers.compiled(_block, device)
-    if isinstance(block, Absent):
-        return block
-    c = case.config
+    c, block = case.config, peers.compiled(_block, device)
     model = models.ours(case.model, device)
     shape = c.n_layer, case.B, c.heads, c.n_ctx, c.head_dim
     keys, values = (torch.zeros(shape, dtype=model.wte.dtype, device=device) for _ in range(2))
@@ -103,7 +99,7 @@ def compiled(case: Case, device: str):
     return run
 
 
-def build(name: str, case: Case, device: str) -> Callable | Absent:
+def build(name: str, case: Case, device: str) -> Callable[[], object]:
     return {"ours": ours, "hugging face": hugging_face, "torch.compile": compiled}[name](case, device)
 
 

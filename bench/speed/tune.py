@@ -134,7 +134,7 @@ def timed(search: Search, tried: Callable[[str], bool], run: Run) -> list[tuple[
     def build(name, case, device):
         using = search.using(found[name])
         if not agree(using(case.answers)("triton", inputs), wanted):
-            return Absent("it gives something else")
+            raise Absent("it gives something else")
         return using(using(call)(case.ours("triton"), inputs, case.diff, case.direction))
 
     ranked = []
