@@ -1,4 +1,4 @@
-"""Figures and rows as text, for a terminal or as Markdown."""
+"""Figures and rows as text, in Markdown that a terminal can show."""
 
 
 def number(x: float | None, digits: int = 3) -> str:
@@ -8,12 +8,9 @@ def number(x: float | None, digits: int = 3) -> str:
     return f"{x:.{digits}g}" if abs(x) < 1000 else f"{x:.0f}"
 
 
-def columns(rows: list[list[str]], head: list[str], markdown: bool) -> str:
+def columns(rows: list[list[str]], head: list[str], padded: bool = True) -> str:
     """Nothing without rows."""
-    if not rows:
-        return ""
-    if markdown:
-        lines = [head, ["---"] * len(head), *([c.replace("|", "\\|") for c in row] for row in rows)]
-        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    widths = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in [head, *rows])
+    lines = [head, ["---"] * len(head), *([c.replace("|", "\\|") for c in row] for row in rows)]
+    widths = [max(map(len, column)) if padded else 0 for column in zip(*lines)]
+    shown = ("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
+    return "\n".join(shown) if rows else ""

@@ -33,8 +33,8 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from bench.compiled.rings import read as read_rings
 from bench.machine import FAULTS, raised
+from bench.report.report import binaries
 from bench.rows import CompileRow, append
-from bench.tables import columns
 from igpt.kernels.device import SHARED_BYTES, target
 from igpt.kernels.launching import recording
 
@@ -325,25 +325,6 @@ def plan(cases: Iterable, archs: Iterable[str]) -> tuple[list[Job], list[Compile
     return list(jobs.values()), broken
 
 
-def verdict(row: CompileRow) -> str:
-    return "ok" if row.ok else f"RED {row.note}"
-
-
-COLUMNS = (
-    "kernel", "function", "case", "arch", "tile", "regs", "stack", "shared", "occupancy", "mma", "tma", "waits",
-    "exp2_under",
-)  # fmt: skip
-
-
-def table(rows: Iterable[CompileRow], markdown: bool = False) -> str:
-    """The rows in columns, the red ones marked."""
-    lines = []
-    for row in rows:
-        shown = [f"{v:.3g}" if isinstance(v := getattr(row, c), float) else str(v) for c in COLUMNS]
-        lines.append([*shown, verdict(row)])
-    return columns(lines, [*COLUMNS, "verdict"], markdown)
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.compiled", description=__doc__.splitlines()[0])
     parser.add_argument("--kernel", default="", help="only kernel files whose name contains this")
@@ -364,8 +345,8 @@ def main(argv: list[str] | None = None) -> int:
         rows.append(row)
         append(row, args.out)
         where = f"[{len(rows)}/{len(jobs) + len(broken)}] {row.kernel} {row.function} {row.case} {row.arch} {row.tile}"
-        print(f"{where}: {verdict(row)}", file=sys.stderr)
+        print(f"{where}: {row.verdict}", file=sys.stderr)
     if not args.out:
-        print(table(sorted(rows, key=lambda r: r.key)))
+        print(binaries(rows))
     return 0 if rows and all(r.ok for r in rows) else 1
 

@@ -120,7 +120,7 @@ def table(path: Path, name: str) -> str:
     one, commits = timed[0], dict.fromkeys(r.commit for r in timed)
     stamp = f"{one.gpu}; torch {one.torch}, Triton {one.triton}, commit {', '.join(commits)}, {one.date}"
     stamp += ". Medians, interleaved."
-    return f"{columns(lines, head, markdown=True)}\n\n{stamp}\n"
+    return f"{columns(lines, head, padded=False)}\n\n{stamp}\n"
 
 
 def filled(text: str) -> str:

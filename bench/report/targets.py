@@ -1,18 +1,13 @@
 """The numbers this project wants to reach on an H200, in bf16, and which of them a run's rows reach.
 
-`python -m bench.report.targets bench/results/h200/rows.jsonl`. Each has its cases, and counts as reached where the
-worst of them does.
+Each has its cases, and counts as reached where the worst of them does.
 """
 
-import argparse
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from bench import rows
 from bench.rows import Row
-from bench.tables import columns
 
 
 @dataclass(frozen=True)
@@ -89,15 +84,3 @@ def verdicts(found: Iterable) -> list[list[str]]:
 
 
 HEAD = ["number", "asked", "worst case", "cases", "verdict"]
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.report.targets", description=__doc__.splitlines()[0])
-    parser.add_argument("rows", type=Path, help="a run's rows.jsonl")
-    args = parser.parse_args(argv)
-    print(columns(verdicts(rows.read(args.rows)), HEAD, markdown=False))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
