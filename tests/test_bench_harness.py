@@ -12,8 +12,8 @@ import torch
 
 from bench import gpu, machine, rows, run
 from bench.cases import OPS, PIXEL_OPS, ROW_OPS, Case, decode_case, model_case, shapes
+from bench.correctness import __main__ as correctness
 from bench.correctness import checks
-from bench.correctness import kernels as correctness
 from bench.cost import Ceilings
 from bench.log import Log
 from bench.report import report

@@ -54,7 +54,6 @@ def read() -> list[CompileRow]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.compiled.gate", description=__doc__.splitlines()[0])
-    parser.add_argument("--workers", default="2")
     parser.add_argument("--check", type=Path, help="compare these rows instead of renewing the baseline")
     args = parser.parse_args(argv)
     if args.check:
@@ -62,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(lines) or "nothing is worse than the baseline")
         return 1 if lines else 0
     with tempfile.NamedTemporaryFile(suffix=".jsonl") as file:
-        compiling.main(["--workers", args.workers, "--out", file.name])
+        compiling.main(["--out", file.name])
         found = rows.read(file.name)
     version = compiling.triton.__version__
     kept = [r for r in read() if r.triton != version]
