@@ -64,8 +64,8 @@ WHOLE_PICTURES = ("vit", "decode", "palette pictures", "palette fit", "encode fo
 class Case:
     """One operation at one size: d = H D; the MLP's inner width is 4 d; V = 512. Or the whole "model" or "vit" of a
     preset: its logits ("fwd"), loss and gradients, or these and the optimiser ("step"). Or a token of its "decode", on
-    average over positions N - steps .. N - 1: dtype is then the weights', `cached` are the bytes of the cache's
-    elements. Or what speed/pictures.py does with B pictures of N pixels."""
+    average over the `steps` of a call, positions N - steps .. N - 1: dtype is then the weights', `cached` are the bytes
+    of the cache's elements. Or what speed/pictures.py does with B pictures of N pixels."""
 
     op: str
     B: int
@@ -76,7 +76,7 @@ class Case:
     causal: bool = True
     direction: str = "fwd"
     preset: str = ""
-    steps: int = 0
+    steps: int = 1
     cached: int = 0
 
     @property
@@ -90,10 +90,6 @@ class Case:
     @property
     def config(self) -> Config | ViTConfig:
         return (PRESETS | VITS)[self.preset]
-
-    @property
-    def layers(self) -> int:
-        return self.config.n_layer
 
     @property
     def labels(self) -> dict:
@@ -113,7 +109,7 @@ class Case:
     def model(self) -> "Case":
         """What decodes."""
         dtype = self.activations
-        return replace(self, op="model", N=self.config.n_ctx, dtype=dtype, direction="fwd", steps=0, cached=0)
+        return replace(self, op="model", N=self.config.n_ctx, dtype=dtype, direction="fwd", steps=1, cached=0)
 
     @property
     def is_whole(self) -> bool:
@@ -138,11 +134,6 @@ class Case:
         if self.op == "decode":
             return self.B / self.config.n_ctx
         return {"tokens": self.T, "pictures": self.B}.get(self.unit, 1.0)
-
-    @property
-    def share(self) -> float:
-        """What part of a call the row's milliseconds are."""
-        return 1 / self.steps if self.steps else 1.0
 
     def useful(self) -> float | None:
         """FLOPs that a model-FLOPs utilisation counts: a model's own, recomputation left out."""
@@ -196,12 +187,6 @@ class Draw:
     def tokens(self) -> torch.Tensor:
         return tokens(self.case.B, self.case.N, self.device)
 
-    def pixels(self) -> torch.Tensor:
-        return pixels()[torch.arange(self.case.B * self.case.N) % len(pixels())].to(self.device)
-
-    def palette(self) -> torch.Tensor:
-        return palette_cube().to(self.device)
-
     def stream(self) -> torch.Tensor:
         """A residual stream (B, N, d): pictures embedded, plus noise for what attention would have added."""
         c = self.case
@@ -234,8 +219,11 @@ OPS: dict[str, Callable[[Case, Draw], dict]] = {
     "embed": lambda c, draw: {
         "tokens": draw.tokens(), "wte": draw.normal(VOCAB, c.d), "wpe": draw.normal(c.N, c.d), "sos": draw.gain(),
     },
-    "palette_encode": lambda c, draw: {"pixels": draw.pixels(), "palette": draw.palette()},
-    "palette_decode": lambda c, draw: {"tokens": draw.tokens(), "palette": draw.palette()},
+    "palette_encode": lambda c, draw: {
+        "pixels": pixels()[torch.arange(c.T) % len(pixels())].to(draw.device),
+        "palette": palette_cube().to(draw.device),
+    },
+    "palette_decode": lambda c, draw: {"tokens": draw.tokens(), "palette": palette_cube().to(draw.device)},
 }  # fmt: skip
 
 

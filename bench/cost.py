@@ -113,17 +113,16 @@ palette_decode = palette_pictures = palette_encode
 
 
 def palette_fit(c, e: int) -> Cost:
+    """The pixels; how a file holds them, its format decides."""
     return Cost(0, 3 * c.T)
 
 
-def encode_folder(c, e: int) -> Cost:
-    """The pixels that are looked up, and tokens of 16 bits; what a file holds, its format decides."""
-    return Cost(0, 5 * c.T)
+encode_folder = palette_fit
 
 
 def blocks(c, e: int) -> Cost:
     residual = Cost(0, c.T * c.d * e)  # read by whoever adds it
-    return c.layers * (norm_linear(c, e) + attention(c, e) + linear(c, e, c.d) + residual + norm_mlp(c, e))
+    return c.config.n_layer * (norm_linear(c, e) + attention(c, e) + linear(c, e, c.d) + residual + norm_mlp(c, e))
 
 
 def model(c, e: int) -> Cost:
@@ -142,8 +141,8 @@ def vit(c, e: int) -> Cost:
 def decode(c, e: int) -> Cost:
     """A token's compulsory bytes and FLOPs: every weight of a product once, the keys and values so far once, on average
     over the window."""
-    weights, head, keys = c.layers * 12 * c.d**2, VOCAB * c.d, c.N - (c.steps - 1) / 2
-    kv, stored = 2 * c.layers * c.B * keys * c.d, 1 if c.dtype == "int8" else e
+    weights, head, keys = c.config.n_layer * 12 * c.d**2, VOCAB * c.d, c.N - (c.steps - 1) / 2
+    kv, stored = 2 * c.config.n_layer * c.B * keys * c.d, 1 if c.dtype == "int8" else e
     return Cost(2 * c.B * (weights + head) + 2 * kv, weights * stored + head * e + kv * c.cached)
 
 

@@ -26,7 +26,7 @@ from bench.compiled.cases import cases as compile_cases
 from bench.correctness import checks
 from bench.log import Log
 from bench.machine import ROOT, ended
-from bench.rows import Row
+from bench.rows import Row, append
 from bench.speed import measure, models, products, sampling, tune
 
 PRESETS, LENGTHS = ("s", "m", "l"), (1024, 2304, 4096)
@@ -82,8 +82,10 @@ def gelu(job: Job) -> None:
 
 
 def profiled(job: Job) -> None:
-    """What a step's time is made of, kernel by kernel: profile.txt."""
+    """What a step's time is made of, kernel by kernel: profile.txt, beside what it should be made of."""
     for case in sized("model", PRESETS, ("step",), STEP_TOKENS):
+        for row in step.account(case.preset, case.B, case.N):
+            append(row, job.log.path)
         text = step.profile(models.build("ours", case, job.device))
         with job.log.path.with_name("profile.txt").open("a") as file:
             print(f"{case.preset}, {case.B} x {case.N}, {case.dtype}\n{text}\n", file=file)

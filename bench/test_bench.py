@@ -16,8 +16,7 @@ import pytest
 import torch
 
 from bench import cases
-from bench.speed import models
-from bench.speed.measure import call
+from bench.speed import measure, models
 from igpt import ImageGPT
 from igpt.kernels import choose, device
 from igpt.kernels.launching import recording
@@ -29,23 +28,18 @@ OPERATIONS = [*cases.speed(["s"], [1024], [DTYPE], ("fwd", "fwd+bwd"), TOKENS), 
 MODELS = cases.sized("model", ["s"], ("fwd", "fwd+bwd"), TOKENS // 2, 1024, DTYPE)
 
 
-def run(benchmark, case, fn, rounds: int) -> None:
+def name(case: cases.Case) -> str:
+    return f"{case.op} D{case.D}{'' if case.causal else ' full'} {case.direction}"
+
+
+@pytest.mark.parametrize("case", [*OPERATIONS, *MODELS], ids=name)
+@pytest.mark.parametrize("impl", ["ours", "eager"])
+def test_case(benchmark, case, impl):
     """Wall time of a GPU's work ends with the work."""
+    fn = (models if case.is_whole else measure).build(impl, case, DEVICE)
     ended = torch.cuda.synchronize if DEVICE == "cuda" else lambda: None
     benchmark.extra_info.update(case.labels, flops=case.cost().flops, bytes=case.cost().bytes)
-    benchmark.pedantic(lambda: (fn(), ended()), warmup_rounds=1, rounds=rounds)
-
-
-@pytest.mark.parametrize("case", OPERATIONS, ids=lambda c: f"{c.op} D{c.D}{'' if c.causal else ' full'} {c.direction}")
-@pytest.mark.parametrize("impl", ["ours", "eager"])
-def test_operation(benchmark, case, impl):
-    fn = case.ours() if impl == "ours" else case.reference()
-    run(benchmark, case, call(fn, case.inputs(DEVICE), case.diff, case.direction), rounds=5)
-
-
-@pytest.mark.parametrize("case", MODELS, ids=lambda c: f"{c.preset} {c.direction}")
-def test_model(benchmark, case):
-    run(benchmark, case, models.build("ours", case, DEVICE), rounds=3)
+    benchmark.pedantic(lambda: (fn(), ended()), warmup_rounds=1, rounds=3 if case.is_whole else 5)
 
 
 @pytest.fixture(params=["sm_90", "portable"])

@@ -12,6 +12,7 @@ import torch
 
 from bench import gpu, machine, rows, run
 from bench.cases import OPS, PIXEL_OPS, ROW_OPS, Case, decode_case, model_case, shapes
+from bench.compiled import step
 from bench.correctness import __main__ as correctness
 from bench.correctness import checks
 from bench.cost import Ceilings
@@ -157,17 +158,13 @@ def test_decoding_is_red_by_dtype():
         assert found[dtype].median_ms is None and "decode bf16 is red" in found[dtype].note
 
 
-def test_pictures_against_the_processor():
+def test_pictures_against_the_processor_and_k_means():
     found = {r.impl: r for r in pictures.lookup(lying_run(), count=8, theirs=2)}
     assert found["hugging face"].B == 2 and found["ours"].ratios == {"hugging face": 4.0}
+    found = {r.impl: r for r in pictures.fit(lying_run(), count=4, k=16)}
+    assert found["ours"].ratios == {"scikit-learn": 1.0}
     found = {r.impl: r for r in pictures.folder(lying_run(), count=8, theirs=2, side=40)}
     assert found["hugging face"].B == 2 and found["ours"].ratios == {"hugging face": 4.0}
-
-
-def test_a_palette_fit_says_how_good_it_is():
-    found = {r.impl: r for r in pictures.fit(lying_run(), count=4, k=16)}
-    ours, theirs = (float(found[name].note.split("error ")[1].split()[0]) for name in ("ours", "scikit-learn"))
-    assert 0 < ours <= 1.02 * theirs
 
 
 def test_correctness_rows_can_be_red(monkeypatch):
@@ -313,6 +310,7 @@ class RehearsalLog(Log):
 def test_both_halves_are_rehearsed(half, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(gpu, "PRESETS", ("tiny",))
     monkeypatch.setattr(gpu, "STEP_TOKENS", 64)
+    monkeypatch.setattr(step, "account", lambda *_: [])  # where kernels are interpreted, no launch can be recorded
     monkeypatch.setattr(checks, "FIRST_STEP_S", 300.0)  # there is nothing to compile, but others to wait for
     monkeypatch.setattr(tune, "this_arch", lambda: "sm_90")
     monkeypatch.setenv("TRITON_CACHE_DIR", "")

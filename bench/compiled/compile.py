@@ -327,7 +327,6 @@ def plan(cases: Iterable, archs: Iterable[str]) -> tuple[list[Job], list[Compile
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.compiled", description=__doc__.splitlines()[0])
-    parser.add_argument("--kernel", default="", help="only kernel files whose name contains this")
     parser.add_argument("--case", default="", help="only cases whose name contains this, such as an operation")
     parser.add_argument("--arch", nargs="+", choices=list(TARGETS), default=list(TARGETS))
     parser.add_argument("--quick", action="store_true", help="only the cases of the quick suite")
@@ -339,7 +338,7 @@ def main(argv: list[str] | None = None) -> int:
     chosen = {c.name for c in cases if args.case in c.name and (c.quick or not args.quick)}
     # All are planned, whatever is chosen: a binary that several share has one name, which the gate knows it by.
     jobs, broken = plan(cases, args.arch)
-    jobs = [job for job in jobs if args.kernel in job.row.kernel and job.cases & chosen]
+    jobs = [job for job in jobs if job.cases & chosen]
     broken, rows = [row for row in broken if row.case in chosen], []
     for row in itertools.chain(broken, compile_all(jobs, args.workers)):
         rows.append(row)

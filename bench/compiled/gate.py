@@ -8,7 +8,6 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Iterable
-from pathlib import Path
 
 from bench import rows
 from bench.compiled import compile as compiling
@@ -54,12 +53,7 @@ def read() -> list[CompileRow]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.compiled.gate", description=__doc__.splitlines()[0])
-    parser.add_argument("--check", type=Path, help="compare these rows instead of renewing the baseline")
-    args = parser.parse_args(argv)
-    if args.check:
-        lines = compare((r for r in rows.read(args.check) if isinstance(r, CompileRow)), read())
-        print("\n".join(lines) or "nothing is worse than the baseline")
-        return 1 if lines else 0
+    parser.parse_args(argv)
     with tempfile.NamedTemporaryFile(suffix=".jsonl") as file:
         compiling.main(["--out", file.name])
         found = rows.read(file.name)

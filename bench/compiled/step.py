@@ -1,12 +1,10 @@
-"""What a training step is made of: `python -m bench.compiled.step --preset s` counts every launch, byte and FLOP of it.
+"""What a training step is made of: every launch, byte and FLOP of it, counted.
 
 The step runs on meta tensors: our launches are recorded by compile.py's `capture`, the vendor's operations by a
 dispatch mode. Bytes are compulsory: each tensor of a launch once, however often the kernel comes back to it.
 """
 
-import argparse
 import contextlib
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -18,7 +16,6 @@ from torch.utils.flop_counter import flop_registry
 
 from bench import cost
 from bench.compiled.compile import capture
-from bench.report import report
 from bench.rows import StepRow
 from igpt import ImageGPT
 
@@ -85,18 +82,3 @@ def profile(call: Callable[[], object], runs: int = 3) -> str:
     by = f"self_{'device' if torch.cuda.is_available() else 'cpu'}_time_total"
     shown = seen.key_averages().table(sort_by=by, row_limit=60, max_name_column_width=100)
     return f"{1e3 * wall:.2f} ms a call with the profiler on; of {runs} calls:\n{shown}"
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.compiled.step", description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", nargs="+", default=["s", "m", "l"])
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--seq", type=int, default=1024)
-    args = parser.parse_args(argv)
-    for preset in args.preset:
-        print(f"{report.step(account(preset, args.batch, args.seq))}\n")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -118,7 +118,7 @@ def together(
             why = fault if isinstance(fault, Absent) else raised(fault)
             yield blank(suite, name, case, run.device, note=f"absent: {why}", ok=name != "ours")
     times = interleaved([fn for *_, fn in made], timer, run.case_s, run.least)
-    pace = [t.median * case.share / case.rate for (_, case, _), t in zip(made, times)]
+    pace = [t.median / case.steps / case.rate for (_, case, _), t in zip(made, times)]
     for (row, case, _), t, mine in zip(made, times, pace):
         ratios, known, cost = {}, {}, case.cost()
         if row.impl in OURS:
@@ -130,13 +130,13 @@ def together(
                     ratios[name] = theirs / mine
         if row.impl == "ours" and (errors := run.errors.get((row.op, row.dtype))):
             known = dict(zip(("err_vs_fp64", "eager_err_vs_fp64"), errors))
-        ms, roof = t.median * case.share, ceilings(run.device)
+        ms, roof = t.median / case.steps, ceilings(run.device)
         if useful := case.useful():  # as others publish it: against the data sheet where that is known
             sheet = peak_flops(torch.device(run.device)) if row.dtype != "fp32" else None
             known["mfu"] = useful / (ms / 1e3) / (sheet or roof.flops[row.dtype])
         floor = roof.floor_ms(cost, case.activations)
         yield dataclasses.replace(
-            row, median_ms=ms, p20_ms=t.p20 * case.share, p80_ms=t.p80 * case.share, runs=t.runs, flops=cost.flops,
+            row, median_ms=ms, p20_ms=t.p20 / case.steps, p80_ms=t.p80 / case.steps, runs=t.runs, flops=cost.flops,
             bytes=cost.bytes, tflops=cost.flops / ms / 1e9, tb_s=cost.bytes / ms / 1e9, floor_ms=floor,
             pct_floor=100 * floor / ms, per_s=1e3 * case.rate / ms if case.unit else None, unit=case.unit,
             ratios=ratios, **known,

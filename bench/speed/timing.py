@@ -6,13 +6,12 @@ reads a clock, which a test may replace.
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 
-@dataclass(frozen=True)
-class Stats:
+class Stats(NamedTuple):
     """Milliseconds of one variant."""
 
     median: float
