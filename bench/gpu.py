@@ -13,7 +13,7 @@ import shutil
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,10 +43,12 @@ class Job:
     seconds: float
     device: str = "cuda"
 
-    def run(self, peers: str, case_s: float, least: int) -> measure.Run:
+    def run(self, peers: Collection[str], case_s: float, least: int) -> measure.Run:
         return self.log.prepared(self.device, self.seconds, peers=peers, case_s=case_s, least=least)
 
-    def time(self, rows: Callable, chosen: Iterable, peers: str, case_s: float = 0.3, least: int = 5) -> None:
+    def time(
+        self, rows: Callable, chosen: Iterable, peers: Collection[str], case_s: float = 0.3, least: int = 5
+    ) -> None:
         """Rows of the cases, or of groups of them, beside some peers."""
         self.log.take(rows(chosen, self.run(peers, case_s, least)))
 
@@ -71,14 +73,14 @@ def attention(job: Job) -> None:
     """Every head dim, forward and backward, at each length causal, then full. torch.compile adds nothing to SDPA."""
     chosen = [c for N in LENGTHS for c in sized("attention", PRESETS, ("fwd", "bwd"), TOKENS, N)]
     chosen += sized("attention", PRESETS, ("fwd", "bwd"), TOKENS, causal=False)
-    job.time(measure.operations, chosen, "sdpa,sdpa cudnn,sdpa flash,sdpa efficient,flash-attn 4")
+    job.time(measure.operations, chosen, ("sdpa", "sdpa cudnn", "sdpa flash", "sdpa efficient", "flash-attn 4"))
 
 
 def gelu(job: Job) -> None:
     """quick-gelu's products: the vendor's with a pass, beside the Gluon candidates; then where no tile is whole."""
     chosen = sized("gelu", PRESETS, ("fwd", "bwd"), STEP_TOKENS)
     chosen += [Case("gelu", 1, 1001, 3, 88, "fp16", direction=direction) for direction in ("fwd", "bwd")]
-    job.time(products.rows, chosen, "")
+    job.time(products.rows, chosen, ())
 
 
 def profiled(job: Job) -> None:
@@ -95,19 +97,19 @@ def steps(job: Job) -> None:
     """Whole training steps against Hugging Face and, at 1024, torch.compile; the presets at 1024 first."""
     first, *longer = (sized("model", PRESETS, ("step",), STEP_TOKENS, N) for N in LENGTHS)
     for chosen, peers in (
-        (first, "hugging face"),
-        (first, "torch.compile,torch.compile graphed"),
-        (itertools.chain(*longer), "hugging face"),
+        (first, ("hugging face",)),
+        (first, ("torch.compile", "torch.compile graphed")),
+        (itertools.chain(*longer), ("hugging face",)),
     ):
         job.time(models.rows, chosen, peers, case_s=2.0, least=3)
 
 
 def by_pictures(job: Job) -> None:
     """ViT, forward and training step, against Hugging Face's."""
-    job.time(models.rows, vit_cases("cuda", ["bf16"]), "hugging face", case_s=1.0, least=3)
+    job.time(models.rows, vit_cases("cuda", ["bf16"]), ("hugging face",), case_s=1.0, least=3)
 
 
-def sampled(job: Job, presets: tuple[str, ...], peers: str) -> None:
+def sampled(job: Job, presets: tuple[str, ...], *peers: str) -> None:
     """Decoding: the ends of the range of batches first, against Hugging Face's generate."""
     job.time(sampling.rows, sampling.groups("cuda", presets), peers, case_s=1.0, least=2)
 
@@ -116,15 +118,15 @@ def others(job: Job) -> None:
     """MLP, head, palette and the rest, against everything but torch.compile, whose autotuning takes its time."""
     chosen = [case for op in ROW_OPS for case in sized(op, PRESETS, ("fwd", "bwd"), TOKENS)]
     chosen += [*sized("head_loss", PRESETS, ("fwd+bwd",), TOKENS), *PIXELS]
-    job.time(measure.operations, chosen, "torch path,liger")
+    job.time(measure.operations, chosen, ("eager", "liger"))
 
 
 def autotuned(job: Job) -> None:
     """What compiles for long: torch.compile on the operations it could win, M first; FlexAttention."""
     for presets in (("m",), ("s", "l")):
         chosen = [c for op in ("norm_mlp", "head_loss") for c in sized(op, presets, ("fwd", "bwd"), TOKENS)]
-        job.time(measure.operations, chosen, "torch.compile")
-    job.time(measure.operations, sized("attention", PRESETS, ("fwd", "bwd"), TOKENS), "flex")
+        job.time(measure.operations, chosen, ("torch.compile",))
+    job.time(measure.operations, sized("attention", PRESETS, ("fwd", "bwd"), TOKENS), ("flex",))
 
 
 def cases() -> Iterator[CompileCase]:
@@ -140,7 +142,7 @@ REST = 1000
 HALVES: dict[str, dict[str, tuple[int, Callable[[Job], None]]]] = {
     "first": {
         "compiled": (50, compiled), "correct": (65, correct), "attention": (60, attention), "gelu": (15, gelu),
-        "decoded": (15, lambda job: sampled(job, PRESETS[:1], "")), "profiled": (20, profiled),
+        "decoded": (15, lambda job: sampled(job, PRESETS[:1])), "profiled": (20, profiled),
         "attention_tiles": (REST, lambda job: job.search("ATTENTION")),
     },
     "second": {

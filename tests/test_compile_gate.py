@@ -77,12 +77,12 @@ def test_a_tile_that_is_made_to_spill_is_red(tmp_path):
     out = tmp_path / "rows.jsonl"
     done = child("-c", f"""
 import dataclasses, sys
-from bench.compiled import compile as c
+from bench.compiled.__main__ import main
 from igpt.kernels import tiles
 tile = tiles.ATTENTION_FORWARD["sm_80", 64]
 tiles.ATTENTION_FORWARD["sm_80", 64] = dataclasses.replace(tile, BLOCK_M=256, BLOCK_N=256, num_stages=2)
 options = ["--arch", "sm_80", "--case", "attention D64 bf16", "--quick", "--out", {str(out)!r}]
-sys.exit(c.main(options))
+sys.exit(main(options))
 """, timeout=600)
     assert done.returncode == 1, done.stderr[-3000:]
     lines = gate.compare(rows.read(out), gate.read())

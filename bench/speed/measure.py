@@ -7,7 +7,7 @@ where there is none.
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -23,13 +23,13 @@ from igpt.machine import peak_flops
 
 @dataclass
 class Run:
-    """What every measurement of one run shares: the device, a timer for operations and one for whole steps, the peers
-    asked for, seconds a case may take, and when to stop."""
+    """What every measurement of one run shares: the device, a timer for operations and one for whole steps, the peers'
+    names, seconds a case may take, and when to stop."""
 
     device: str
     timer: Callable
     step_timer: Callable
-    peers: str = "all"
+    peers: Collection[str] = peers.NAMES
     case_s: float = 2.0
     deadline: float = float("inf")
     red: frozenset[tuple[str, str]] = frozenset()  # subjects whose correctness is red
@@ -148,10 +148,10 @@ def together(
 def rows(
     suite: str, groups: Iterable[Iterable[tuple[str, Case]]], build: Callable, notes: dict[str, str], run: Run, timer
 ) -> Iterator[Row]:
-    """The same of several groups, of which the peers asked for are built."""
-    asked = {"ours", "ours again", *peers.asked(run.peers)}
+    """The same of several groups, ours and of the others those that the run names."""
+    names = {"ours", "ours again", *run.peers}
     for group in groups:
-        yield from together(suite, [x for x in group if x[0] in asked], build, notes, run, timer)
+        yield from together(suite, [x for x in group if x[0] in names], build, notes, run, timer)
 
 
 def build(name: str, case: Case, device: str) -> Callable:

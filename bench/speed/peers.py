@@ -123,12 +123,6 @@ def liger(case: Case, device: str):
     return known[case.op]
 
 
-def torch_path(case: Case, device: str):
-    """Our own impl="torch", where "auto" would run the kernels."""
-    require_gpu(device)  # on a CPU it is what ours runs
-    return case.ours("torch")
-
-
 ATTENTION = {
     "eager": eager,
     "torch.compile": compiled_reference,
@@ -140,7 +134,7 @@ ATTENTION = {
     "flash-attn 4": flash4,
 }
 UNPACKED = ATTENTION.keys() - {"eager"}
-OTHERS = {"eager": eager, "torch.compile": compiled_reference, "torch path": torch_path, "liger": liger}
+OTHERS = {"eager": eager, "torch.compile": compiled_reference, "liger": liger}
 
 WHOLE = ("hugging face", "hugging face patched", "torch.compile graphed")  # bench/speed/models.py
 NAMES = (*dict.fromkeys([*ATTENTION, *OTHERS]), *WHOLE)
@@ -151,11 +145,3 @@ def of(case: Case) -> dict[str, Callable]:
     if case.op in PIXEL_OPS:
         return {"eager": eager}
     return ATTENTION if case.op == "attention" else OTHERS
-
-
-def asked(wanted: str) -> set[str]:
-    """The names of "all" or "NAME,NAME" or "". Raises ValueError for one that no peer has."""
-    names = set(NAMES) if wanted == "all" else {w.strip() for w in wanted.split(",") if w}
-    if unknown := sorted(names - set(NAMES)):
-        raise ValueError(f"peers: got {unknown}, expected 'all' or some of {NAMES}")
-    return names
