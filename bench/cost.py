@@ -44,7 +44,6 @@ H200 = Ceilings("NVIDIA H200", {"bf16": 790e12, "fp16": 790e12, "fp32": 67e12}, 
 
 VOCAB = 512
 ELEMENT = {"bf16": 2, "fp16": 2, "fp32": 4}
-DIRECTIONS = ("fwd", "bwd", "fwd+bwd")
 
 
 def by_direction(direction: str, forward: Cost, backward: Cost) -> Cost:

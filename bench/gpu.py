@@ -3,7 +3,7 @@
 The first half says whether the kernels are right and what has not run yet is quick, the second times the rest; a repair
 fits between them. Each stage is a process of its own with a share of the time: one that crashes or hangs costs its
 share and no more, and rows are in rows.jsonl as soon as they are measured. First all kernels are compiled, on every
-core; what compiled travels as one file, to the next half or the next machine.
+core, into a cache in --out, which serves the next half and, copied, the next machine.
 """
 
 import argparse
@@ -11,10 +11,10 @@ import itertools
 import os
 import shutil
 import sys
-import tarfile
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import torch
@@ -43,14 +43,12 @@ class Job:
     seconds: float
     device: str = "cuda"
 
-    def run(self, peers: Collection[str], case_s: float, least: int) -> measure.Run:
-        return self.log.prepared(self.device, self.seconds, peers=peers, case_s=case_s, least=least)
-
     def time(
         self, rows: Callable, chosen: Iterable, peers: Collection[str], case_s: float = 0.3, least: int = 5
     ) -> None:
         """Rows of the cases, or of groups of them, beside some peers."""
-        self.log.take(rows(chosen, self.run(peers, case_s, least)))
+        run = self.log.prepared(self.device, self.seconds, peers=peers, case_s=case_s, least=least)
+        self.log.take(rows(chosen, run))
 
     def search(self, only: str) -> None:
         """Tiles, with the time that is left: the rows to paste are in tiles.txt."""
@@ -65,8 +63,11 @@ def compiled(job: Job) -> None:
 
 def correct(job: Job) -> None:
     """Every check of bench.correctness, in processes side by side."""
-    flags = ["--list", "gpu", "--workers", str(min(12, os.cpu_count() or 1)), "--limit", str(job.seconds - 15)]
-    job.log.child("correctness", *flags)
+    parts = min(12, os.cpu_count() or 1)
+    os.environ["OMP_NUM_THREADS"] = str((os.cpu_count() or 1) // parts)
+    flags = ["--list", "gpu", "--limit", str(job.seconds - 15), "--part"]
+    with ThreadPool(parts) as pool:
+        pool.map(lambda part: job.log.child("correctness", *flags, str(part), str(parts)), range(parts))
 
 
 def attention(job: Job) -> None:
@@ -88,9 +89,13 @@ def profiled(job: Job) -> None:
     for case in sized("model", PRESETS, ("step",), STEP_TOKENS):
         for row in step.account(case.preset, case.B, case.N):
             append(row, job.log.path)
-        text = step.profile(models.build("ours", case, job.device))
+        call = measure.warmed(models.build("ours", case, job.device))
+        with torch.profiler.profile() as seen:
+            for _ in range(3):
+                call()
+        table = seen.key_averages().table("self_device_time_total", row_limit=60, max_name_column_width=100)
         with job.log.path.with_name("profile.txt").open("a") as file:
-            print(f"{case.preset}, {case.B} x {case.N}, {case.dtype}\n{text}\n", file=file)
+            print(f"{case.preset}, {case.B} x {case.N}, {case.dtype}, of 3 steps\n{table}\n", file=file)
 
 
 def steps(job: Job) -> None:
@@ -168,23 +173,6 @@ def stage(name: str, log: Log, seconds: float) -> None:
         log.event(f"stage {name}", f"ended with exit code {code}")
 
 
-def unpack(archive: Path) -> None:
-    """Triton's cache for this run, beside the archive, with what an earlier run or another machine compiled."""
-    folder = archive.with_suffix("").with_suffix("")
-    if archive.exists() and not folder.exists():
-        with tarfile.open(archive) as tar:
-            tar.extractall(folder, filter="data")
-    os.environ["TRITON_CACHE_DIR"] = str(folder)
-
-
-def pack(archive: Path) -> None:
-    folder, part = Path(os.environ["TRITON_CACHE_DIR"]), archive.with_suffix(".part")
-    if folder.exists():
-        with tarfile.open(part, "w:gz", compresslevel=3) as tar:
-            tar.add(folder, ".")
-        part.replace(archive)
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--half", choices=list(HALVES), help="one half; the second reads the first's rows in --out")
@@ -199,8 +187,7 @@ def main(argv: list[str] | None = None) -> int:
         STAGES[args.stage][1](Job(Log(args.out, fresh=False), args.seconds))
         return 0
     log = Log(args.out, fresh=not args.only and args.half != "second")
-    archive = args.out / "triton_cache.tar.gz"
-    unpack(archive)
+    os.environ["TRITON_CACHE_DIR"] = str(args.out.resolve() / "triton_cache")
     for names in [args.only] if args.only else [HALVES[h] for h in HALVES if args.half in (None, h)]:
         end = time.monotonic() + args.seconds
         for name in names:
@@ -211,7 +198,6 @@ def main(argv: list[str] | None = None) -> int:
                 log.event(f"stage {name}", "no time was left", ok=most == REST)
             else:
                 stage(name, log, seconds)
-        pack(archive)
     return log.report()
 
 

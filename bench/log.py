@@ -15,8 +15,6 @@ from bench.report import report
 from bench.rows import CompileRow, Row
 from bench.speed import measure
 
-FATAL_ARCHS = ("sm_90",)
-
 
 class Log:
     """The run's rows: appended to rows.jsonl as they come, and progress on stderr."""
@@ -59,7 +57,7 @@ class Log:
         for row in self.rows():
             if isinstance(row, CompileRow):
                 compiled.append(row)
-                if not row.ok and (row.arch in FATAL_ARCHS or "failed" in row.note or "raised" in row.note):
+                if not row.ok and (row.arch == "sm_90" or "failed" in row.note or "raised" in row.note):
                     found.append(f"compile {row.function} {row.case} {row.arch} {row.tile}: {row.note}")
             elif isinstance(row, Row) and not row.ok:
                 found.append(f"{row.suite} {row.op} {row.case} {row.impl}: {row.note}")

@@ -23,16 +23,14 @@ from igpt.kernels.launching import recording
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE, TOKENS = ("bf16", 65536) if DEVICE == "cuda" else ("fp32", 1024)
-PIXELS = [cases.Case(op, 16, 1024, 1, 64, "fp32") for op in cases.PIXEL_OPS]
-OPERATIONS = [*cases.speed(["s"], [1024], [DTYPE], ("fwd", "fwd+bwd"), TOKENS), *PIXELS]
-MODELS = cases.sized("model", ["s"], ("fwd", "fwd+bwd"), TOKENS // 2, 1024, DTYPE)
+CASES = [
+    *cases.speed(["s"], [1024], [DTYPE], ("fwd", "fwd+bwd"), TOKENS),
+    *(cases.Case(op, 16, 1024, 1, 64, "fp32") for op in cases.PIXEL_OPS),
+    *cases.sized("model", ["s"], ("fwd", "fwd+bwd"), TOKENS // 2, 1024, DTYPE),
+]
 
 
-def name(case: cases.Case) -> str:
-    return f"{case.op} D{case.D}{'' if case.causal else ' full'} {case.direction}"
-
-
-@pytest.mark.parametrize("case", [*OPERATIONS, *MODELS], ids=name)
+@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.op} D{c.D}{'' if c.causal else ' full'} {c.direction}")
 @pytest.mark.parametrize("impl", ["ours", "eager"])
 def test_case(benchmark, case, impl):
     """Wall time of a GPU's work ends with the work."""

@@ -28,7 +28,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from bench.compiled.rings import read as read_rings
-from bench.machine import FAULTS, raised
+from bench.machine import raised
 from bench.rows import CompileRow
 from igpt.kernels.device import SHARED_BYTES, target
 from igpt.kernels.launching import recording
@@ -304,7 +304,7 @@ def plan(cases: Iterable, archs: Iterable[str]) -> tuple[list[Job], list[Compile
             with capture(arch) as launches:
                 try:
                     case.run()
-                except FAULTS as fault:
+                except Exception as fault:
                     broken.append(dataclasses.replace(row, note=f"the launcher {raised(fault)}"))
                     continue
             if not launches:

@@ -5,9 +5,7 @@ dispatch mode. Bytes are compulsory: each tensor of a launch once, however often
 """
 
 import contextlib
-import time
 from collections import defaultdict
-from collections.abc import Callable
 from unittest import mock
 
 import torch
@@ -66,19 +64,3 @@ def account(preset: str, B: int, N: int) -> list[StepRow]:
         floor = cost.H200.floor_ms(total, "bf16")
         rows.append(StepRow("step", preset, B, N, name, is_vendor, len(found), total.bytes, total.flops, floor))
     return sorted(rows, key=lambda r: -r.floor_ms)
-
-
-def profile(call: Callable[[], object], runs: int = 3) -> str:
-    """What each kernel took of `runs` such calls, as torch's profiler saw it, most first; each operation where there is
-    no GPU."""
-    for _ in range(2):
-        call()
-    with torch.profiler.profile() as seen:
-        start = time.perf_counter()
-        for _ in range(runs):
-            call()
-        torch.cuda.synchronize() if torch.cuda.is_available() else None
-        wall = (time.perf_counter() - start) / runs
-    by = f"self_{'device' if torch.cuda.is_available() else 'cpu'}_time_total"
-    shown = seen.key_averages().table(sort_by=by, row_limit=60, max_name_column_width=100)
-    return f"{1e3 * wall:.2f} ms a call with the profiler on; of {runs} calls:\n{shown}"

@@ -7,8 +7,6 @@ same bits in every run, a captured and a compiled step, and decoding against the
 
 import argparse
 import dataclasses
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -19,10 +17,7 @@ from bench import cases
 from bench.cases import Case, model_case
 from bench.correctness import checks
 from bench.correctness.checks import Check, checked
-from bench.machine import ROOT
 from bench.rows import append
-
-LISTS = ("quick", "full", "gpu", "sanitizer")
 
 
 def listed(name: str, device: str) -> list[Check]:
@@ -53,22 +48,16 @@ def listed(name: str, device: str) -> list[Check]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.correctness", description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--list", choices=LISTS, help="what is checked; default: gpu on a GPU, else full")
+    lists = ("quick", "full", "gpu", "sanitizer")
+    parser.add_argument("--list", choices=lists, help="what is checked; default: gpu on a GPU, else full")
     parser.add_argument("--op", default="", help="only operations whose name contains this")
     parser.add_argument("--limit", type=float, default=float("inf"), help="seconds")
-    parser.add_argument("--workers", type=int, default=1, help="processes side by side that share the list")
-    parser.add_argument("--part", type=int, help="one process's: the list's places PART, PART + WORKERS, ...")
+    parser.add_argument("--part", type=int, nargs=2, default=(0, 1), help="place I, I + N, ... of the list alone")
     parser.add_argument("--out", type=Path, help="append rows as JSON lines to this file as they come")
     args = parser.parse_args(argv)
-    if args.workers > 1 and args.part is None:
-        command = [sys.executable, "-m", "bench.correctness", *(sys.argv[1:] if argv is None else argv), "--part"]
-        env = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.workers))} | os.environ
-        parts = [subprocess.Popen([*command, str(part)], cwd=ROOT, env=env) for part in range(args.workers)]
-        codes = [part.wait() for part in parts]
-        return next((code for code in codes if code not in (0, 1)), max(codes))
     start, rows = time.monotonic(), []
     chosen = listed(args.list or ("gpu" if args.device == "cuda" else "full"), args.device)
-    chosen = [check for check in chosen if args.op in check.row.op][args.part or 0 :: args.workers]
+    chosen = [check for check in chosen if args.op in check.row.op][args.part[0] :: args.part[1]]
     for check in chosen:
         is_late = time.monotonic() - start > args.limit  # not dropped in silence: red
         row = dataclasses.replace(check.row, ok=False, note="out of time") if is_late else check()

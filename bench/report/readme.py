@@ -116,18 +116,13 @@ def table(path: Path, name: str) -> str:
     return f"{columns(lines, head, padded=False)}\n\n{stamp}\n"
 
 
-def filled(text: str) -> str:
-    """The README with every block made anew."""
-    return BLOCK.sub(lambda m: f"{m[1]}{table(ROOT / m[2], m[3])}{m[4]}", text)
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.report.readme", description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="exit 1 if a table is not what its rows say")
     args = parser.parse_args(argv)
     path = ROOT / "README.md"
     old = path.read_text()
-    new = filled(old)
+    new = BLOCK.sub(lambda m: f"{m[1]}{table(ROOT / m[2], m[3])}{m[4]}", old)
     if args.check:
         return int(old != new)
     path.write_text(new)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from bench.cases import Case
-from bench.machine import FAULTS, ceilings, raised, stamp
+from bench.machine import ceilings, raised, stamp
 from bench.rows import Row
 from bench.speed import peers
 from bench.speed.peers import Absent
@@ -89,8 +89,8 @@ def fitted(build: Callable, name: str, case: Case, device: str) -> tuple[Callabl
         try:
             made = warmed(build(name, case, device))
             return made, case, (torch.cuda.max_memory_allocated() - held) / 1e9 if is_measured else None
-        except torch.OutOfMemoryError:
-            if not case.is_whole or case.B == 1:
+        except Exception as fault:  # torch's, or one that tells of it
+            if "OutOfMemory" not in raised(fault) or not case.is_whole or case.B == 1:
                 raise
         torch.cuda.empty_cache()
         case = dataclasses.replace(case, B=case.B // 2)
@@ -100,11 +100,11 @@ OURS = ("ours", "ours, building", "hugging face patched")  # no rivals to each o
 
 
 def together(
-    suite: str, group: Iterable[tuple[str, Case]], build: Callable, notes: dict[str, str], run: Run, timer: Callable
+    suite: str, group: list[tuple[str, Case]], build: Callable, notes: dict[str, str], run: Run
 ) -> Iterator[Row]:
     """Rows of implementations that are timed in turns. A case whose correctness is red, or that no time is left for,
-    has a row that says so; so has an implementation that raises. Ours get their ratio to each other
-    of their dtype, and to Hugging Face in fp32, its default."""
+    has a row that says so; so has an implementation that raises. Ours get their ratio to each other of their dtype, and
+    to Hugging Face in fp32, its default."""
     refusals = {case: run.refusal(case) for _, case in group}
     yield from (blank(suite, "ours", case, run.device, note=why) for case, why in refusals.items() if why)
     made = []
@@ -114,9 +114,10 @@ def together(
         try:
             fn, case, peak = fitted(build, name, case, run.device)
             made.append((blank(suite, name, case, run.device, note=notes.get(name, ""), peak_gb=peak), case, fn))
-        except FAULTS as fault:
+        except Exception as fault:
             why = fault if isinstance(fault, Absent) else raised(fault)
             yield blank(suite, name, case, run.device, note=f"absent: {why}", ok=name != "ours")
+    timer = run.timer if suite == "kernels" else run.step_timer
     times = interleaved([fn for *_, fn in made], timer, run.case_s, run.least)
     pace = [t.median / case.steps / case.rate for (_, case, _), t in zip(made, times)]
     for (row, case, _), t, mine in zip(made, times, pace):
@@ -146,12 +147,12 @@ def together(
 
 
 def rows(
-    suite: str, groups: Iterable[Iterable[tuple[str, Case]]], build: Callable, notes: dict[str, str], run: Run, timer
+    suite: str, groups: Iterable[Iterable[tuple[str, Case]]], build: Callable, notes: dict[str, str], run: Run
 ) -> Iterator[Row]:
     """The same of several groups, ours and of the others those that the run names."""
     names = {"ours", "ours again", *run.peers}
     for group in groups:
-        yield from together(suite, [x for x in group if x[0] in names], build, notes, run, timer)
+        yield from together(suite, [x for x in group if x[0] in names], build, notes, run)
 
 
 def build(name: str, case: Case, device: str) -> Callable:
@@ -168,4 +169,4 @@ def operations(cases: Iterable[Case], run: Run) -> Iterator[Row]:
     """Rows of single operations, all that each case has timed together; on a GPU ours twice."""
     again = ["ours again"] if run.device == "cuda" else []
     groups = ([(name, case) for name in ("ours", *peers.of(case), *again)] for case in cases)
-    return rows("kernels", groups, build, NOTES, run, run.timer)
+    return rows("kernels", groups, build, NOTES, run)

@@ -164,4 +164,4 @@ def rows(
     for case in cases:
         names = ("ours", "hugging face") if case.op == "vit" else NOTES
         groups[replace(case, dtype="")] += [(name, case) for name in names if keep(name, case)]
-    return measure.rows("model", groups.values(), build, NOTES, run, run.step_timer)
+    return measure.rows("model", groups.values(), build, NOTES, run)

@@ -18,18 +18,18 @@ from igpt.data.encode import encode_folder
 
 SIDE = 32
 NOTES = {
-    "ours, building": "a new palette each time: every table is built anew",
+    "ours, building": "a new palette each time, every table built anew: that of ours has seen these colours",
     "hugging face": "ImageGPTImageProcessorPil, without torchvision",
     "scikit-learn": "KMeans(n_init=1)",
 }
 
 
-def compared(op: str, count: int, calls: dict[str, Callable], run: Run, note: str, theirs: int = 0) -> Iterator[Row]:
+def compared(op: str, count: int, calls: dict[str, Callable], run: Run, theirs: int = 0) -> Iterator[Row]:
     """Rows of calls by name, of `count` pictures each, Hugging Face's of `theirs`."""
     case = Case(op, count, SIDE * SIDE, 0, 0, "fp32")
     few = dataclasses.replace(case, B=theirs)
     group = [(name, few if name == "hugging face" else case) for name in calls]
-    return together("model", group, lambda name, *_: calls[name], NOTES | {"ours": note}, run, run.timer)
+    return together("model", group, lambda name, *_: calls[name], NOTES, run)
 
 
 def processor(pictures: Callable[[], list]) -> Callable[[], object]:
@@ -53,8 +53,7 @@ def lookup(run: Run, count: int = 4096, theirs: int = 256) -> Iterator[Row]:
         "ours, building": lambda: Palette(palette_cube()).encode(images),
         "hugging face": processor(lambda: list(images[:theirs])),
     }
-    note = "the table, which fills as colours come, has seen these"
-    return compared("palette pictures", count, calls, run, note, theirs)
+    return compared("palette pictures", count, calls, run, theirs)
 
 
 def fit(run: Run, count: int = 256, k: int = 512) -> Iterator[Row]:
@@ -69,12 +68,12 @@ def fit(run: Run, count: int = 256, k: int = 512) -> Iterator[Row]:
         KMeans(k, n_init=1, random_state=0).fit(x)
 
     calls = {"ours": lambda: Palette.fit(images, k), "scikit-learn": theirs}
-    return compared("palette fit", count, calls, run, "Palette.fit")
+    return compared("palette fit", count, calls, run)
 
 
 def folder(run: Run, count: int = 4096, theirs: int = 256, side: int = 96) -> Iterator[Row]:
-    """igpt.encode_folder on PNG files of side x side, read, cropped, looked up and written, all cores, against
-    opening the files and the processor."""
+    """igpt.encode_folder on PNG files of side x side, read, cropped, looked up and written, all cores, its processes'
+    start included, against opening the files and the processor."""
     palette = Palette(palette_cube())
     with tempfile.TemporaryDirectory() as scratch:
         source, out = Path(scratch, "pictures"), Path(scratch, "tokens")
@@ -88,8 +87,7 @@ def folder(run: Run, count: int = 4096, theirs: int = 256, side: int = 96) -> It
             encode_folder(source, out, palette, SIDE, progress=False)
 
         calls = {"ours": ours, "hugging face": processor(lambda: [Image.open(path) for path in paths[:theirs]])}
-        note = f"encode_folder of {side}x{side} PNG files, its processes' start included"
-        yield from compared("encode folder", count, calls, run, note, theirs)
+        yield from compared("encode folder", count, calls, run, theirs)
 
 
 QUICK, ALL = (lookup,), (lookup, fit, folder)

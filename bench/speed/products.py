@@ -77,4 +77,4 @@ def build(name: str, case: Case, device: str) -> Callable[[], object]:
 def rows(cases: Iterable[Case], run: Run) -> Iterator[Row]:
     for case in cases:
         group = [(name, case) for name in ("ours", *CANDIDATES)]
-        yield from together("kernels", group, build, {}, run, run.timer)
+        yield from together("kernels", group, build, {}, run)

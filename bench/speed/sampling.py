@@ -127,4 +127,4 @@ def groups(device: str, presets: Iterable[str]) -> Iterator[list[tuple[str, Case
 
 def rows(wanted: Iterable[list[tuple[str, Case]]], run: Run) -> Iterator[Row]:
     """Rows of each group, milliseconds a token of all B pictures."""
-    return measure.rows("sampling", wanted, build, NOTES, run, run.step_timer)
+    return measure.rows("sampling", wanted, build, NOTES, run)

@@ -23,7 +23,7 @@ import torch
 from bench import rows
 from bench.cases import Case, sized
 from bench.compiled.cases import CompileCase, forward_and_backward
-from bench.machine import FAULTS, ended, raised, stamp
+from bench.machine import ended, raised, stamp
 from bench.speed.measure import Run, call, timers, together
 from bench.speed.peers import Absent
 from igpt.kernels import tiles
@@ -134,7 +134,7 @@ def timed(search: Search, tried: Callable[[str], bool], run: Run) -> list[tuple[
         return using(using(call)(case.ours("triton"), inputs, case.diff, case.direction))
 
     ranked = []
-    for row in together("tune", [(name, search.case) for name in found], build, {}, run, run.timer):
+    for row in together("kernels", [(name, search.case) for name in found], build, {}, run):
         print(f"  {found[row.impl]}: {row}", file=sys.stderr)
         ranked += [(row.median_ms, found[row.impl])] if row.median_ms else []
     return sorted(ranked, key=lambda x: x[0])
@@ -165,7 +165,7 @@ def search(chosen: Iterable[Search], tried: Callable[[str], bool], run: Run, out
         try:
             run.case_s = min(run.case_s, left / 2)
             line = f"{search.table}  {paste(search, timed(search, tried, run), run.device).strip()}"
-        except FAULTS as fault:
+        except Exception as fault:
             line = f"{search.name}: {raised(fault)}"
         print(line, flush=True)
         with out.open("a") as file:
