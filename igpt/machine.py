@@ -40,9 +40,11 @@ def available_bytes(device: torch.device) -> int:
 
 
 def container_bytes(group: Path = Path("/sys/fs/cgroup")) -> int:
-    """What the control group that a container runs in may still take; without a limit, any."""
+    """What the control group that a container runs in may still take; without a limit, any. Files that were read stay
+    in its memory as long as nobody else asks for it: those that nobody uses count as free."""
     try:
-        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        return sys.maxsize if limit == "max" else int(limit) - int(used)
+        limit, used, stat = ((group / f"memory.{name}").read_text() for name in ("max", "current", "stat"))
     except OSError:
         return sys.maxsize
+    unused = next((int(line.split()[1]) for line in stat.splitlines() if line.startswith("inactive_file ")), 0)
+    return sys.maxsize if limit.strip() == "max" else int(limit) - int(used) + unused

@@ -88,11 +88,12 @@ class ViT(Transformer):
         """(sources int64 (B, P), corrupted int64 (B, P // 2)): half of each picture's patches, and what then stands in
         each place: 80% the mask token (P), 10% another patch of the picture, 10% the same."""
         P = self.config.side**2
-        corrupted = torch.rand(B, P, generator=generator).argsort(1)[:, : P // 2]
-        kind = torch.rand(corrupted.shape, generator=generator)
-        other = (corrupted + torch.randint(1, P, corrupted.shape, generator=generator)) % P
+        drawn = {"generator": generator, "device": "cpu" if generator is None else generator.device}
+        corrupted = torch.rand(B, P, **drawn).argsort(1)[:, : P // 2]
+        kind = torch.rand(corrupted.shape, **drawn)
+        other = (corrupted + torch.randint(1, P, corrupted.shape, **drawn)) % P
         chosen = torch.where(kind < MASKED, P, torch.where(kind < MASKED + SWAPPED, other, corrupted))
-        return torch.arange(P).repeat(B, 1).scatter(1, corrupted, chosen), corrupted
+        return torch.arange(P, device=corrupted.device).repeat(B, 1).scatter(1, corrupted, chosen), corrupted
 
     def embed(self, patches_BPC, sources_BP, dtype: torch.dtype):
         """Class token and patches at their positions, (B, N, d)."""

@@ -119,7 +119,8 @@ def decode_linear_op(x, maxima, sums, weight, scale, bias, residual, norm: str, 
     tile = tiles.decode_linear_tile("join" if splits else "gelu" if gelu else "norm" if norm else "add", K)
     launch_chained(
         x.device, linear_kernel, (triton.cdiv(O, tile.BLOCK_N),),
-        x=x.contiguous(), maxima=maxima, sums=sums, weight=weight.contiguous(), scale=scale, bias=bias,
+        x=x.contiguous(), maxima=maxima, sums=sums, weight=weight.contiguous(),
+        scale=scale if scale is None else scale.contiguous(), bias=bias if bias is None else bias.contiguous(),
         residual=None if residual is None else residual.contiguous(), y=y, B=x.shape[0], eps=eps,
         O=O, K=K, HEADS=heads, SPLITS=splits, HAS_NORM=norm != "", IS_CENTRED=norm == "layer", HAS_GELU=gelu,
         BLOCK_N=tile.BLOCK_N, BLOCK_K=tile.BLOCK_K, STAGES=tile.num_stages, IS_EARLY=tile.early,

@@ -29,7 +29,7 @@ def decode_norm_op(x, add, gain, eps: float, centred: bool, dtype, n) -> None:
     B, d = x.shape
     launch(
         norm_forward_kernel, (B,),
-        x=x, add=add, gain=gain, n=n, stats=x.new_empty((2, B), dtype=torch.float32), s=x, M=B, d=d,
+        x=x, add=add, gain=gain.contiguous(), n=n, stats=x.new_empty((2, B), dtype=torch.float32), s=x, M=B, d=d,
         stride_x=d, stride_add=d, eps=eps, HAS_ADD=add is not None, IS_CENTRED=centred,
         BLOCK_M=1, BLOCK_D=triton.next_power_of_2(d), num_warps=4,
     )  # fmt: skip

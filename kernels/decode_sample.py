@@ -99,7 +99,7 @@ def decode_embed_op(tokens, wte, wpe, sos, position, dtype, x) -> None:
     BLOCK_D = 256
     launch(  # plainly: the first kernel of a step
         embed_kernel, (B, triton.cdiv(d, BLOCK_D)),
-        tokens=tokens, wte=wte.contiguous(), wpe=wpe.contiguous(), sos=sos, position=position, x=x,
+        tokens=tokens, wte=wte.contiguous(), wpe=wpe.contiguous(), sos=sos.contiguous(), position=position, x=x,
         n_ctx=n_ctx, V=V, d=d, BLOCK_D=BLOCK_D, num_warps=2,
     )  # fmt: skip
 
@@ -113,7 +113,7 @@ def decode_sample_op(logits, tokens, position, pictures, seed, temperature: floa
     B, V = logits.shape
     launch_chained(
         logits.device, sample_kernel, (B,),
-        logits=logits.contiguous(), tokens=tokens, position=position, pictures=pictures, seed=seed,
+        logits=logits.contiguous(), tokens=tokens, position=position, pictures=pictures.contiguous(), seed=seed,
         n_ctx=tokens.shape[1], V=V, temperature=temperature, top_k=top_k, top_p=top_p,
         BLOCK_V=triton.next_power_of_2(V), CHUNK=16,
         IS_GREEDY=temperature == 0, HAS_TOP_K=0 < top_k < V, HAS_TOP_P=top_p < 1, num_warps=4,

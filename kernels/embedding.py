@@ -106,8 +106,9 @@ def embed_op(tokens, wte, wpe, sos, masked, h) -> None:
     if B * N:
         launch(
             embed_kernel, (triton.cdiv(B * N, BLOCK_R), triton.cdiv(d, BLOCK_D)),
-            tokens=tokens.contiguous(), wte=wte.contiguous(), wpe=wpe.contiguous(), sos=sos,
-            masked=None if masked is None else masked.contiguous(), h=h, R=B * N, N=N, V=V, d=d,
+            tokens=tokens.contiguous(), wte=wte.contiguous(), wpe=wpe.contiguous(),
+            sos=None if sos is None else sos.contiguous(), masked=None if masked is None else masked.contiguous(),
+            h=h, R=B * N, N=N, V=V, d=d,
             BLOCK_R=BLOCK_R, BLOCK_D=BLOCK_D, HAS_SOS=sos is not None, HAS_MASK=masked is not None, num_warps=4,
         )  # fmt: skip
 

@@ -215,5 +215,5 @@ def head_loss(x, norm_weight, head_weight, targets, eps: float = 1e-5, centred: 
     tiles.check_kernel_rows("head_loss", x)
     check_device("head_loss", x, norm_weight, head_weight, targets)
     has_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, norm_weight, head_weight))
-    nll, *_ = HeadLoss(as_rows(x), norm_weight, head_weight, targets.reshape(-1), eps, centred, has_grad)
+    nll, *_ = HeadLoss(as_rows(x), norm_weight, head_weight, targets.reshape(-1).contiguous(), eps, centred, has_grad)
     return nll.view(targets.shape)

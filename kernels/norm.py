@@ -104,7 +104,7 @@ def norm_op(x, add, gain, eps: float, centred: bool, n, stats, s) -> None:
         add, stride_add = (None, 0) if add is None else with_row_stride(add)
         launch(
             norm_forward_kernel, (blocks(M, tile.BLOCK_M),),
-            x=x, add=add, gain=gain, n=n, stats=stats, s=s, M=M, d=d,
+            x=x, add=add, gain=gain.contiguous(), n=n, stats=stats, s=s, M=M, d=d,
             stride_x=stride_x, stride_add=stride_add, eps=eps,
             HAS_ADD=add is not None, IS_CENTRED=centred, BLOCK_M=tile.BLOCK_M, BLOCK_D=tile.BLOCK_N,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
@@ -132,7 +132,7 @@ def norm_backward_op(dn, x, gain, stats, dres, write_n: bool, dx, dgain, n) -> N
         dres, stride_dres = (None, 0) if dres is None else with_row_stride(dres)
         launch(
             norm_backward_kernel, (programs,),
-            dn=dn, x=x, gain=gain, stats=stats, dres=dres, dx=dx, n=n, partials=partials, M=M, d=d,
+            dn=dn, x=x, gain=gain.contiguous(), stats=stats, dres=dres, dx=dx, n=n, partials=partials, M=M, d=d,
             stride_dn=dn.stride(0), stride_x=stride_x, stride_dres=stride_dres,
             HAS_DRES=dres is not None, HAS_N=write_n, IS_CENTRED=stats.shape[0] == 2,
             BLOCK_M=tile.BLOCK_M, BLOCK_D=tile.BLOCK_N, num_warps=tile.num_warps, num_stages=tile.num_stages,

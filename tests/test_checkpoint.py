@@ -102,6 +102,15 @@ def test_a_damaged_checkpoint_is_not_taken(tmp_path, harm):
     assert same(loaded, states[expected])
 
 
+def test_a_damaged_checkpoint_displaces_no_whole_one(tmp_path):
+    saved(tmp_path, 1, 9)
+    (tmp_path / "step-9" / ".metadata").unlink()
+    saved(tmp_path, 2, keep=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert Checkpoints(tmp_path, ALONE).latest() == tmp_path / "step-2"
+
+
 def test_what_a_kill_left_behind_is_swept(tmp_path):
     saved(tmp_path, 1)
     (tmp_path / "step-9-backup").mkdir()  # someone's copy: neither taken nor removed

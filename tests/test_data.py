@@ -1,5 +1,6 @@
 """Picture sets: every format read right from small files written by the format's own rules, bad files named."""
 
+import contextlib
 import gzip
 import io
 import pickle
@@ -117,7 +118,7 @@ def test_cifar_python_version(tmp_path, dumps):
         ({b"data": planes[0].astype(np.int8), b"labels": [0]}, "got an array of 'i1', expected uint8"),
         ({b"data": planes[0], b"labels": [0]}, r"got data and labels of \(3, 3072\) and int64 \(1,\)"),
         ({b"labels": [0]}, "not CIFAR's Python version: 'data'"), ([1], "got a pickled list, expected a dictionary"),
-        (Evil(), "got a pickled Kept"),
+        (Evil(), "got a pickled Kept"), ({object(): 1}, "not CIFAR's Python version: 'data'"),
     ):  # fmt: skip
         (there / "test_batch").write_bytes(pickle.dumps(bad))
         with pytest.raises(ValueError, match=rf"test_batch: .*{words}"):
@@ -595,6 +596,14 @@ def test_mangled_pictures_raise_only_value_error(tmp_path, kind):
             assert square(path, 8).shape == (8, 8, 3)
         except ValueError as error:
             assert str(path) in str(error)
+
+
+def test_a_picture_too_slim_for_a_crop_is_refused(tmp_path):
+    """Its short side resized to 224 pixels, a file of 100 bytes would take gigabytes."""
+    for size, fits in (((1, 2000), True), ((2001, 1), False), ((1, 300_000), False)):
+        Image.new("RGB", size).save(tmp_path / "slim.png")
+        with contextlib.nullcontext() if fits else pytest.raises(ValueError, match=r"slim\.png: .* at most 2000 : 1"):
+            assert square(tmp_path / "slim.png", 8).shape == (8, 8, 3)
 
 
 def test_bad_arguments(tmp_path, palette):

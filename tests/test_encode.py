@@ -264,6 +264,7 @@ def test_bad_arguments(pictures, palette, tmp_path):
     for options, message in (
         ({"crop": "odd"}, "crop: got 'odd'"), ({"resample": "odd"}, "resample: got 'odd'"),
         ({"source": tmp_path / "absent"}, "source: .*absent is no folder"), ({"size": 0}, "size: got 0"),
+        ({"seed": -1}, "seed: got -1"), ({"workers": -1}, "workers: got -1"),
     ):
         with pytest.raises(ValueError, match=message):
             igpt.data.encode.encode_folder(**{"source": pictures, "out": tmp_path / "x", "palette": palette, **options})

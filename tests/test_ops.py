@@ -109,6 +109,48 @@ def test_a_stream_that_its_next_norm_sums_up(dtype, impl, device):
         assert errors.ok, errors
 
 
+def strided_calls(impl, device="cpu"):
+    """Operations by the vector or the ids that they read, for any strides of it."""
+    shapes = (6, 32), (16, 32), (8, 32), (64, 32), (32, 64), (32,)
+    x, weight, table, w_fc, w_proj, vector = (rand(*shape).to(device) for shape in shapes)
+    ids = torch.arange(6, device=device) % 5
+    return {
+        "norm": (vector, lambda gain: ops.norm(x, gain, impl=impl)),
+        "norm_linear": (vector, lambda gain: ops.norm_linear(x, gain, weight, impl=impl)),
+        "norm_mlp": (vector, lambda gain: ops.norm_mlp(x, gain, w_fc, w_proj, impl=impl)),
+        "head_loss gain": (vector, lambda gain: ops.head_loss(x, gain, weight, ids, impl=impl)),
+        "head_loss targets": (ids, lambda targets: ops.head_loss(x, table[0], weight, targets, impl=impl)),
+        "embed": (vector, lambda sos: ops.embed(ids[None], weight, table, sos, impl=impl)),
+    }
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("name", strided_calls("torch"))
+def test_vectors_and_ids_of_any_stride(name, impl, device):
+    """The kernels read every other number's neighbour too: of `gain[::2]`, of `tokens[:, 3]` as targets."""
+    value, call = strided_calls(impl, device)[name]
+    results = []
+    for t in (value, torch.stack([value, -value - 1], 1)[:, 0]):
+        t = t.detach().requires_grad_(t.is_floating_point())
+        y = call(t)
+        results.append([y, *(torch.autograd.grad(y.square().sum(), t) if t.requires_grad else ())])
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # igpt/ops/cpu.py's, and plain PyTorch's
+def test_one_row_without_a_batch(dtype):
+    x, gain, weight, proj = rand(32, dtype=dtype), rand(32), rand(16, 32), rand(32, 16)
+    target = torch.tensor(3)
+    for call in (
+        lambda x, _: ops.norm(x, gain),
+        lambda x, _: ops.norm_linear(x, gain, weight),
+        lambda x, _: ops.norm_mlp(x, gain, weight, proj),
+        lambda x, _: ops.linear(x, weight),
+        lambda x, target: ops.head_loss(x, gain, weight, target),
+    ):
+        assert torch.equal(call(x, target), call(x[None], target[None])[0])
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_on_the_torch_path(dtype, causal):
@@ -149,6 +191,20 @@ def test_attention_by_blocks_on_a_cpu(n, h, d, dtype, causal, packed):
         lambda **k: reference.attention(*(k["qkv"].unbind(2) if packed else k.values()), causal), inputs, tuple(inputs),
     ):  # fmt: skip
         assert errors.ok, errors
+
+
+def test_attention_by_blocks_sums_in_fp32_whatever_the_default_dtype():
+    qkv = rand(1, 600, 3, 1, 16).requires_grad_()
+
+    def gradient():
+        return torch.autograd.grad(cpu_attention.Attention.apply(True, 0.25, qkv).square().sum(), qkv)[0]
+
+    want = gradient()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(gradient(), want)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_attention_by_blocks_is_causal_to_the_bit_and_takes_hard_scores():

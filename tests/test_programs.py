@@ -11,7 +11,7 @@ import igpt
 import igpt.data.folder
 from igpt import data
 from igpt.palette import Palette
-from igpt.programs import classify, features, finetune, lowdata, probe
+from igpt.programs import classify, features, finetune, info, lowdata, probe
 from igpt.programs import eval as evaluate
 from igpt.programs import palette as fit_palette
 from igpt.programs.source import with_config
@@ -232,6 +232,16 @@ def test_a_palette_of_few_pictures_reads_few(tmp_path, monkeypatch):
     assert [places.tolist() for places in read] == [[0, *kept[[13, 26, 39, 53]]], held[[0, 1, 2, 3, 5]].tolist()]
 
 
+def test_a_palette_of_fewer_pictures_than_can_be_held_out(tmp_path):
+    from PIL import Image
+
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)).save(tmp_path / "only.png")
+    report = fit_palette.run(fit_palette.Options(data=str(tmp_path), out=tmp_path / "palette.npy", k=8, size=8))
+    assert report["mse"] > 0 and report["valid_mse"] is None
+    with pytest.raises(ValueError, match="seed: got -1, expected an integer from 0 to"):
+        Palette.fit(np.zeros((8, 8, 3), np.uint8), k=1, seed=-1)
+
+
 def test_bad_input(here, tmp_path):
     for change, words in [
         ({"only": (7,)}, "only: got layers"), ({"votes": 2}, "votes: got 2"), ({"join": 9}, "join: got 9"),
@@ -246,6 +256,12 @@ def test_bad_input(here, tmp_path):
         evaluate.run(evaluate.Options(**where(here), limit=0))
     with pytest.raises(ValueError, match="lr"):
         finetune.run(finetune.Options(**where(here), lr=0.0))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"out: .*file exists and is not empty"):
+        finetune.run(finetune.Options(**where(here), out=tmp_path / "file"))
+    for memory in (0.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"memory: got {memory}, expected a positive number"):
+            info.run(info.Options(memory=memory))
 
     for split in ("train", "valid", "test"):
         data.save_tokens(coloured(20, 1, labelled=False), tmp_path / "bare" / split)
@@ -283,3 +299,6 @@ def test_settings_of_the_solver_are_checked_before_the_features(here, monkeypatc
     for change in ({"C": (0.1, -1.0)}, {"lr": (0.0,)}, {"steps": 0}):
         with pytest.raises(ValueError, match="C, lr, steps: got"):
             probe.run(probe.Options(**where(here), **change))
+    for change in ({"C": float("nan")}, {"k": ()}):
+        with pytest.raises(ValueError, match="k, C: got"):
+            lowdata.run(lowdata.Options(**where(here), **change))

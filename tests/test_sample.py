@@ -521,7 +521,8 @@ def test_programs_refuse(checkpoint, monkeypatch):
 
 def test_a_container_s_limit_counts(tmp_path):
     assert machine.container_bytes(tmp_path) == sys.maxsize
-    (tmp_path / "memory.current").write_text("300\n")
+    (tmp_path / "memory.current").write_text("500\n")
+    (tmp_path / "memory.stat").write_text("anon 250\nfile 250\ninactive_file 200\nactive_file 50\n")
     for limit, left in (("max", sys.maxsize), ("1000", 700)):
         (tmp_path / "memory.max").write_text(limit + "\n")
         assert machine.container_bytes(tmp_path) == left

@@ -22,6 +22,7 @@ from PIL import Image
 import igpt
 from igpt import machine
 from igpt.programs import info, train
+from igpt.sample import decoder
 from igpt.training.order import Order
 from igpt.training.processes import processes
 from tests import children
@@ -175,6 +176,16 @@ def test_a_loss_that_is_not_finite_names_the_step_and_the_checkpoint(tmp_path):
         train.run(asked)
 
 
+def test_a_grid_too_large_for_the_memory_is_drawn_in_parts(tmp_path, monkeypatch):
+    """A run of days doesn't end for it: the pictures are the same."""
+    train.run(options(tmp_path / "whole", steps=1, sample_every=1))
+    monkeypatch.setattr(decoder, "available_bytes", lambda device: 300_000)  # the cache of 16 takes 524,288
+    with pytest.warns(UserWarning, match="batch: 1 at once, as memory allows, not 16"):
+        train.run(options(tmp_path / "parts", steps=1, sample_every=1))
+    whole, parts = ((tmp_path / run / "samples" / "step-0000001.png").read_bytes() for run in ("whole", "parts"))
+    assert whole == parts
+
+
 def test_another_configuration_is_refused_with_the_difference(unbroken, tmp_path):
     run, _ = unbroken
     with pytest.raises(ValueError, match=r"another configuration \(train\.lr: 0\.003 there, 0\.001 asked; train.seed"):
@@ -192,6 +203,7 @@ def test_another_configuration_is_refused_with_the_difference(unbroken, tmp_path
     [
         ({"batch": 9, "accumulate": 2}, "batch: got 9, expected a multiple of 1 processes"),
         ({"steps": 0}, "steps: got 0"),
+        ({"size": 0}, "size: got 0"),
         ({"lr": math.nan}, "lr: got nan"),
         ({"clip": 0.0}, "clip: got 0.0"),
         ({"beta2": 1.0}, "beta1, beta2"),

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import igpt
-from igpt.programs import train
+from igpt.programs import demo, train
 from tests import children
 from tests.children import options
 from tests.test_train import curve
@@ -85,6 +85,23 @@ def test_a_start_that_failed_leaves_nothing_that_misleads(folder, tmp_path):
     with pytest.raises(ValueError, match=r"not empty and has no config\.json"):
         train.run(options(tmp_path / "mine", data=str(folder), **SHORT))
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+
+
+def test_a_folder_leaves_a_run_of_other_pictures_as_it_is(folder, tmp_path):
+    """Tokens encoded into it would be what its own command goes on with."""
+    run, others = tmp_path / "run", tmp_path / "others"
+    write_pictures(others, 60, seed=1)
+    igpt.data.save_tokens(igpt.data.load(str(others), "train+valid", size=8), tmp_path / "set", igpt.Palette.fit(
+        igpt.data.load(str(others), size=8).images, COLOURS))  # fmt: skip
+    train.run(options(run, data=str(tmp_path / "set"), **SHORT))
+    there = sorted(path.name for path in run.iterdir())
+    for target, said in ((run, r"another configuration \(train\.data: .*set there, .*pictures asked\)"),
+                         (run / "export", "is a model, expected a new or a run directory")):  # fmt: skip
+        with pytest.raises(ValueError, match=said):
+            train.run(options(target, data=str(folder), **{**SHORT, "size": 8}))
+    assert sorted(path.name for path in run.iterdir()) == there
+    with pytest.raises(ValueError, match="is a model"):
+        demo.run(demo.Options(run=run / "export"))
 
 
 def test_the_folder_s_own_splits_and_another_model_s_palette_and_size(tmp_path):

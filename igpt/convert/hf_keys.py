@@ -88,8 +88,7 @@ def from_hf(hf: dict, tensors: dict[str, Lazy], attn_scale: str) -> tuple[Config
         ours["head"] = ours["wte"]
         remarks.append("tie_word_embeddings: the head is a copy of the colours' embeddings, without the start vector")
     elif "head" not in ours:
-        zeros = Lazy((vocab, wte.shape[1]), wte.dtype, (lambda: torch.zeros(vocab, wte.shape[1], dtype=wte.dtype),))
-        ours["head"] = zeros
+        ours["head"] = Lazy.zeros((vocab, wte.shape[1]), wte.dtype)
         remarks.append("lm_head.weight: none in this checkpoint, so the output head is zero")
     if "score.weight" in rest:
         ours["classifier"] = rest.pop("score.weight")
@@ -163,7 +162,7 @@ def to_hf(
             tensor = ours.get(f"blocks.{i}.{name}")
             if tensor is None:
                 width = {"attn.b_qkv": 3 * config.width, "mlp.b_fc": config.inner}.get(name, config.width)
-                tensor = Lazy.of(torch.zeros(width, dtype=ours["wte"].dtype))
+                tensor = Lazy.zeros((width,), ours["wte"].dtype)
             theirs[f"transformer.h.{i}.{their_name}"] = tensor.t() if is_conv else tensor
     hf = {
         "architectures": ["ImageGPTForCausalImageModeling"],

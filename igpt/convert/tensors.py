@@ -38,6 +38,10 @@ class Lazy:
         return cls(tuple(tensor.shape), tensor.dtype, (lambda: tensor.detach().cpu(),))
 
     @classmethod
+    def zeros(cls, shape: tuple[int, ...], dtype: torch.dtype) -> "Lazy":
+        return cls(shape, dtype, (lambda: torch.zeros(shape, dtype=dtype, device="cpu"),))
+
+    @classmethod
     def stack(cls, *tensors: "Lazy") -> "Lazy":
         """Row blocks on top of each other: (a, ...), (b, ...) -> (a + b, ...). Raises ValueError if they don't fit."""
         first = tensors[0]
@@ -49,7 +53,7 @@ class Lazy:
     def read(self) -> torch.Tensor:
         if len(self.parts) == 1:
             return self.parts[0]()
-        whole, row = torch.empty(self.shape, dtype=self.dtype), 0
+        whole, row = torch.empty(self.shape, dtype=self.dtype, device="cpu"), 0
         for part in self.parts:
             block = part()
             whole[row : row + len(block)] = block
@@ -83,7 +87,7 @@ def _write_rows(file, tensor: torch.Tensor, rows: int, dtype: torch.dtype) -> No
 
 def read_bytes(path: Path, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
     """`shape` elements of a file that was checked to hold them. Raises ValueError if it has shrunk since."""
-    raw = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8)
+    raw = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8, device="cpu")
     with open(path, "rb", buffering=0) as file:
         file.seek(offset)
         view, done = memoryview(raw.numpy()), 0

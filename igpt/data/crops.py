@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 FILTERS = {f.name.lower(): f for f in Image.Resampling}
+SLIMMEST = 2000  # a picture's long side over its short one: a crop's 224 pixels of the short one make 0.4 GB of it
 # What Pillow's decoders raise for broken files (UnidentifiedImageError is an OSError).
 BROKEN = (
     OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, ArithmeticError, MemoryError, struct.error,
@@ -39,7 +40,9 @@ def open_picture(path: str | Path) -> Image.Image:
 def to_rgb(picture: Image.Image, file: Image.Image | None = None) -> Image.Image:
     """8-bit RGB, transparency on white. Greys of more than 8 bits are scaled: white is the largest number of the bits
     of the `file` that the picture is from (default: itself), or 1 for floats. Raises ValueError where white isn't
-    known: 32-bit and signed integers, floats outside of [0, 1]."""
+    known: 32-bit and signed integers, floats outside of [0, 1]; and for sides beyond SLIMMEST."""
+    if max(picture.size) > SLIMMEST * min(picture.size):
+        raise ValueError(f"got {picture.width} x {picture.height}, expected sides of at most {SLIMMEST} : 1")
     if picture.mode.startswith(("I", "F")):
         return wide_grey(picture, file or picture)
     if picture.has_transparency_data:

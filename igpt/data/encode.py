@@ -40,6 +40,9 @@ def encode_folder(
     check_filter(resample)
     if not isinstance(size, int) or size < 1:
         raise ValueError(f"size: got {size!r}, expected a positive integer")
+    for name, value in (("seed", seed), ("workers", workers or 0)):
+        if not isinstance(value, int) or value < 0:
+            raise ValueError(f"{name}: got {value!r}, expected an integer of 0 or more")
     source, out = Path(source), Path(out)
     if not source.is_dir():
         raise ValueError(f"source: {source} is no folder")

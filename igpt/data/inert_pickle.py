@@ -11,6 +11,8 @@ import numpy as np
 
 
 class Kept:
+    arguments = ()  # where a pickle makes one without __init__
+
     def __init__(self, *arguments):
         self.arguments = arguments
 

@@ -46,7 +46,7 @@ class Attention(Function):
             qh, kh, vh = q[b, :, h] * scale, k[b, :, h].contiguous(), v[b, :, h].contiguous()
             doh = dout[b, :, h].contiguous()
             # [D, N]: then neither p nor ds, the wide factors, has to be copied to be transposed.
-            dkt, dvt = torch.zeros(2, *qh.t().shape)
+            dkt, dvt = qh.new_zeros((2, *qh.t().shape), dtype=torch.float32)
             for rows, keys in _blocks(qh, ctx.causal):
                 p = _probabilities(qh, kh, rows, keys, mask)
                 dvt[:, keys] += transposed_product(doh[rows], p)

@@ -142,7 +142,7 @@ def kmeans(pixels: np.ndarray | torch.Tensor, k: int, seed: int) -> np.ndarray:
         moved = means(sums)
         if empty := np.flatnonzero(sums[0] == 0).tolist():
             x = colours / 127.5 - 1
-            loss = weight * np.square(x - centres[torch.as_tensor(index).cpu().numpy()]).sum(1)
+            loss = weight * np.square(x - centres[torch.as_tensor(index, device="cpu").numpy()]).sum(1)
             moved[empty] = x[np.argsort(-loss, kind="stable")[: len(empty)]]
         centres = moved.astype(np.float32)
         if not empty and previous - inertia <= TOLERANCE * inertia:

@@ -32,7 +32,7 @@ class Candidates:
     squares[channel, centre, value] are the squared differences that the reference sums."""
 
     def __init__(self, centres: np.ndarray):
-        values = reference.palette_pixels(torch.arange(256, dtype=torch.uint8)).numpy()
+        values = reference.palette_pixels(torch.arange(256, dtype=torch.uint8, device="cpu")).numpy()
         self.squares = np.square(values - centres.astype(np.float32).T[:, :, None])  # [3, k, 256]
         blocks = self.squares.reshape(3, len(centres), BLOCKS, SIDE)
         # [3, BLOCKS, k]: a block's bounds are then sums of whole rows.

@@ -68,7 +68,7 @@ class Palette:
     @cached_property
     def colours(self) -> torch.Tensor:
         """The colours as uint8 (k, 3)."""
-        return reference.palette_decode(torch.arange(len(self)), self.centres)
+        return reference.palette_decode(torch.arange(len(self), device="cpu"), self.centres)
 
     @cached_property
     def table(self) -> ColourTable:
@@ -79,9 +79,11 @@ class Palette:
     def fit(cls, images, k: int = 512, seed: int = 0) -> "Palette":
         """k-means on the pixels of uint8 images (..., 3), on the GPU for tensors of one; see kmeans.py.
 
-        Raises ValueError for fewer than k distinct colours."""
+        Raises ValueError for fewer than k distinct colours, or a seed that isn't in [0, 2^32)."""
         if not isinstance(k, int) or not 1 <= k <= LARGEST:
             raise ValueError(f"k: got {k!r}, expected an integer from 1 to {LARGEST}")
+        if not isinstance(seed, int) or not 0 <= seed < 2**32:
+            raise ValueError(f"seed: got {seed!r}, expected an integer from 0 to {2**32 - 1}")
         images = _pixels(images)
         return cls(kmeans.kmeans(images, k, seed))
 
@@ -102,7 +104,7 @@ class Palette:
     def decode(self, tokens, size: tuple[int, int]) -> torch.Tensor:
         """Colours of integer tokens (B, H*W) as pictures uint8 (B, H, W, 3), on the tokens' device. A token that the
         palette doesn't have raises ValueError on a CPU and is black on a GPU."""
-        tokens = torch.as_tensor(tokens)
+        tokens = tokens if torch.is_tensor(tokens) else torch.as_tensor(tokens)
         if tokens.is_floating_point() or tokens.dtype == torch.bool or tokens.dim() != 2:
             raise ValueError(f"tokens: got {tokens.dtype} {tuple(tokens.shape)}, expected integers (B, H*W)")
         if tokens.shape[1] != size[0] * size[1]:

@@ -16,6 +16,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from igpt import data, sample
+from igpt.convert.tensors import read_json
 from igpt.model import ImageGPT
 from igpt.programs import train
 from igpt.sample import grid
@@ -39,6 +40,8 @@ class Options:
 def run(options: Options) -> dict:
     if not options.minutes > 0:
         raise ValueError(f"minutes: got {options.minutes}, expected a positive number")
+    if options.size < 2:
+        raise ValueError(f"size: got {options.size}, expected at least 2, of which half is given")
     steps, dtype = plan(options)
     trained = train.run(train.Options(
         run=options.run, preset="tiny", size=options.size, steps=steps, batch=BATCH, lr=LR, dtype=dtype,
@@ -55,8 +58,7 @@ def run(options: Options) -> dict:
 def plan(options: Options) -> tuple[int, str]:
     """(steps, dtype): those of the run that goes on, or what this machine does in the time, in its faster dtype."""
     config = options.run / "config.json"
-    if config.is_file():
-        asked = json.loads(config.read_text())["train"]
+    if asked := read_json(config).get("train") if config.is_file() else None:
         return asked["steps"], asked["dtype"]
     seconds = {dtype: step_seconds(options.size, dtype == "bf16") for dtype in ("fp32", "bf16")}
     dtype = min(seconds, key=seconds.get)
@@ -85,7 +87,7 @@ def complete(export: str, options: Options, path: Path) -> None:
     asked = truth.repeat_interleave(COMPLETIONS, 0)
     tokens = sample.complete(model, asked, keep, temperature=TEMPERATURE, seed=options.seed)
     images = grid.beside(test.palette.decode(truth, test.size), test.palette.decode(tokens, test.size), keep)
-    grid.save(path, images, columns=2 * (COMPLETIONS + 2), scale=96 // options.size)
+    grid.save(path, images, columns=2 * (COMPLETIONS + 2), scale=max(1, 96 // options.size))
 
 
 def curve(metrics: Path, path: Path) -> None:

@@ -33,8 +33,8 @@ def run(options: Options) -> dict:
             f"epochs, patience, batch, lr: got {options.epochs}, {options.patience}, {options.batch}, {options.lr}; "
             "expected positive numbers"
         )
-    if options.out and options.out.exists() and any(options.out.iterdir()):
-        raise ValueError(f"out: {options.out} exists and is not empty")
+    if options.out and options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
+        raise ValueError(f"out: {options.out} exists and is not empty, expected a new folder")
     plain = options.load_model()
     train, valid, test = options.load_labelled(plain, "train", "valid", "test")
     if options.augment and train.images is None:

@@ -1,5 +1,6 @@
 """The program `igpt info`: what a model costs before it is made, and how it fits on a number of GPUs."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,7 +28,7 @@ class Options(OfRun):
     def config(self) -> Config:
         size = (64 if self.preset == "xl" else 32) if self.size is None else self.size
         for name, value in (("size", size), ("gpus", self.gpus), ("memory", self.memory)):
-            if value <= 0:
+            if not 0 < value < math.inf:
                 raise ValueError(f"{name}: got {value}, expected a positive number")
         return preset(self.preset, objective=self.objective, n_ctx=size * size)
 

@@ -21,6 +21,8 @@ class Options(Labelled):
 
 
 def run(options: Options) -> dict:
+    if not options.k or not options.C > 0:
+        raise ValueError(f"k, C: got {options.k}, {options.C}, expected numbers of labels, and a positive number")
     model = options.load_model().eval()
     train, test = options.load_labelled(model, "train+valid", "test")
     layer = (model.config.n_layer + 1) // 2 if options.layer is None else options.layer

@@ -54,7 +54,10 @@ def run(options: Options) -> dict:
     }  # fmt: skip
 
 
-def mse(palette: Palette, images: np.ndarray) -> float:
-    """Mean squared distance of a pixel from its colour, in units of 8-bit values, over the three channels."""
+def mse(palette: Palette, images: np.ndarray) -> float | None:
+    """Mean squared distance of a pixel from its colour, in units of 8-bit values, over the three channels; None of no
+    pictures."""
+    if not len(images):
+        return None
     again = palette.decode(palette.encode(images), images.shape[1:3]).numpy()
     return round(float(np.square(again.astype(np.float32) - images).sum(-1).mean()), 3)

@@ -13,7 +13,7 @@ def generate(model, batch: int = 1, **options) -> torch.Tensor:
     """Sample whole pictures: tokens (batch, n_ctx) int64. Options as in `complete`."""
     if not isinstance(batch, int) or batch < 1:
         raise ValueError(f"batch: got {batch!r}, expected a positive integer")
-    return _whole(model, torch.empty(batch, 0, dtype=torch.int64), **options)
+    return _whole(model, torch.empty(batch, 0, dtype=torch.int64, device=model.wte.device), **options)
 
 
 def complete(model, tokens_BN, keep: int, **options) -> torch.Tensor:

@@ -113,7 +113,8 @@ class Checkpoints:
             remove(self.folder / name)
         os.rename(path, self.folder / name)
         write_durably(self.folder / "latest", name)
-        there = checkpoints(self.folder)
+        # A damaged one counts for none of those that are kept, nor is it ours to remove.
+        there = [path for path in checkpoints(self.folder) if damage(path) is None]
         kept = {*there[-self.keep :], best(there)}
         for old in there:
             if old not in kept:

@@ -29,7 +29,7 @@ def tokens_of(options, us: Processes, init: Checkpoint | None) -> tuple[data.Pic
 
     The palette: --palette, that of `init`, the set's own, the run's, or one fitted to the training pictures."""
     run, size = options.run, options.size
-    require_ours(run)
+    require_ours(run, options.data)
     kind, path = ("tokens", run / "tokens") if us.from_first(finished(run)) else data.kind_of(options.data)
     palette = init and init.palette
     if options.palette is not None:
@@ -60,7 +60,7 @@ def tokens_of(options, us: Processes, init: Checkpoint | None) -> tuple[data.Pic
 
 def pixels_of(options, init: Checkpoint | None) -> list[data.Pictures]:
     """The training and validation pictures as they are, in memory, with labels where these are what is learnt."""
-    require_ours(options.run)
+    require_ours(options.run, options.data)
     size = options.size or (init.config if init else VITS[options.model]).size
     how = {"size": size, "holdout": options.holdout, "skip_bad": options.skip_bad, "workers": None}
     train, valid = sets = [data.load(options.data, split, **how) for split in ("train", "valid")]

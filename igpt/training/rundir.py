@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from igpt.convert.tensors import read_json
 from igpt.palette import Palette
 from igpt.training.checkpoint import write_durably
 
@@ -17,17 +18,23 @@ OURS = {"config.json.new", "tokens"}  # what may be there before config.json is
 LENGTH = {"train.steps", "train.warmup"}
 
 
-def require_ours(run: Path) -> None:
-    """Raises ValueError unless `run` is a run directory, or can become one."""
-    if run.exists() and not (run / "config.json").is_file() and {entry.name for entry in run.iterdir()} - OURS:
-        raise ValueError(f"run: {run} is not empty and has no config.json, expected a new or a run directory")
+def require_ours(run: Path, data: str) -> None:
+    """Raises ValueError unless `run` is a run directory of the pictures `data`, or can become one: before anything is
+    encoded into it."""
+    if not (run / "config.json").is_file():
+        if run.exists() and {entry.name for entry in run.iterdir()} - OURS:
+            raise ValueError(f"run: {run} is not empty and has no config.json, expected a new or a run directory")
+        return
+    if (asked := read_json(run / "config.json").get("train")) is None:
+        raise ValueError(f"run: {run} is a model, expected a new or a run directory")
+    if (there := asked["data"]) != data:
+        raise ValueError(f"run: {run} is a run of another configuration (train.data: {there} there, {data} asked)")
 
 
 def claim(run: Path, config: dict) -> None:
     """Make `run` this configuration's directory, or check that it is; only its length may change, which is said.
 
     Raises ValueError showing the difference."""
-    require_ours(run)
     run.mkdir(parents=True, exist_ok=True)
     path, config = run / "config.json", json.loads(json.dumps(config))
     there, here = flat(json.loads(path.read_text())) if path.is_file() else {}, flat(config)
