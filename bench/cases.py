@@ -168,10 +168,10 @@ class Case:
         return gradients(self.op)
 
     def answers(self, impl: str, inputs: dict) -> list[torch.Tensor]:
-        """The output and every gradient of one call."""
+        """The output and every gradient of one call, if there are any."""
         args = {k: v.detach().requires_grad_(k in self.diff) for k, v in inputs.items()}
-        out = self.ours(impl)(**args)
-        return [out.detach(), *torch.autograd.grad(out, [args[k] for k in self.diff], torch.ones_like(out))]
+        out, leaves = self.ours(impl)(**args), [args[k] for k in self.diff]
+        return [out.detach(), *(torch.autograd.grad(out, leaves, torch.ones_like(out)) if leaves else ())]
 
 
 class Draw:
