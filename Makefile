@@ -33,7 +33,7 @@ fuzz: $(VENV)/.ready
 
 # Renews bench/compiled/baseline.jsonl: on purpose, and looking at its diff.
 compile-baseline: $(VENV)/.ready
-	$(BIN)/python -m bench.compiled.gate
+	$(BIN)/python -m bench.compiled --renew
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m igpt demo

@@ -14,10 +14,11 @@ import torch.nn.functional as F
 
 from bench import cost
 from bench.cost import VOCAB
-from igpt import ImageGPT, data, ops
-from igpt.config import PRESETS
+from igpt import ImageGPT, ViT, data, ops
+from igpt.config import PRESETS, VITS, Config, ViTConfig
 from igpt.kernels import reference
 
+ROW_OPS = ("norm_mlp", "norm_linear", "head_loss", "norm", "embed")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -25,6 +26,12 @@ def palette_cube() -> torch.Tensor:
     """512 colours that need no fit: 8 levels a channel, (512, 3) in [-1, 1]."""
     level = torch.linspace(-1, 1, 8)
     return torch.cartesian_prod(level, level, level)
+
+
+def pictures(count: int) -> np.ndarray:
+    """The built-in pictures, uint8 (count, 32, 32, 3), repeated as needed."""
+    images = data.load("builtin:emoji", "train+valid").images
+    return images[np.arange(count) % len(images)]
 
 
 @functools.cache
@@ -47,26 +54,18 @@ def tokens(B: int, N: int, device="cpu") -> torch.Tensor:
     return all_of_them[index].view(B, N).to(device)
 
 
-class Timed:
-    """What a case tells of its row: what must be right in which dtype before it has a speed (`needs`), how many `unit`s
-    are done in the row's milliseconds (ratios compare rates), and what part of a call those are (`share`)."""
+# Whole models, with the operations that must be right before one has a speed.
+WHOLE = {"model": ("model", "attention", *ROW_OPS), "vit": ("attention", "norm_mlp", "norm_linear", "norm")}
 
-    unit, rate, share = "", 1.0, 1.0
-    is_whole = False  # a model: its memory is measured too, and its batch halved until that fits
-
-    @property
-    def needs(self) -> list[tuple[str, str]]:
-        return [(self.op, self.dtype)]
-
-    def useful(self) -> float | None:
-        """FLOPs that a model-FLOPs utilisation counts."""
+WHOLE_PICTURES = ("vit", "decode", "palette pictures", "palette fit", "encode folder")
 
 
 @dataclass(frozen=True)
-class Case(Timed):
-    """One operation at one size: d = H D; the MLP's inner width is 4 d; V = 512. Or the whole "model" of a preset: its
-    logits ("fwd"), loss and gradients, or these and the optimiser ("step"). Or a token of its "decode", on average over
-    positions N - steps .. N - 1: dtype is then the weights', `cached` are the bytes of the cache's elements."""
+class Case:
+    """One operation at one size: d = H D; the MLP's inner width is 4 d; V = 512. Or the whole "model" or "vit" of a
+    preset: its logits ("fwd"), loss and gradients, or these and the optimiser ("step"). Or a token of its "decode", on
+    average over the `steps` of a call, positions N - steps .. N - 1: dtype is then the weights', `cached` are the bytes
+    of the cache's elements. Or what speed/pictures.py does with B pictures of N pixels."""
 
     op: str
     B: int
@@ -77,7 +76,7 @@ class Case(Timed):
     causal: bool = True
     direction: str = "fwd"
     preset: str = ""
-    steps: int = 0
+    steps: int = 1
     cached: int = 0
 
     @property
@@ -89,8 +88,8 @@ class Case(Timed):
         return self.B * self.N
 
     @property
-    def layers(self) -> int:
-        return PRESETS[self.preset].n_layer
+    def config(self) -> Config | ViTConfig:
+        return (PRESETS | VITS)[self.preset]
 
     @property
     def labels(self) -> dict:
@@ -109,43 +108,44 @@ class Case(Timed):
     @property
     def model(self) -> "Case":
         """What decodes."""
-        n_ctx = PRESETS[self.preset].n_ctx
-        return replace(self, op="model", N=n_ctx, dtype=self.activations, direction="fwd", steps=0, cached=0)
+        dtype = self.activations
+        return replace(self, op="model", N=self.config.n_ctx, dtype=dtype, direction="fwd", steps=1, cached=0)
 
     @property
     def is_whole(self) -> bool:
-        return self.op == "model"
+        """A model: its memory is measured too, and its batch halved until that fits."""
+        return self.op in WHOLE
 
     @property
     def needs(self) -> list[tuple[str, str]]:
-        parts = ("model", "attention", *ROW_OPS) if self.is_whole else (self.op,)
-        return [(part, self.activations) for part in parts]
-
-    @property
-    def rate(self) -> float:
-        if self.steps:
-            return self.B / PRESETS[self.preset].n_ctx
-        return self.T if self.is_whole else 1.0
+        """What must be right, and in which dtype, before this has a speed."""
+        return [(part, self.activations) for part in WHOLE.get(self.op, (self.op,))]
 
     @property
     def unit(self) -> str:
-        """The start of a picture says nothing about a whole one."""
-        if self.steps:
-            return "pictures" if self.steps < self.N or self.steps == PRESETS[self.preset].n_ctx else ""
-        return "tokens" if self.is_whole else ""
+        """What a call does several of. The start of a picture says nothing about a whole one."""
+        if self.op not in WHOLE_PICTURES or self.steps == self.N < self.config.n_ctx:
+            return "tokens" if self.op == "model" else ""
+        return "pictures"
 
     @property
-    def share(self) -> float:
-        return 1 / self.steps if self.steps else 1.0
+    def rate(self) -> float:
+        """How many of them, which is what ratios compare."""
+        if self.op == "decode":
+            return self.B / self.config.n_ctx
+        return {"tokens": self.T, "pictures": self.B}.get(self.unit, 1.0)
 
     def useful(self) -> float | None:
-        """Of a model its own FLOPs, recomputation left out."""
-        if self.is_whole:
-            model = ImageGPT(replace(PRESETS[self.preset], n_ctx=self.N), device="meta")
-            return model.flops_per_token(training=self.direction != "fwd") * self.rate
+        """FLOPs that a model-FLOPs utilisation counts: a model's own, recomputation left out."""
+        training = self.direction != "fwd"
+        if self.op == "vit":
+            return self.B * ViT(self.config, device="meta").flops_per_picture(training=training)
+        if self.op == "model":
+            model = ImageGPT(replace(self.config, n_ctx=self.N), device="meta")
+            return model.flops_per_token(training=training) * self.T
 
     def cost(self) -> cost.Cost:
-        return getattr(cost, self.op)(self, cost.ELEMENT[self.activations])
+        return getattr(cost, self.op.replace(" ", "_"))(self, cost.ELEMENT[self.activations])
 
     def inputs(self, device="cpu") -> dict[str, torch.Tensor]:
         """Tensors by name; on "meta", their shapes alone."""
@@ -168,10 +168,10 @@ class Case(Timed):
         return gradients(self.op)
 
     def answers(self, impl: str, inputs: dict) -> list[torch.Tensor]:
-        """The output and every gradient of one call."""
+        """The output and every gradient of one call, if there are any."""
         args = {k: v.detach().requires_grad_(k in self.diff) for k, v in inputs.items()}
-        out = self.ours(impl)(**args)
-        return [out.detach(), *torch.autograd.grad(out, [args[k] for k in self.diff], torch.ones_like(out))]
+        out, leaves = self.ours(impl)(**args), [args[k] for k in self.diff]
+        return [out.detach(), *(torch.autograd.grad(out, leaves, torch.ones_like(out)) if leaves else ())]
 
 
 class Draw:
@@ -186,12 +186,6 @@ class Draw:
 
     def tokens(self) -> torch.Tensor:
         return tokens(self.case.B, self.case.N, self.device)
-
-    def pixels(self) -> torch.Tensor:
-        return pixels()[torch.arange(self.case.B * self.case.N) % len(pixels())].to(self.device)
-
-    def palette(self) -> torch.Tensor:
-        return palette_cube().to(self.device)
 
     def stream(self) -> torch.Tensor:
         """A residual stream (B, N, d): pictures embedded, plus noise for what attention would have added."""
@@ -225,8 +219,11 @@ OPS: dict[str, Callable[[Case, Draw], dict]] = {
     "embed": lambda c, draw: {
         "tokens": draw.tokens(), "wte": draw.normal(VOCAB, c.d), "wpe": draw.normal(c.N, c.d), "sos": draw.gain(),
     },
-    "palette_encode": lambda c, draw: {"pixels": draw.pixels(), "palette": draw.palette()},
-    "palette_decode": lambda c, draw: {"tokens": draw.tokens(), "palette": draw.palette()},
+    "palette_encode": lambda c, draw: {
+        "pixels": pixels()[torch.arange(c.T) % len(pixels())].to(draw.device),
+        "palette": palette_cube().to(draw.device),
+    },
+    "palette_decode": lambda c, draw: {"tokens": draw.tokens(), "palette": palette_cube().to(draw.device)},
 }  # fmt: skip
 
 
@@ -237,7 +234,6 @@ def gradients(op: str) -> tuple[str, ...]:
     return tuple(name for name, t in inputs.items() if t.is_floating_point() and name != "palette")
 
 
-ROW_OPS = ("norm_mlp", "norm_linear", "head_loss", "norm", "embed")
 PIXEL_OPS = ("palette_encode", "palette_decode")
 PIXELS = [Case(op, 4096, 1024, 1, 64, "fp32") for op in PIXEL_OPS]
 
@@ -267,6 +263,17 @@ def shapes(preset: str) -> tuple[int, int]:
 
 def model_case(preset: str, B: int, N: int, dtype: str, direction: str) -> Case:
     return Case("model", B, N, *shapes(preset), dtype, PRESETS[preset].causal, direction, preset)
+
+
+def vit_cases(device: str, dtypes: Iterable[str]) -> list[Case]:
+    """A batch of B and a step of it on a GPU; on a CPU a picture of B, and a step of tiny."""
+    sizes = [("vit-b16", 128, "fwd"), ("vit-b16", 128, "step")]
+    if device == "cpu":
+        sizes = [("vit-b16", 1, "fwd"), ("vit-tiny", 64, "step")]
+    return [
+        Case("vit", B, 1 + c.side**2, c.heads, c.head_dim, dtype, False, direction, name)
+        for name, B, direction in sizes for c in (VITS[name],) for dtype in dtypes
+    ]  # fmt: skip
 
 
 def decode_case(preset: str, B: int, N: int, dtype: str, steps: int = 64, cached: int = 2) -> Case:

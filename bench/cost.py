@@ -44,7 +44,6 @@ H200 = Ceilings("NVIDIA H200", {"bf16": 790e12, "fp16": 790e12, "fp32": 67e12}, 
 
 VOCAB = 512
 ELEMENT = {"bf16": 2, "fp16": 2, "fp32": 4}
-DIRECTIONS = ("fwd", "bwd", "fwd+bwd")
 
 
 def by_direction(direction: str, forward: Cost, backward: Cost) -> Cost:
@@ -109,23 +108,40 @@ def palette_encode(c, e: int) -> Cost:
     return Cost(0, c.T * (3 + 8) + VOCAB * 12)
 
 
-palette_decode = palette_encode
+palette_decode = palette_pictures = palette_encode
+
+
+def palette_fit(c, e: int) -> Cost:
+    """The pixels; how a file holds them, its format decides."""
+    return Cost(0, 3 * c.T)
+
+
+encode_folder = palette_fit
+
+
+def blocks(c, e: int) -> Cost:
+    residual = Cost(0, c.T * c.d * e)  # read by whoever adds it
+    return c.config.n_layer * (norm_linear(c, e) + attention(c, e) + linear(c, e, c.d) + residual + norm_mlp(c, e))
 
 
 def model(c, e: int) -> Cost:
     """A whole Image GPT: logits, written once ("fwd"), or the loss and its gradients, a step without its optimiser."""
     c = replace(c, direction="fwd" if c.direction == "fwd" else "fwd+bwd")
-    residual = Cost(0, c.T * c.d * e)  # read by whoever adds it
-    layer = norm_linear(c, e) + attention(c, e) + linear(c, e, c.d) + residual + norm_mlp(c, e)
-    total = c.layers * layer + embed(c, e) + head_loss(c, e)
+    total = blocks(c, e) + embed(c, e) + head_loss(c, e)
     return total + Cost(0, c.T * VOCAB * e) if c.direction == "fwd" else total
+
+
+def vit(c, e: int) -> Cost:
+    """Of the blocks and the patches' product; the head's one row a picture is left out."""
+    c = replace(c, direction="fwd" if c.direction == "fwd" else "fwd+bwd")
+    return blocks(c, e) + linear(replace(c, N=c.N - 1, H=1, D=3 * c.config.patch**2), e, c.d)
 
 
 def decode(c, e: int) -> Cost:
     """A token's compulsory bytes and FLOPs: every weight of a product once, the keys and values so far once, on average
     over the window."""
-    weights, head, keys = c.layers * 12 * c.d**2, VOCAB * c.d, c.N - (c.steps - 1) / 2
-    kv, stored = 2 * c.layers * c.B * keys * c.d, 1 if c.dtype == "int8" else e
+    weights, head, keys = c.config.n_layer * 12 * c.d**2, VOCAB * c.d, c.N - (c.steps - 1) / 2
+    kv, stored = 2 * c.config.n_layer * c.B * keys * c.d, 1 if c.dtype == "int8" else e
     return Cost(2 * c.B * (weights + head) + 2 * kv, weights * stored + head * e + kv * c.cached)
 
 

@@ -3,37 +3,31 @@
 The first half says whether the kernels are right and what has not run yet is quick, the second times the rest; a repair
 fits between them. Each stage is a process of its own with a share of the time: one that crashes or hangs costs its
 share and no more, and rows are in rows.jsonl as soon as they are measured. First all kernels are compiled, on every
-core; what compiled travels as one file, to the next half or the next machine. `--rehearse` runs the same stages on a
-CPU, small.
+core, into a cache in --out, which serves the next half and, copied, the next machine.
 """
 
 import argparse
-import dataclasses
-import functools
 import itertools
 import os
 import shutil
 import sys
-import tarfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
-from fractions import Fraction
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import torch
 
-from bench.cases import PIXELS, ROW_OPS, Case, correctness, shapes, sized, speed
+from bench.cases import PIXELS, ROW_OPS, Case, correctness, sized, speed, vit_cases
 from bench.compiled import step
 from bench.compiled.cases import CompileCase, of
 from bench.compiled.cases import cases as compile_cases
 from bench.correctness import checks
 from bench.log import Log
 from bench.machine import ROOT, ended
-from bench.rows import Row
-from bench.speed import measure, models, products, sampling, tune, vits
-from bench.speed.timing import CpuTimer
-from igpt.kernels.interpreter import INTERPRETED
+from bench.rows import Row, append
+from bench.speed import measure, models, products, sampling, tune
 
 PRESETS, LENGTHS = ("s", "m", "l"), (1024, 2304, 4096)
 TOKENS = 65536  # of an operation's case
@@ -43,140 +37,101 @@ GRACE_S = 10.0  # past its time before a stage is ended
 
 @dataclass(frozen=True)
 class Job:
-    """What a stage gets: where its rows go, its seconds, and how things are done on a GPU."""
+    """What a stage gets: where its rows go, and its seconds."""
 
     log: Log
     seconds: float
     device: str = "cuda"
-    presets: tuple[str, ...] = PRESETS
-    checks: str = "gpu"  # bench.correctness's list
-    binaries: tuple[str, ...] = ("--cases", "bench.gpu")
-    sanitizer: str | None = shutil.which("compute-sanitizer")
 
-    def run(self, peers: str, case_s: float = 0.3, least: int = 5) -> measure.Run:
-        return self.log.prepared(self.device, self.seconds, peers=peers, case_s=case_s, least=least)
-
-    def small(self, chosen: Iterable) -> list:
-        """The cases, which a rehearsal makes small."""
-        return list(chosen)
-
-    def time(self, chosen: Iterable[Case], peers: str) -> None:
-        """Operations, or whole models."""
-        chosen = self.small(chosen)
-        if chosen[0].is_whole:
-            self.log.take(models.rows(chosen, self.run(peers, case_s=2.0, least=3)))
-        else:
-            self.log.take(measure.operations(chosen, self.run(peers)))
+    def time(
+        self, rows: Callable, chosen: Iterable, peers: Collection[str], case_s: float = 0.3, least: int = 5
+    ) -> None:
+        """Rows of the cases, or of groups of them, beside some peers."""
+        run = self.log.prepared(self.device, self.seconds, peers=peers, case_s=case_s, least=least)
+        self.log.take(rows(chosen, run))
 
     def search(self, only: str) -> None:
         """Tiles, with the time that is left: the rows to paste are in tiles.txt."""
         tune.main(["--seconds", str(self.seconds), "--only", only, "--out", str(self.log.path.with_name("tiles.txt"))])
 
 
-def lying_timer() -> CpuTimer:
-    """A clock that a rehearsal can afford: calls are made, each takes a millisecond."""
-    return CpuTimer(clock=functools.partial(next, itertools.count(0, Fraction(1, 1000))))
-
-
-TINY = dict(zip(("preset", "H", "D"), ("tiny", *shapes("tiny"))), B=1, dtype="fp32")
-SMALL = {"model": TINY | {"N": 64}, "decode": TINY | {"N": 24, "steps": 8}}
-SMALLEST = {"B": 1, "N": 16, "H": 1, "D": 16, "dtype": "fp32", "preset": ""}
-
-
-@dataclass(frozen=True)
-class Rehearsal(Job):
-    """The same on a CPU: small cases, one of each, and a clock that lies."""
-
-    device: str = "cpu"
-    presets: tuple[str, ...] = ("tiny",)
-    checks: str = "rehearsal"
-    binaries: tuple[str, ...] = ("--quick", "--case", "palette")
-    sanitizer: str | None = "true"
-
-    def run(self, peers: str, case_s: float = 0.0, least: int = 2) -> measure.Run:
-        run = super().run(peers, case_s=0.0, least=2)
-        return dataclasses.replace(run, timer=lying_timer(), step_timer=lying_timer())
-
-    def search(self, only: str) -> None:
-        *_, last = (search for search in tune.searches("portable") if only in search.name)
-        last = dataclasses.replace(last, case=self.small([last.case])[0], values={"num_warps": (4, 8)})
-        tune.search([last], bool, self.run("all"), self.log.path.with_name("tiles.txt"))
-
-    def small(self, chosen: Iterable) -> list:
-        return list(dict.fromkeys(dataclasses.replace(case, **SMALL.get(case.op, SMALLEST)) for case in chosen))
-
-
 def compiled(job: Job) -> None:
     """Fill Triton's cache with what the stages below launch on this GPU; the binaries' evidence comes with it."""
-    arch = tune.this_arch() if job.device == "cuda" else "sm_90"
-    flags = ["--arch", arch, "--workers", str(os.cpu_count() or 1), *job.binaries]
+    flags = ["--arch", tune.this_arch(), "--workers", str(os.cpu_count() or 1), "--cases", "bench.gpu"]
     job.log.child("compiled", *flags)
 
 
 def correct(job: Job) -> None:
     """Every check of bench.correctness, in processes side by side."""
-    flags = ["--device", job.device, "--list", job.checks, "--workers", str(min(12, os.cpu_count() or 1))]
-    job.log.child("correctness", *flags, "--limit", str(job.seconds - 15), interpret=job.device == "cpu")
+    parts = min(12, os.cpu_count() or 1)
+    os.environ["OMP_NUM_THREADS"] = str((os.cpu_count() or 1) // parts)
+    flags = ["--list", "gpu", "--limit", str(job.seconds - 15), "--part"]
+    with ThreadPool(parts) as pool:
+        pool.map(lambda part: job.log.child("correctness", *flags, str(part), str(parts)), range(parts))
 
 
 def attention(job: Job) -> None:
     """Every head dim, forward and backward, at each length causal, then full. torch.compile adds nothing to SDPA."""
     chosen = [c for N in LENGTHS for c in sized("attention", PRESETS, ("fwd", "bwd"), TOKENS, N)]
     chosen += sized("attention", PRESETS, ("fwd", "bwd"), TOKENS, causal=False)
-    job.time(chosen, "sdpa,sdpa cudnn,sdpa flash,sdpa efficient,flash-attn 4")
+    job.time(measure.operations, chosen, ("sdpa", "sdpa cudnn", "sdpa flash", "sdpa efficient", "flash-attn 4"))
 
 
 def gelu(job: Job) -> None:
     """quick-gelu's products: the vendor's with a pass, beside the Gluon candidates; then where no tile is whole."""
     chosen = sized("gelu", PRESETS, ("fwd", "bwd"), STEP_TOKENS)
     chosen += [Case("gelu", 1, 1001, 3, 88, "fp16", direction=direction) for direction in ("fwd", "bwd")]
-    job.log.take(products.rows(job.small(chosen), job.run("")))
+    job.time(products.rows, chosen, ())
 
 
 def profiled(job: Job) -> None:
-    """What a step's time is made of, kernel by kernel: profile.txt."""
-    for case in job.small(sized("model", PRESETS, ("step",), STEP_TOKENS)):
-        text = step.profile(models.build("ours", case, job.device))
+    """What a step's time is made of, kernel by kernel: profile.txt, beside what it should be made of."""
+    for case in sized("model", PRESETS, ("step",), STEP_TOKENS):
+        for row in step.account(case.preset, case.B, case.N):
+            append(row, job.log.path)
+        call = measure.warmed(models.build("ours", case, job.device))
+        with torch.profiler.profile() as seen:
+            for _ in range(3):
+                call()
+        table = seen.key_averages().table("self_device_time_total", row_limit=60, max_name_column_width=100)
         with job.log.path.with_name("profile.txt").open("a") as file:
-            print(f"{case.preset}, {case.B} x {case.N}, {case.dtype}\n{text}\n", file=file)
+            print(f"{case.preset}, {case.B} x {case.N}, {case.dtype}, of 3 steps\n{table}\n", file=file)
 
 
 def steps(job: Job) -> None:
     """Whole training steps against Hugging Face and, at 1024, torch.compile; the presets at 1024 first."""
     first, *longer = (sized("model", PRESETS, ("step",), STEP_TOKENS, N) for N in LENGTHS)
-    job.time(first, "hugging face")
-    job.time(first, "torch.compile,torch.compile graphed")
-    job.time(itertools.chain(*longer), "hugging face")
+    for chosen, peers in (
+        (first, ("hugging face",)),
+        (first, ("torch.compile", "torch.compile graphed")),
+        (itertools.chain(*longer), ("hugging face",)),
+    ):
+        job.time(models.rows, chosen, peers, case_s=2.0, least=3)
 
 
 def by_pictures(job: Job) -> None:
     """ViT, forward and training step, against Hugging Face's."""
-    chosen = vits.cases("cuda", ["bf16"])
-    chosen = chosen if job.device == "cuda" else [dataclasses.replace(chosen[0], preset="vit-tiny", B=2, dtype="fp32")]
-    job.log.take(vits.rows(chosen, job.run("hugging face", case_s=1.0, least=3)))
+    job.time(models.rows, vit_cases("cuda", ["bf16"]), ("hugging face",), case_s=1.0, least=3)
 
 
-def sampled(job: Job, presets: tuple[str, ...] = PRESETS, impls: Iterable[str] = sampling.NOTES) -> None:
+def sampled(job: Job, presets: tuple[str, ...], *peers: str) -> None:
     """Decoding: the ends of the range of batches first, against Hugging Face's generate."""
-    wanted = [[(i, case) for i, case in group if i in impls] for group in sampling.groups("cuda", presets)]
-    groups = [[(name, *job.small([case])) for name, case in group] for group in wanted]
-    groups = groups if job.device == "cuda" else [list(dict.fromkeys(groups[0]))]
-    known = any(isinstance(row, Row) and (row.suite, row.op) == ("correctness", "decode") for row in job.log.rows())
-    job.log.take(sampling.rows(groups, job.run("hugging face", case_s=1.0, least=2), () if known else job.presets))
+    job.time(sampling.rows, sampling.groups("cuda", presets), peers, case_s=1.0, least=2)
 
 
 def others(job: Job) -> None:
     """MLP, head, palette and the rest, against everything but torch.compile, whose autotuning takes its time."""
     chosen = [case for op in ROW_OPS for case in sized(op, PRESETS, ("fwd", "bwd"), TOKENS)]
-    job.time([*chosen, *sized("head_loss", PRESETS, ("fwd+bwd",), TOKENS), *PIXELS], "torch path,liger")
+    chosen += [*sized("head_loss", PRESETS, ("fwd+bwd",), TOKENS), *PIXELS]
+    job.time(measure.operations, chosen, ("eager", "liger"))
 
 
 def autotuned(job: Job) -> None:
     """What compiles for long: torch.compile on the operations it could win, M first; FlexAttention."""
     for presets in (("m",), ("s", "l")):
         chosen = [c for op in ("norm_mlp", "head_loss") for c in sized(op, presets, ("fwd", "bwd"), TOKENS)]
-        job.time(chosen, "torch.compile")
-    job.time(sized("attention", PRESETS, ("fwd", "bwd"), TOKENS), "flex")
+        job.time(measure.operations, chosen, ("torch.compile",))
+    job.time(measure.operations, sized("attention", PRESETS, ("fwd", "bwd"), TOKENS), ("flex",))
 
 
 def cases() -> Iterator[CompileCase]:
@@ -192,13 +147,15 @@ REST = 1000
 HALVES: dict[str, dict[str, tuple[int, Callable[[Job], None]]]] = {
     "first": {
         "compiled": (50, compiled), "correct": (65, correct), "attention": (60, attention), "gelu": (15, gelu),
-        "decoded": (15, lambda job: sampled(job, PRESETS[:1], ("ours",))), "profiled": (20, profiled),
+        "decoded": (15, lambda job: sampled(job, PRESETS[:1])), "profiled": (20, profiled),
         "attention_tiles": (REST, lambda job: job.search("ATTENTION")),
     },
     "second": {
-        "steps": (75, steps), "sampled": (45, sampled), "others": (35, others), "pictures": (12, by_pictures),
-        "cold": (30, lambda job: job.log.take(checks.first_step(job.device, job.presets[0]))),
-        "sanitized": (20, lambda job: job.log.take(checks.sanitizer(job.device, job.seconds, job.sanitizer))),
+        "steps": (75, steps), "sampled": (45, lambda job: sampled(job, PRESETS, "hugging face")),
+        "others": (35, others), "pictures": (12, by_pictures),
+        "cold": (30, lambda job: job.log.take(checks.first_step(job.device, PRESETS[0]))),
+        "sanitized": (20, lambda job: job.log.take(
+            checks.sanitizer(job.device, job.seconds, shutil.which("compute-sanitizer")))),
         "autotuned": (30, autotuned), "other_tiles": (REST, lambda job: job.search("")),
     },
 }  # fmt: skip
@@ -216,56 +173,31 @@ def stage(name: str, log: Log, seconds: float) -> None:
         log.event(f"stage {name}", f"ended with exit code {code}")
 
 
-def unpack(archive: Path) -> None:
-    """Triton's cache for this run, beside the archive, with what an earlier run or another machine compiled."""
-    folder = archive.with_suffix("").with_suffix("")
-    if archive.exists() and not folder.exists():
-        with tarfile.open(archive) as tar:
-            tar.extractall(folder, filter="data")
-    os.environ["TRITON_CACHE_DIR"] = str(folder)
-
-
-def pack(archive: Path) -> None:
-    folder, part = Path(os.environ["TRITON_CACHE_DIR"]), archive.with_suffix(".part")
-    if folder.exists():
-        with tarfile.open(part, "w:gz", compresslevel=3) as tar:
-            tar.add(folder, ".")
-        part.replace(archive)
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--half", choices=list(HALVES), help="one half; the second reads the first's rows in --out")
     parser.add_argument("--only", nargs="+", choices=list(STAGES), help="some stages, whose rows are appended")
     parser.add_argument("--seconds", type=float, default=HALF_S, help="of a half, or of the stages named")
     parser.add_argument("--stage", choices=list(STAGES), help="this one, in this process")
-    parser.add_argument("--rehearse", action="store_true", help="on a CPU, small, with a clock that lies")
-    parser.add_argument("--cache", type=Path, help="Triton's cache as a file, read and written; default: in --out")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "out")
     args = parser.parse_args(argv)
-    if not args.rehearse and not torch.cuda.is_available():
-        parser.error("this torch sees no GPU; --rehearse runs the harness without one")
-    if args.rehearse and not INTERPRETED:
-        parser.error("--rehearse: expected TRITON_INTERPRET=1 in the environment, for it runs kernels")
+    if not torch.cuda.is_available():
+        parser.error("this torch sees no GPU")
     if args.stage:
         STAGES[args.stage][1](Job(Log(args.out, fresh=False), args.seconds))
         return 0
     log = Log(args.out, fresh=not args.only and args.half != "second")
-    archive = args.cache or args.out / "triton_cache.tar.gz"
-    unpack(archive)
+    os.environ["TRITON_CACHE_DIR"] = str(args.out.resolve() / "triton_cache")
     for names in [args.only] if args.only else [HALVES[h] for h in HALVES if args.half in (None, h)]:
         end = time.monotonic() + args.seconds
         for name in names:
-            most, run = STAGES[name]
+            most, _ = STAGES[name]
             seconds = min(most, end - time.monotonic())
             log.say(f"stage {name}: {seconds:.0f} s")
-            if args.rehearse:
-                run(Rehearsal(log, 1000.0))  # nothing is late by a clock that lies
-            elif seconds < 5:
+            if seconds < 5:
                 log.event(f"stage {name}", "no time was left", ok=most == REST)
             else:
                 stage(name, log, seconds)
-        pack(archive)
     return log.report()
 
 

@@ -15,8 +15,6 @@ from bench.report import report
 from bench.rows import CompileRow, Row
 from bench.speed import measure
 
-FATAL_ARCHS = ("sm_90",)
-
 
 class Log:
     """The run's rows: appended to rows.jsonl as they come, and progress on stderr."""
@@ -59,7 +57,7 @@ class Log:
         for row in self.rows():
             if isinstance(row, CompileRow):
                 compiled.append(row)
-                if not row.ok and (row.arch in FATAL_ARCHS or "failed" in row.note or "raised" in row.note):
+                if not row.ok and (row.arch == "sm_90" or "failed" in row.note or "raised" in row.note):
                     found.append(f"compile {row.function} {row.case} {row.arch} {row.tile}: {row.note}")
             elif isinstance(row, Row) and not row.ok:
                 found.append(f"{row.suite} {row.op} {row.case} {row.impl}: {row.note}")
@@ -69,8 +67,7 @@ class Log:
         """The report, on disk and stdout, whose last line is one JSON object; the exit code."""
         found, failed = self.rows(), self.failures()
         path = report.write(found, failed, self.path.parent, extra)
-        for title, text in [*report.sections(found, markdown=False), *([("", extra)] if extra else [])]:
-            print(f"\n{title}\n{text}")
+        print(path.read_text())
         print(json.dumps({"ok": not failed, "rows": len(found), "failed": failed, "report": str(path)}))
         return 1 if failed else 0
 

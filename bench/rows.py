@@ -135,6 +135,10 @@ class CompileRow:
     def key(self) -> tuple[str, ...]:
         return self.kernel, self.function, self.case, self.arch, self.variant
 
+    @property
+    def verdict(self) -> str:
+        return "ok" if self.ok else f"RED {self.note}"
+
 
 KINDS = {"compile": CompileRow, "step": StepRow}
 

@@ -25,25 +25,23 @@ from bench import cases, rows  # noqa: E402
 from bench.cases import Case  # noqa: E402
 from bench.compiled import step  # noqa: E402
 from bench.log import Log  # noqa: E402
-from bench.speed import measure, models, peers, pictures, sampling, vits  # noqa: E402
+from bench.speed import measure, models, peers, pictures, sampling  # noqa: E402
 
 SUITES = ("quick", "kernels", "model", "sampling", "compile", "full")
 QUICK = ("--arch", "sm_90", "--quick")  # of what is compiled
-TIMED = ("quick", "kernels", "model", "full")  # operations or models, whose correctness is checked first
 
 
 def evidence(log: Log, device: str, suite: str) -> None:
     """Correctness and compilation, side by side on a CPU's two cores: neither is timed."""
-    quick, children = suite == "quick", []
-    if suite in TIMED:
-        flags = ["--device", device, *(["--list", "quick"] if quick else [])]
+    children, only = [], {"quick": ["--list", "quick"], "sampling": ["--op", "decode"]}
+    if suite != "compile":
+        flags = ["--device", device, *only.get(suite, [])]
         children.append(functools.partial(log.child, "correctness", *flags, interpret=device == "cpu"))
     if suite in ("quick", "compile", "full"):
         flags = ["--workers", str(max(1, min(8, (os.cpu_count() or 1) - len(children))))]
-        children.append(functools.partial(log.child, "compiled", *flags, *QUICK * quick))
-    if children:
-        with ThreadPool(len(children)) as pool:
-            pool.map(lambda child: child(), children)
+        children.append(functools.partial(log.child, "compiled", *flags, *QUICK * (suite == "quick")))
+    with ThreadPool(len(children)) as pool:
+        pool.map(lambda child: child(), children)
 
 
 def speeds(args, log: Log) -> None:
@@ -57,14 +55,13 @@ def speeds(args, log: Log) -> None:
             log.take(rows_of(run))
         # In bf16 the quick suite compares with Hugging Face alone, to end in time.
         keep = (lambda name, c: c.dtype == "fp32" or name in ("ours", "hugging face")) if quick else (lambda *_: True)
-        log.take(models.rows(whole(args), run, keep))
-        if not quick:
-            log.take(vits.rows(vits.cases(args.device, args.dtype), run))
+        vits = [] if quick else cases.vit_cases(args.device, args.dtype)
+        log.take(models.rows([*whole(args), *vits], run, keep))
     if suite in ("quick", "kernels", "full"):
         presets, lengths, dtypes = args.preset, args.seq, args.dtype
         directions, T = ("fwd", "bwd") if gpu else ("fwd", "fwd+bwd"), 65536 if gpu else lengths[0]
         if quick:
-            run.peers = run.peers if gpu else "eager"
+            run.peers = run.peers if gpu else ("eager",)
             presets, lengths, dtypes, directions = presets[:1], lengths[:1], dtypes[:1], ("fwd",)
         log.take(measure.operations(cases.speed(presets, lengths, dtypes, directions, T), run))
     if suite in ("sampling", "full"):
@@ -103,7 +100,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--preset", type=some("s", "m", "l", "xl", "tiny"), help="default: s; s,m,l on a GPU")
     parser.add_argument("--seq", type=some(1024, 2304, 4096), help="default: 1024; all on a GPU")
     parser.add_argument("--dtype", type=some(*cases.DTYPES), help="default: fp32,bf16; bf16 on a GPU")
-    parser.add_argument("--peers", default="all", help=f"all, or some of {', '.join(peers.NAMES)}")
+    parser.add_argument("--peers", type=some("all", *peers.NAMES), default="all", help="all, or some by name")
     parser.add_argument("--budget", type=float, help="seconds; cases past it are not timed (default: quick 200)")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "out")
     parser.add_argument("--baseline", type=Path, help="earlier rows.jsonl to compare with")
@@ -118,10 +115,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.preset = args.preset or (["s", "m", "l"] if wide else ["s"])
     args.seq = args.seq or ([1024, 2304, 4096] if wide else [1024])
     args.dtype = args.dtype or (["bf16"] if args.device == "cuda" else ["fp32", "bf16"])
-    try:
-        peers.asked(args.peers)
-    except ValueError as error:
-        parser.error(f"--peers: {error}")
+    if "all" in args.peers:
+        args.peers = peers.NAMES
     return args
 
 

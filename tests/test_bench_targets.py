@@ -30,7 +30,7 @@ def test_the_worst_case_decides():
     again = dataclasses.replace(ATTENTION, ratios={"flex": 1.01})
     late = dataclasses.replace(ATTENTION, median_ms=None, note="not timed: no time was left")
     assert verdict("attention fwd, D 64", short, again, late)[0] == "1.2"
-    assert "no time was left" not in report.speed([short, late], markdown=True)
+    assert "no time was left" not in report.speed([short, late])
     reached = [dataclasses.replace(short, N=n) for n in (1024, 2304, 4096)]
     assert verdict("attention fwd, D 64", *reached)[-1] == "reached"
 
@@ -46,10 +46,10 @@ def test_steps_and_tokens():
 
 
 def test_they_are_in_the_report_of_a_gpu_alone():
-    titles = [title for title, _ in report.sections([ATTENTION], markdown=True)]
+    titles = report.sections([ATTENTION])
     assert "Numbers to reach on an H200 in bf16" in titles
     cpu = dataclasses.replace(ATTENTION, device="cpu")
-    assert not any(title.startswith("Numbers") for title, _ in report.sections([cpu], markdown=True))
+    assert not any(title.startswith("Numbers") for title in report.sections([cpu]))
 
 
 def test_the_readme_says_what_its_rows_say():

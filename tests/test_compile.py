@@ -115,7 +115,7 @@ from bench.cases import VOCAB, model_case
 from bench.compiled import step
 rows, case = step.account("tiny", 2, 256), model_case("tiny", 2, 256, "bf16", "fwd+bwd")
 want = case.cost().flops
-again = case.layers * replace(case, op="attention", direction="fwd").cost().flops
+again = case.config.n_layer * replace(case, op="attention", direction="fwd").cost().flops
 onehot = 2 * case.T * VOCAB * case.d
 have = sum(r.flops for r in rows)
 assert abs(have - want - again - onehot) < 1e-6 * want, (have, want, again, onehot)

@@ -37,12 +37,7 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 
 def forward_and_backward(case: Case) -> None:
-    inputs = case.inputs("meta")
-    for name in case.diff:
-        inputs[name].requires_grad_()
-    out = case.ours("triton")(**inputs)
-    if case.diff:
-        out.backward(torch.empty_like(out))
+    case.answers("triton", case.inputs("meta"))
 
 
 def decode_step(

@@ -1,22 +1,18 @@
-"""Compile every kernel for GPUs that aren't here, and read the binaries: `python -m bench.compiled --arch sm_90`.
+"""Compile every kernel for GPUs that aren't here, and read the binaries.
 
 `capture` runs a launcher on meta tensors and records each launch instead of making it; Triton's own argument binder
 decides types, constants and divisibility, so what is compiled is what a GPU would run. Each compile has a forked
 process of its own: the compiler may abort. Needs a process without TRITON_INTERPRET.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import functools
-import importlib
-import itertools
 import multiprocessing
 import os
 import re
 import signal
 import subprocess
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -32,9 +28,8 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from bench.compiled.rings import read as read_rings
-from bench.machine import FAULTS, raised
-from bench.rows import CompileRow, append
-from bench.tables import columns
+from bench.machine import raised
+from bench.rows import CompileRow
 from igpt.kernels.device import SHARED_BYTES, target
 from igpt.kernels.launching import recording
 
@@ -309,7 +304,7 @@ def plan(cases: Iterable, archs: Iterable[str]) -> tuple[list[Job], list[Compile
             with capture(arch) as launches:
                 try:
                     case.run()
-                except FAULTS as fault:
+                except Exception as fault:
                     broken.append(dataclasses.replace(row, note=f"the launcher {raised(fault)}"))
                     continue
             if not launches:
@@ -323,49 +318,3 @@ def plan(cases: Iterable, archs: Iterable[str]) -> tuple[list[Job], list[Compile
                     jobs[launch.key] = Job(launch, named, set())
                 jobs[launch.key].cases.add(case.name)
     return list(jobs.values()), broken
-
-
-def verdict(row: CompileRow) -> str:
-    return "ok" if row.ok else f"RED {row.note}"
-
-
-COLUMNS = (
-    "kernel", "function", "case", "arch", "tile", "regs", "stack", "shared", "occupancy", "mma", "tma", "waits",
-    "exp2_under",
-)  # fmt: skip
-
-
-def table(rows: Iterable[CompileRow], markdown: bool = False) -> str:
-    """The rows in columns, the red ones marked."""
-    lines = []
-    for row in rows:
-        shown = [f"{v:.3g}" if isinstance(v := getattr(row, c), float) else str(v) for c in COLUMNS]
-        lines.append([*shown, verdict(row)])
-    return columns(lines, [*COLUMNS, "verdict"], markdown)
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.compiled", description=__doc__.splitlines()[0])
-    parser.add_argument("--kernel", default="", help="only kernel files whose name contains this")
-    parser.add_argument("--case", default="", help="only cases whose name contains this, such as an operation")
-    parser.add_argument("--arch", nargs="+", choices=list(TARGETS), default=list(TARGETS))
-    parser.add_argument("--quick", action="store_true", help="only the cases of the quick suite")
-    parser.add_argument("--cases", default="bench.compiled.cases", help="the module whose cases() are compiled")
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--out", type=Path, help="append rows as JSON lines to this file as they come")
-    args = parser.parse_args(argv)
-    cases = list(importlib.import_module(args.cases).cases())
-    chosen = {c.name for c in cases if args.case in c.name and (c.quick or not args.quick)}
-    # All are planned, whatever is chosen: a binary that several share has one name, which the gate knows it by.
-    jobs, broken = plan(cases, args.arch)
-    jobs = [job for job in jobs if args.kernel in job.row.kernel and job.cases & chosen]
-    broken, rows = [row for row in broken if row.case in chosen], []
-    for row in itertools.chain(broken, compile_all(jobs, args.workers)):
-        rows.append(row)
-        append(row, args.out)
-        where = f"[{len(rows)}/{len(jobs) + len(broken)}] {row.kernel} {row.function} {row.case} {row.arch} {row.tile}"
-        print(f"{where}: {verdict(row)}", file=sys.stderr)
-    if not args.out:
-        print(table(sorted(rows, key=lambda r: r.key)))
-    return 0 if rows and all(r.ok for r in rows) else 1
-

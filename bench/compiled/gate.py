@@ -1,17 +1,11 @@
 """The compile suite as a gate: rows against the committed baseline, worse is red, with the difference in words.
 
-`python -m bench.compiled.gate` (make compile-baseline) renews baseline.jsonl on purpose; look at its diff.
 Rows are compared within one Triton version: another has another baseline, or none.
 """
 
-import argparse
-import sys
-import tempfile
 from collections.abc import Iterable
-from pathlib import Path
 
 from bench import rows
-from bench.compiled import compile as compiling
 from bench.machine import ROOT
 from bench.rows import CompileRow
 
@@ -52,25 +46,8 @@ def read() -> list[CompileRow]:
     return rows.read(BASELINE) if BASELINE.exists() else []
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.compiled.gate", description=__doc__.splitlines()[0])
-    parser.add_argument("--workers", default="2")
-    parser.add_argument("--check", type=Path, help="compare these rows instead of renewing the baseline")
-    args = parser.parse_args(argv)
-    if args.check:
-        lines = compare((r for r in rows.read(args.check) if isinstance(r, CompileRow)), read())
-        print("\n".join(lines) or "nothing is worse than the baseline")
-        return 1 if lines else 0
-    with tempfile.NamedTemporaryFile(suffix=".jsonl") as file:
-        compiling.main(["--workers", args.workers, "--out", file.name])
-        found = rows.read(file.name)
-    version = compiling.triton.__version__
-    kept = [r for r in read() if r.triton != version]
-    print("\n".join(compare(found, read())) or "nothing is worse than the old baseline", file=sys.stderr)
-    ordered = sorted([*kept, *found], key=lambda r: (r.triton, *r.key))
-    BASELINE.write_text("".join(rows.to_json(r) + "\n" for r in ordered))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def renew(found: list[CompileRow]) -> None:
+    """The rows become the baseline of their Triton version."""
+    kept = [row for row in read() if row.triton != found[0].triton]
+    ordered = sorted([*kept, *found], key=lambda row: (row.triton, *row.key))
+    BASELINE.write_text("".join(rows.to_json(row) + "\n" for row in ordered))

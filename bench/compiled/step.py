@@ -1,17 +1,11 @@
-"""What a training step is made of: `python -m bench.compiled.step --preset s` counts every launch, byte and FLOP of it.
+"""What a training step is made of: every launch, byte and FLOP of it, counted.
 
 The step runs on meta tensors: our launches are recorded by compile.py's `capture`, the vendor's operations by a
 dispatch mode. Bytes are compulsory: each tensor of a launch once, however often the kernel comes back to it.
 """
 
-import argparse
 import contextlib
-import dataclasses
-import math
-import sys
-import time
 from collections import defaultdict
-from collections.abc import Callable
 from unittest import mock
 
 import torch
@@ -21,7 +15,6 @@ from torch.utils.flop_counter import flop_registry
 from bench import cost
 from bench.compiled.compile import capture
 from bench.rows import StepRow
-from bench.tables import columns
 from igpt import ImageGPT
 
 # Neither views nor allocations move a byte.
@@ -54,11 +47,11 @@ class Vendor(TorchDispatchMode):
 WITHOUT_AUTOCAST = {"is_autocast_enabled": lambda *_: False, "autocast": lambda *_, **__: contextlib.nullcontext()}
 
 
-def account(preset: str, B: int, N: int, arch: str = "sm_90") -> list[StepRow]:
-    """Rows of one training step (loss and backward, bf16) of B pictures, most of the floor first."""
+def account(preset: str, B: int, N: int) -> list[StepRow]:
+    """Rows of one training step (loss and backward, bf16, on sm_90) of B pictures, most of the floor first."""
     model = ImageGPT.from_preset(preset, impl="triton", device="meta", dtype=torch.bfloat16, n_ctx=N)
     tokens = torch.empty(B, N, dtype=torch.int64, device="meta")
-    with mock.patch.multiple(torch, **WITHOUT_AUTOCAST), Vendor() as vendor, capture(arch) as launches:
+    with mock.patch.multiple(torch, **WITHOUT_AUTOCAST), Vendor() as vendor, capture("sm_90") as launches:
         model.loss(tokens).backward()
     entries = defaultdict(list)
     for x in launches:
@@ -71,46 +64,3 @@ def account(preset: str, B: int, N: int, arch: str = "sm_90") -> list[StepRow]:
         floor = cost.H200.floor_ms(total, "bf16")
         rows.append(StepRow("step", preset, B, N, name, is_vendor, len(found), total.bytes, total.flops, floor))
     return sorted(rows, key=lambda r: -r.floor_ms)
-
-
-def profile(call: Callable[[], object], runs: int = 3) -> str:
-    """What each kernel took of `runs` such calls, as torch's profiler saw it, most first; each operation where there is
-    no GPU."""
-    for _ in range(2):
-        call()
-    with torch.profiler.profile() as seen:
-        start = time.perf_counter()
-        for _ in range(runs):
-            call()
-        torch.cuda.synchronize() if torch.cuda.is_available() else None
-        wall = (time.perf_counter() - start) / runs
-    by = f"self_{'device' if torch.cuda.is_available() else 'cpu'}_time_total"
-    shown = seen.key_averages().table(sort_by=by, row_limit=60, max_name_column_width=100)
-    return f"{1e3 * wall:.2f} ms a call with the profiler on; of {runs} calls:\n{shown}"
-
-
-def table(rows: list[StepRow], markdown: bool = False) -> str:
-    """One preset's step, and its sum."""
-    first, lines = rows[0], []
-    total = {f: math.fsum(getattr(r, f) for r in rows) for f in ("launches", "bytes", "flops", "floor_ms")}
-    for r in [*rows, dataclasses.replace(first, kernel="total", vendor=False, **total)]:
-        name = f"aten.{r.kernel}" if r.vendor else r.kernel
-        lines.append([name, f"{r.launches:.0f}", f"{r.bytes / 1e9:.3f}", f"{r.flops / 1e12:.3f}", f"{r.floor_ms:.3f}"])
-    title = f"iGPT-{first.preset.upper()}, {first.B} x {first.N} tokens, bf16, loss and backward"
-    return columns(lines, [title, "launches", "GB", "TFLOP", "floor ms"], markdown)
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.compiled.step", description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", nargs="+", default=["s", "m", "l"])
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--seq", type=int, default=1024)
-    parser.add_argument("--arch", default="sm_90")
-    args = parser.parse_args(argv)
-    for preset in args.preset:
-        print(f"{table(account(preset, args.batch, args.seq, args.arch))}\n")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,13 +8,12 @@ import argparse
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from bench import rows
 from bench.machine import ROOT
+from bench.report.report import columns, number
 from bench.rows import Row
-from bench.tables import columns, number
 
 BLOCK = re.compile(r"(<!-- rows: (\S+) (\S+) -->\n).*?(<!-- end rows -->)", re.S)
 PEERS = ("hugging face", "hugging face fp32", "torch.compile")  # with a column of their own where cases are listed
@@ -44,27 +43,21 @@ def cases(found: list[Row]) -> tuple[list[str], list[list[str]]]:
     return ["case", "ms", "a second", *(f"vs {p}" for p in PEERS), "and"], lines
 
 
-@dataclass(frozen=True)
-class Grid:
+def grid(title: str, keep: Callable, line: Callable, column: Callable, cell: Callable) -> Callable:
     """A table of ours with a line and a column for each label that occurs, and `cell(row)` there, of all rows of that
     line and column joined."""
 
-    keep: Callable[[Row], bool]
-    line: Callable[[Row], str]
-    column: Callable[[Row], str]
-    cell: Callable[[Row], str]
-    title: str
-
-    def __call__(self, found: list[Row]) -> tuple[list[str], list[list[str]]]:
+    def table(found: list[Row]) -> tuple[list[str], list[list[str]]]:
         order = list(DIRECTIONS)
         kept = sorted(
-            (r for r in found if r.impl == "ours" and self.keep(r)),
+            (r for r in found if r.impl == "ours" and keep(r)),
             key=lambda r: (r.op, not r.causal, order.index(r.direction), r.N, r.B, r.d),
         )
-        grid = rows.joined(kept, lambda r: (self.line(r), self.column(r)))
-        names, heads = (list(dict.fromkeys(place[i] for place in grid)) for i in (0, 1))
-        lines = [[n, *(self.cell(grid[n, h]) if (n, h) in grid else "" for h in heads)] for n in names]
-        return [self.title, *heads], lines
+        cells = rows.joined(kept, lambda r: (line(r), column(r)))
+        names, heads = (list(dict.fromkeys(place[i] for place in cells)) for i in (0, 1))
+        return [title, *heads], [[n, *(cell(cells[n, h]) if (n, h) in cells else "" for h in heads)] for n in names]
+
+    return table
 
 
 def preset(row: Row) -> str:
@@ -77,21 +70,21 @@ def listed(*parts: str) -> str:
 
 TABLES = {
     "cases": cases,
-    "attention": Grid(
+    "attention": grid(
         keep=lambda r: r.op == "attention" and r.suite == "kernels",
         line=lambda r: f"{DIRECTIONS[r.direction]}, {'causal' if r.causal else 'full'}, {r.N}",
         column=lambda r: f"{preset(r)}, D {r.D}",
         cell=lambda r: f"{number(r.tflops)} TFLOP/s, {ratio(r, 'sdpa cudnn')}; {ratio(r, 'sdpa flash')}",
         title="ours, against cuDNN; against FlashAttention-2",
     ),
-    "operations": Grid(
+    "operations": grid(
         keep=lambda r: r.suite == "kernels" and r.op != "attention" and r.preset,
         line=lambda r: f"{r.op} {DIRECTIONS[r.direction]}",
         column=preset,
         cell=lambda r: listed(f"{number(r.median_ms)} ms", ratio(r, "liger", " Liger")),
         title="65,536 tokens",
     ),
-    "steps": Grid(
+    "steps": grid(
         keep=lambda r: r.op == "model" and r.direction == "step",
         line=lambda r: f"{r.B} x {r.N}",
         column=preset,
@@ -101,7 +94,7 @@ TABLES = {
         ),
         title="pictures x tokens",
     ),
-    "sampling": Grid(
+    "sampling": grid(
         keep=lambda r: r.op == "decode" and r.N == 544,
         line=lambda r: f"{r.dtype}, batch {r.B}",
         column=preset,
@@ -120,12 +113,7 @@ def table(path: Path, name: str) -> str:
     one, commits = timed[0], dict.fromkeys(r.commit for r in timed)
     stamp = f"{one.gpu}; torch {one.torch}, Triton {one.triton}, commit {', '.join(commits)}, {one.date}"
     stamp += ". Medians, interleaved."
-    return f"{columns(lines, head, markdown=True)}\n\n{stamp}\n"
-
-
-def filled(text: str) -> str:
-    """The README with every block made anew."""
-    return BLOCK.sub(lambda m: f"{m[1]}{table(ROOT / m[2], m[3])}{m[4]}", text)
+    return f"{columns(lines, head, padded=False)}\n\n{stamp}\n"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -134,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     path = ROOT / "README.md"
     old = path.read_text()
-    new = filled(old)
+    new = BLOCK.sub(lambda m: f"{m[1]}{table(ROOT / m[2], m[3])}{m[4]}", old)
     if args.check:
         return int(old != new)
     path.write_text(new)

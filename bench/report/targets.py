@@ -1,61 +1,51 @@
 """The numbers this project wants to reach on an H200, in bf16, and which of them a run's rows reach.
 
-`python -m bench.report.targets bench/results/h200/rows.jsonl`. Each has its cases, and counts as reached where the
-worst of them does.
+Each has its cases, and counts as reached where the worst of them does.
 """
 
-import argparse
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from bench import rows
 from bench.rows import Row
-from bench.tables import columns
 
 
 @dataclass(frozen=True)
 class Target:
-    """`value(row)` of each of our measured rows whose fields are as wanted: at least `asked`, or at most. `cases`: how
-    many rows there are to measure."""
+    """`value`, a field or the ratio to a peer, of each of our measured rows whose fields are as wanted: at least
+    `asked`, or at most. `cases`: how many rows there are to measure."""
 
     name: str
     asked: float
     unit: str
     wanted: dict
-    value: Callable[[Row], float | None]
+    value: str
     cases: int = 1
     at_most: bool = False
 
 
-def over(peer: str) -> Callable[[Row], float | None]:
-    return lambda row: row.ratios.get(peer)
-
-
-MS, MFU, PER_S = (lambda row: row.median_ms), (lambda row: row.mfu and 100 * row.mfu), (lambda row: row.per_s)
 HEAD_LOSS = {"op": "head_loss", "direction": "fwd+bwd", "N": 1024, "B": 64}
 STEP = {"op": "model", "direction": "step"}
 ONE, MANY = ({"op": "decode", "N": 544, "B": B} for B in (1, 128))  # a token of the average window
 TARGETS = [
-    Target(f"{name}, {preset.upper()}", asked, unit, wanted | {"preset": preset}, value, at_most=value is MS)
+    Target(f"{name}, {preset.upper()}", asked, unit, wanted | {"preset": preset}, value, at_most=value == "median_ms")
     for name, numbers, unit, wanted, value in (
-        ("head, forward + backward", (0.367, 0.585, 0.844), "ms", HEAD_LOSS, MS),
-        ("MFU of a step", (45.0, 60.0, 63.0), "%", STEP | {"N": 1024}, MFU),
-        ("step", (1.5, 1.2, 1.15), "x torch.compile", STEP | {"N": 1024}, over("torch.compile")),
-        ("a token at batch 1", (0.25, 0.55, 1.1), "ms", ONE, MS),
-        ("a token at batch 1, in one launch", (0.15, 0.40, 0.90), "ms", ONE, MS),
-        ("a token at batch 128", (1.2, 3.6, 7.5), "ms", MANY, MS),
-        ("pictures at batch 128", (100.0,), "a second", MANY, PER_S),
-        ("a token at batch 1", (50.0,), "x Hugging Face", ONE, over("hugging face")),
-        ("int8 weights at batch 1", (None, 1.3, 1.3), "x bf16", ONE | {"dtype": "int8"}, over("ours bf16")),
+        ("head, forward + backward", (0.367, 0.585, 0.844), "ms", HEAD_LOSS, "median_ms"),
+        ("MFU of a step", (0.45, 0.60, 0.63), "of the data sheet", STEP | {"N": 1024}, "mfu"),
+        ("step", (1.5, 1.2, 1.15), "x torch.compile", STEP | {"N": 1024}, "torch.compile"),
+        ("a token at batch 1", (0.25, 0.55, 1.1), "ms", ONE, "median_ms"),
+        ("a token at batch 1, in one launch", (0.15, 0.40, 0.90), "ms", ONE, "median_ms"),
+        ("a token at batch 128", (1.2, 3.6, 7.5), "ms", MANY, "median_ms"),
+        ("pictures at batch 128", (100.0,), "a second", MANY, "per_s"),
+        ("a token at batch 1", (50.0,), "x Hugging Face", ONE, "hugging face"),
+        ("int8 weights at batch 1", (None, 1.3, 1.3), "x bf16", ONE | {"dtype": "int8"}, "ours bf16"),
     )
     for preset, asked in zip("sml", numbers) if asked
 ] + [
     Target(f"attention {direction}, D {D}", 1.15 if D == 96 else 1.05, "x cuDNN",
-           {"op": "attention", "direction": direction, "D": D, "causal": True}, over("sdpa cudnn"), cases=3)
+           {"op": "attention", "direction": direction, "D": D, "causal": True}, "sdpa cudnn", cases=3)
     for direction in ("fwd", "bwd") for D in (64, 96, 128)
-] + [Target("step", 4.0, "x Hugging Face", STEP, over("hugging face"), cases=9)]  # fmt: skip
+] + [Target("step", 4.0, "x Hugging Face", STEP, "hugging face", cases=9)]  # fmt: skip
 
 
 def merged(found: Iterable) -> list[Row]:
@@ -75,7 +65,7 @@ def verdicts(found: Iterable) -> list[list[str]]:
         values = {}
         for r in mine:
             fits = all(getattr(r, name) == x for name, x in ({"dtype": "bf16"} | t.wanted).items())
-            if r.median_ms and fits and (v := t.value(r)):
+            if r.median_ms and fits and (v := getattr(r, t.value, None) or r.ratios.get(t.value)):
                 values[f"{r.preset.upper()} {r.N}"] = v
         asked = f"{'at most' if t.at_most else 'at least'} {t.asked:g} {t.unit}"
         if not values:
@@ -89,15 +79,3 @@ def verdicts(found: Iterable) -> list[list[str]]:
 
 
 HEAD = ["number", "asked", "worst case", "cases", "verdict"]
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.report.targets", description=__doc__.splitlines()[0])
-    parser.add_argument("rows", type=Path, help="a run's rows.jsonl")
-    args = parser.parse_args(argv)
-    print(columns(verdicts(rows.read(args.rows)), HEAD, markdown=False))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,26 +1,26 @@
-"""Whole models: ours, and what it is timed against, on the same tokens of real pictures.
+"""Whole models, Image GPT and ViT: ours, and what it is timed against, on the same real pictures.
 
 Directions: "fwd" is logits without gradients, "fwd+bwd" the loss and every gradient, "step" that and fused Adam: on a
 GPU ours is what `igpt train` does, one CUDA graph.
 """
 
 import functools
-import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import igpt
-from bench.cases import DTYPES, Case, tokens
+from bench.cases import DTYPES, Case, pictures, tokens
 from bench.rows import Row
 from bench.speed import measure, peers
 from bench.speed.measure import Run
 from bench.speed.peers import Absent, compiled, fused_attention
-from igpt import ImageGPT
-from igpt.config import PRESETS
+from igpt import ImageGPT, ViT
+from igpt.data import resize_all
 from igpt.hf.patch import apply_igpt_kernels
 from igpt.kernels import reference
 
@@ -57,7 +57,7 @@ def hugging_face(case: Case, device: str):
     is left as shipped; dropout, 0.1 by its default and none in the paper, is off, in its favour."""
     from transformers import ImageGPTConfig, ImageGPTForCausalImageModeling
 
-    c = PRESETS[case.preset]
+    c = case.config
     config = ImageGPTConfig(
         n_positions=case.N, n_embd=c.width, n_layer=c.n_layer, n_head=c.heads, resid_pdrop=0.0, embd_pdrop=0.0,
         attn_pdrop=0.0,
@@ -75,35 +75,36 @@ def nll(logits, tokens_BN):
     return F.cross_entropy(logits.float().flatten(0, 1), tokens_BN.flatten())
 
 
-def runner(
-    case: Case, model, logits: Callable, loss: Callable, device: str, graph: bool = False
-) -> Callable[[], object]:
-    """The call that is timed."""
-    ids = tokens(case.B, case.N, device)
-    if case.direction == "fwd":
-        return torch.no_grad()(functools.partial(logits, model, ids))
-    optimizer, on_gpu = None, device == "cuda"
-    if case.direction == "step":
+def timed(direction: str, model, forward: Callable, loss: Callable, batch: tuple, graph: bool) -> Callable[[], object]:
+    """The call that is timed, of forward(batch[0]) or of loss(*batch). graph: a step is a CUDA graph on a GPU."""
+    if direction == "fwd":
+        return torch.no_grad()(functools.partial(forward, batch[0]))
+    optimizer, on_gpu = None, batch[0].is_cuda
+    if direction == "step":
         optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.95), fused=on_gpu, capturable=on_gpu)
-        if graph:
-            replay = igpt.graphed(lambda tokens: loss(model, tokens), optimizer)
+        if graph and on_gpu:
+            replay = igpt.graphed(loss, optimizer)
             for _ in range(3):  # two steps as they are, and the capture
-                replay(ids)
-            return lambda: replay(ids)
+                replay(*batch)
+            return lambda: replay(*batch)
 
     def step():
         model.zero_grad(set_to_none=True)
-        loss(model, ids).backward()
+        loss(*batch).backward()
         if optimizer:
             optimizer.step()
 
     return step
 
 
-def build(name: str, case: Case, device: str):
-    """The timed call of one implementation, or Absent."""
+def build(name: str, case: Case, device: str) -> Callable[[], object]:
+    """The timed call of one implementation."""
+    if case.op == "vit":
+        return vit(name, case, device)
+    batch = (tokens(case.B, case.N, device),)
     if name == "ours":
-        return runner(case, ours(case, device), ImageGPT.__call__, ImageGPT.loss, device, graph=device == "cuda")
+        model = ours(case, device)
+        return timed(case.direction, model, model, model.loss, batch, graph=True)
     if name.startswith("hugging face"):
         model, logits = hugging_face(case, device), hugging_face_logits
         if name == "hugging face patched":
@@ -111,23 +112,43 @@ def build(name: str, case: Case, device: str):
     elif name == "eager":
         model, logits = ours(case, device), eager_logits
     elif name == "torch.compile graphed" and (device, case.direction) != ("cuda", "step"):
-        return Absent("a training step's, on a GPU")
+        raise Absent("a training step's, on a GPU")
     else:
-        block = compiled(eager_block, device)
-        model = block if isinstance(block, Absent) else ours(case, device)
+        model, block = ours(case, device), compiled(eager_block, device)
 
         def logits(model, ids):
             with sdpa_kernel(SDPA_ORDER, set_priority=True):
                 return eager_logits(model, ids, fused_attention, block)
 
-    if isinstance(model, Absent):
-        return model
-    return runner(case, model, logits, lambda m, ids: nll(logits(m, ids), ids), device, "graphed" in name)
+    def loss(ids):
+        return F.cross_entropy(logits(model, ids).float().flatten(0, 1), ids.flatten())
+
+    return timed(case.direction, model, functools.partial(logits, model), loss, batch, "graphed" in name)
+
+
+def vit(name: str, case: Case, device: str) -> Callable[[], object]:
+    """The same of a ViT, by labels: ours, or Hugging Face's of the same size."""
+    c, dtype = case.config, DTYPES[case.dtype]
+    pixels = torch.from_numpy(resize_all(pictures(case.B), c.size)).to(device)
+    labels = torch.arange(case.B, device=device) % c.classes
+    torch.manual_seed(0)
+    if name == "ours":
+        model = ViT(c, device=device, dtype=dtype)
+        torch.nn.init.normal_(model.head, std=0.02)
+        return timed(case.direction, model, model, model.loss, (pixels, labels), graph=True)
+    from transformers import ViTConfig, ViTForImageClassification
+
+    model = ViTForImageClassification(ViTConfig(
+        hidden_size=c.width, num_hidden_layers=c.n_layer, num_attention_heads=c.heads, intermediate_size=c.inner,
+        image_size=c.size, patch_size=c.patch, num_labels=c.classes,
+    )).to(device, dtype)  # fmt: skip
+    planes = (pixels / 127.5 - 1).to(dtype).permute(0, 3, 1, 2).contiguous()
+    return timed(case.direction, model, model, lambda x, y: model(x, labels=y).loss, (planes, labels), graph=False)
 
 
 NOTES = {
     "ours": "",
-    "hugging face": "attention scale as shipped: divides by int(sqrt(head dim)), right only for 64; dropout off",
+    "hugging face": "as shipped, dropout off; Image GPT's scores divided by int(sqrt(head dim)), right only for 64",
     "hugging face patched": "igpt.hf.apply_igpt_kernels on the same",
     "eager": "kernels/reference.py on our weights",
     "torch.compile": f"SDPA (cuDNN first on a GPU) and the reference, compiled block by block; {peers.COMPILED_NOTE}",
@@ -138,9 +159,9 @@ NOTES = {
 def rows(
     cases: Iterable[Case], run: Run, keep: Callable[[str, Case], bool] = lambda *_: True
 ) -> Iterator[Row]:
-    """Rows of whole models. Cases of one preset, length and direction, whatever their dtype, are timed together."""
+    """Rows of whole models. Cases that differ in their dtype alone are timed together."""
     groups = defaultdict(list)
-    for case, name in itertools.product(cases, NOTES):
-        if keep(name, case):
-            groups[case.preset, case.N, case.B, case.direction].append((name, case))
-    return measure.rows("model", groups.values(), build, NOTES, run, run.step_timer)
+    for case in cases:
+        names = ("ours", "hugging face") if case.op == "vit" else NOTES
+        groups[replace(case, dtype="")] += [(name, case) for name in names if keep(name, case)]
+    return measure.rows("model", groups.values(), build, NOTES, run)

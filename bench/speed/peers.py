@@ -1,50 +1,43 @@
-"""The others: for each operation and for the whole model, peers by name, with the reason where one is absent.
+"""The others: for each operation and for the whole model, peers by name.
 
-A peer is built for a case and answers with a callable that takes the case's inputs, or with `Absent`; so does one
-whose package can't be imported.
+A peer is built for a case: a callable that takes the case's inputs. What can't run here raises, Absent where we know
+why, and is listed with its words.
 """
 
 import functools
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.cases import Case
+from bench.cases import PIXEL_OPS, Case
 from igpt.kernels import reference
 
-SCORES_LIMIT = 24e9  # bytes of N x N scores past which an eager peer is not run
 # torch.compile tries Triton's products for minutes a shape unless told: the vendor's alone, unless there is time.
 GEMMS = os.environ.setdefault("TORCHINDUCTOR_MAX_AUTOTUNE_GEMM_BACKENDS", "ATEN")
 COMPILED_NOTE = f"on a GPU max-autotune, products by {'cuBLAS alone' if GEMMS == 'ATEN' else GEMMS}"
 
 
-@dataclass(frozen=True)
-class Absent:
+class Absent(Exception):
     """Why a peer is not run."""
 
-    why: str
+
+def require_gpu(device: str) -> None:
+    if device != "cuda":
+        raise Absent("needs a GPU")
 
 
-NO_GPU = Absent("needs a GPU")
-
-
-def compiled(fn: Callable, device: str) -> Callable | Absent:
+def compiled(fn: Callable, device: str) -> Callable:
     """torch.compile of a function; max-autotune on a GPU, launched one by one."""
     if device == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
-        return Absent("torch.compile needs a C++ compiler")
+        raise Absent("torch.compile needs a C++ compiler")
     return torch.compile(fn, dynamic=False, mode="max-autotune-no-cudagraphs" if device == "cuda" else None)
 
 
 def eager(case: Case, device: str):
-    """The reference as it stands."""
-    scores = 4 * case.B * case.H * case.N**2 * 4
-    if case.op == "attention" and scores > SCORES_LIMIT:
-        return Absent(f"its N x N scores need {scores / 1e9:.0f} GB")
     return case.reference()
 
 
@@ -67,13 +60,13 @@ def sdpa(case: Case, device: str, backend: SDPBackend | None = None):
     fused = functools.partial(fused_attention, causal=case.causal)
     if backend is None:
         return fused
-    return sdpa_kernel(backend)(fused) if device == "cuda" else NO_GPU
+    require_gpu(device)
+    return sdpa_kernel(backend)(fused)
 
 
 def flex(case: Case, device: str):
     """With its own tiles: autotuning them takes a minute a shape."""
-    if device != "cuda":
-        return NO_GPU
+    require_gpu(device)
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     mask, run = None, torch.compile(flex_attention, dynamic=False)
@@ -87,8 +80,7 @@ def flex(case: Case, device: str):
 
 
 def flash4(case: Case, device: str):
-    if device != "cuda":
-        return NO_GPU
+    require_gpu(device)
     from flash_attn.cute import flash_attn_func
 
     def run(q, k, v):
@@ -100,15 +92,12 @@ def flash4(case: Case, device: str):
 
 def compiled_reference(case: Case, device: str):
     """torch.compile of what a careful user would write: SDPA for attention, the reference for the rest."""
-    if case.op.startswith("palette"):
-        return Absent("the reference's argmin is numpy's")
     return compiled(sdpa(case, device) if case.op == "attention" else case.reference(), device)
 
 
 def liger(case: Case, device: str):
     """Liger-Kernel's norm, or its fused linear cross-entropy behind its norm."""
-    if device != "cuda":
-        return NO_GPU
+    require_gpu(device)
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as HeadLoss
     from liger_kernel.ops.rms_norm import LigerRMSNormFunction as Norm
 
@@ -127,16 +116,11 @@ def liger(case: Case, device: str):
         return F.linear(norm(x, norm_weight), weight)
 
     if case.op == "head_loss" and case.direction == "bwd":
-        return Absent("Liger makes the head's gradients in its forward: compare fwd+bwd")
+        raise Absent("Liger makes the head's gradients in its forward: compare fwd+bwd")
     known = {"norm": norm, "head_loss": head_loss, "norm_mlp": norm_mlp, "norm_linear": norm_linear}
-    return known.get(case.op, Absent(f"Liger has no {case.op}"))
-
-
-def torch_path(case: Case, device: str):
-    """Our own impl="torch", where "auto" would run the kernels."""
-    if case.op.startswith("palette"):
-        return Absent("the reference's N x k distances don't fit")
-    return case.ours("torch") if device == "cuda" else Absent("it is what ours runs on a CPU")
+    if case.op not in known:
+        raise Absent(f"Liger has no {case.op}")
+    return known[case.op]
 
 
 ATTENTION = {
@@ -150,21 +134,14 @@ ATTENTION = {
     "flash-attn 4": flash4,
 }
 UNPACKED = ATTENTION.keys() - {"eager"}
-OTHERS = {"eager": eager, "torch.compile": compiled_reference, "torch path": torch_path, "liger": liger}
-
+OTHERS = {"eager": eager, "torch.compile": compiled_reference, "liger": liger}
 
 WHOLE = ("hugging face", "hugging face patched", "torch.compile graphed")  # bench/speed/models.py
 NAMES = (*dict.fromkeys([*ATTENTION, *OTHERS]), *WHOLE)
 
 
 def of(case: Case) -> dict[str, Callable]:
-    """The peers of a case's operation, by name."""
+    """The peers of a case's operation, by name: of the palettes', whose reference is numpy's, only that."""
+    if case.op in PIXEL_OPS:
+        return {"eager": eager}
     return ATTENTION if case.op == "attention" else OTHERS
-
-
-def asked(wanted: str) -> set[str]:
-    """The names of "all" or "NAME,NAME". Raises ValueError for one that no peer has."""
-    names = set(NAMES) if wanted == "all" else {w.strip() for w in wanted.split(",")}
-    if unknown := sorted(names - set(NAMES)):
-        raise ValueError(f"peers: got {unknown}, expected 'all' or some of {NAMES}")
-    return names

@@ -4,23 +4,23 @@ kernels/gelu_hopper.py, each held to the error budget before it is timed.
 The rows of "ours" have the ratios: below 1 the candidate is the quicker one.
 """
 
-import dataclasses
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
 
 from bench.cases import Case, Draw
 from bench.correctness.budget import compare
-from bench.correctness.checks import Check, judged
 from bench.rows import Row
-from bench.speed.measure import Run, Variant, blank, rows_of
+from bench.speed.measure import Run, together
 from bench.speed.peers import Absent
 from igpt.kernels import reference, tiles
 from igpt.kernels.gelu_hopper import fits, gelu_backward_hopper, gelu_forward_hopper
 from igpt.kernels.norm_mlp import gelu_backward_op, gelu_op
 from igpt.kernels.tiles import Tile
+
+CANDIDATES = {f"gluon, steps of {tile.BLOCK_K}": tile for tile in tiles.GELU_HOPPER}
 
 
 def operands(case: Case, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -59,22 +59,22 @@ def wanted(x, w, u) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.autograd.grad(h, u, x @ w)[0], h.detach()
 
 
-def budget(tile: Tile, given: tuple) -> dict:
+def build(name: str, case: Case, device: str) -> Callable[[], object]:
+    """The timed call, of a candidate only if its results are within the budget."""
+    given = operands(case, device)
+    if name == "ours":
+        return functools.partial(now, *given)
+    if not fits(*given):
+        raise Absent("needs sm_90, fp16 or bf16")
+    call = functools.partial(candidate, CANDIDATES[name], *given)
     exact = wanted(*(t if t is None else t.double() for t in given))
-    names = "du" if given[2] is not None else "u", "h"
-    return judged([compare(*x) for x in zip(names, candidate(tile, *given), wanted(*given), exact)])
+    errors = map(compare, ("u or du", "h"), call(), wanted(*given), exact)
+    if over := [str(e) for e in errors if not e.ok]:
+        raise Absent("; ".join(over))
+    return call
 
 
 def rows(cases: Iterable[Case], run: Run) -> Iterator[Row]:
-    run = dataclasses.replace(run, red=frozenset(), errors={})  # those are of candidates, each held by its own check
     for case in cases:
-        given = operands(case, run.device)
-        variants = [Variant("ours", case, lambda case, given=given: functools.partial(now, *given))]
-        for tile in tiles.GELU_HOPPER:
-            name, made = f"gluon, steps of {tile.BLOCK_K}", Absent("needs sm_90, fp16 or bf16")
-            if fits(*given):
-                check = Check(blank("correctness", name, case, run.device), functools.partial(budget, tile, given))
-                yield (found := check())
-                made = functools.partial(candidate, tile, *given) if found.ok else Absent("its correctness is red")
-            variants.append(Variant(name, case, lambda case, made=made: made))
-        yield from rows_of("kernels", variants, run, run.timer)
+        group = [(name, case) for name in ("ours", *CANDIDATES)]
+        yield from together("kernels", group, build, {}, run)

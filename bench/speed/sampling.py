@@ -2,27 +2,18 @@
 
 Ours against Hugging Face's generate (dynamic cache) and a compiled static-cache loop, on the same weights' shapes, over
 the same window of positions; each variant draws every token. N is where the window ends: 64 is the start of a picture,
-544 its middle, whose cost is the average token's; 1024 with as many steps is whole pictures. Before anything is timed,
-decoding is checked against the full forward.
+544 its middle, whose cost is the average token's; 1024 with as many steps is whole pictures.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
 
 from bench.cases import Case, decode_case, tokens
-from bench.compiled.compile import capture
-from bench.compiled.step import Vendor
-from bench.correctness.checks import decoding
 from bench.rows import Row
 from bench.speed import measure, models, peers
 from bench.speed.measure import Run
-from bench.speed.peers import Absent
-from bench.speed.timing import captured
-from igpt import ImageGPT
-from igpt.config import PRESETS, preset
 from igpt.kernels import reference
 from igpt.sample import decoder_of
 from igpt.sample.draw import Sampler
@@ -64,12 +55,23 @@ def _block(h, position, visible, keys, values, norm_a, qkv, proj, norm_m, fc, ou
     return reference.norm_mlp(reference.linear_residual(a.reshape(B, -1), proj, h), norm_m, fc, out)
 
 
+def captured(fn: Callable[[], object]) -> Callable[[], None]:
+    """A call as a CUDA graph. What is lazily set up must be there before the capture: a few calls go ahead beside the
+    main stream."""
+    aside, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(3):
+            fn()
+    torch.cuda.current_stream().wait_stream(aside)
+    with torch.cuda.graph(graph):
+        fn()
+    return graph.replay
+
+
 def compiled(case: Case, device: str):
     """A static cache and torch.compile of each block, as gpt-fast decodes; on a GPU the step is one CUDA graph."""
-    block = peers.compiled(_block, device)
-    if isinstance(block, Absent):
-        return block
-    c = PRESETS[case.preset]
+    c, block = case.config, peers.compiled(_block, device)
     model = models.ours(case.model, device)
     shape = c.n_layer, case.B, c.heads, c.n_ctx, c.head_dim
     keys, values = (torch.zeros(shape, dtype=model.wte.dtype, device=device) for _ in range(2))
@@ -87,7 +89,7 @@ def compiled(case: Case, device: str):
         position.add_(1)
 
     step = torch.no_grad()(step)
-    step = captured(step)[0] if device == "cuda" else step
+    step = captured(step) if device == "cuda" else step
 
     def run():
         position.fill_(case.start)
@@ -97,7 +99,7 @@ def compiled(case: Case, device: str):
     return run
 
 
-def build(name: str, case: Case, device: str):
+def build(name: str, case: Case, device: str) -> Callable[[], object]:
     return {"ours": ours, "hugging face": hugging_face, "torch.compile": compiled}[name](case, device)
 
 
@@ -106,16 +108,6 @@ NOTES = {
     "hugging face": "generate(), dynamic cache; " + models.NOTES["hugging face"],
     "torch.compile": "static cache, each block compiled; on a GPU one CUDA graph a token",
 }
-
-
-def launches(preset_name: str, B: int, arch: str = "sm_90") -> int:
-    """Kernel launches a token of the kernels' decoder, recorded on meta tensors: ours and the vendor's products."""
-    with torch.no_grad():
-        model = ImageGPT(preset(preset_name), impl="triton", device="meta", dtype=torch.bfloat16)
-        decoder = decoder_of(model, B)
-        with Vendor() as vendor, capture(arch) as found:
-            decoder.draw(Sampler())
-    return len(found) + sum(name in ("mm", "addmm") for name, _ in vendor.found)
 
 
 def groups(device: str, presets: Iterable[str]) -> Iterator[list[tuple[str, Case]]]:
@@ -133,15 +125,6 @@ def groups(device: str, presets: Iterable[str]) -> Iterator[list[tuple[str, Case
                 yield [*((impl, fp32) for impl in NOTES), *bf16s, ("ours", int8)]
 
 
-def rows(wanted: Iterable[list[tuple[str, Case]]], run: Run, checked: Iterable[str] = "sml") -> Iterator[Row]:
-    """Correctness at the widths of the presets `checked`, then the rows of each group, milliseconds a token of all B
-    pictures, but those of a dtype whose correctness is red: int8 weights are multiplied in bf16."""
-    for check in decoding(checked, run.device):
-        row = check()
-        run.red |= frozenset() if row.ok else {(row.op, row.dtype)}
-        yield row
-    for row in measure.rows("sampling", wanted, build, NOTES, run, run.step_timer):
-        if row.impl == "ours" and row.dtype == "bf16" and row.median_ms:
-            whose = "" if run.device == "cuda" else "the kernels on sm_90: "
-            row = dataclasses.replace(row, note=f"{whose}{launches(row.preset, row.B)} launches a token")
-        yield row
+def rows(wanted: Iterable[list[tuple[str, Case]]], run: Run) -> Iterator[Row]:
+    """Rows of each group, milliseconds a token of all B pictures."""
+    return measure.rows("sampling", wanted, build, NOTES, run)

@@ -6,13 +6,12 @@ reads a clock, which a test may replace.
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 
-@dataclass(frozen=True)
-class Stats:
+class Stats(NamedTuple):
     """Milliseconds of one variant."""
 
     median: float
@@ -73,17 +72,3 @@ def interleaved(
         if turn + 1 >= least and timer.clock() - start > budget_s:
             break
     return [stats(t) for t in times]
-
-
-def captured(fn: Callable[[], object]) -> tuple[Callable[[], None], object]:
-    """A CUDA graph of one call and what that returns. What is lazily set up must be there before the capture: a few
-    calls go ahead beside the main stream."""
-    aside, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        for _ in range(3):
-            fn()
-    torch.cuda.current_stream().wait_stream(aside)
-    with torch.cuda.graph(graph):
-        results = fn()
-    return graph.replay, results

@@ -23,8 +23,8 @@ import torch
 from bench import rows
 from bench.cases import Case, sized
 from bench.compiled.cases import CompileCase, forward_and_backward
-from bench.machine import FAULTS, ended, raised, stamp
-from bench.speed.measure import Run, Variant, call, rows_of, timers
+from bench.machine import ended, raised, stamp
+from bench.speed.measure import Run, call, timers, together
 from bench.speed.peers import Absent
 from igpt.kernels import tiles
 from igpt.kernels.device import ARCHS, arch
@@ -36,12 +36,10 @@ WARPS = (4, 8)
 
 @dataclass(frozen=True)
 class Search:
-    """One row of one table: where it stands, the kernel whose launches it shapes, the case that is timed, and the
-    values tried."""
+    """One row of one table: where it stands, the case that is timed, and the values tried."""
 
     table: str
     key: tuple | int
-    kernel: str
     case: Case
     values: dict
 
@@ -72,21 +70,21 @@ def searches(arch: str) -> Iterator[Search]:
     for forward, backward in zip(*(sized("attention", PRESETS, (x,), 32768) for x in ("fwd", "bwd"))):
         D = forward.D
         if arch == "sm_90":
-            yield Search("ATTENTION_HOPPER_FORWARD", D, "attention_hopper_forward_kernel", forward, stages)
-            yield Search("ATTENTION_HOPPER_BACKWARD", D, "attention_hopper_backward_kernel", backward, stages)
+            yield Search("ATTENTION_HOPPER_FORWARD", D, forward, stages)
+            yield Search("ATTENTION_HOPPER_BACKWARD", D, backward, stages)
         else:
             keys = blocks | {"BLOCK_M": (32, 64, 128)}
-            yield Search("ATTENTION_FORWARD", (arch, D), "attention_forward_kernel", forward, blocks)
-            yield Search("ATTENTION_DKDV", (arch, D), "attention_dkdv_kernel", backward, keys)
-            yield Search("ATTENTION_DQ", (arch, D), "attention_dq_kernel", backward, blocks)
+            yield Search("ATTENTION_FORWARD", (arch, D), forward, blocks)
+            yield Search("ATTENTION_DKDV", (arch, D), backward, keys)
+            yield Search("ATTENTION_DQ", (arch, D), backward, blocks)
     blocks |= {"BLOCK_N": (128, 256), "BLOCK_K": (32, 64), "num_stages": (3, 4)}
     (head,), (table,) = sized("head_loss", "m", ("fwd",), 32768), sized("embed", "m", ("bwd",), 32768)
-    yield Search("HEAD_LOSS", (arch, 2), "head_loss_kernel", head, blocks)
-    yield Search("EMBEDDING_BACKWARD", (arch, 2), "table_backward_kernel", table, blocks | {"BLOCK_N": (64, 128)})
+    yield Search("HEAD_LOSS", (arch, 2), head, blocks)
+    yield Search("EMBEDDING_BACKWARD", (arch, 2), table, blocks | {"BLOCK_N": (64, 128)})
     rows_of = {"BLOCK_M": (1, 2, 4, 8, 16), "num_warps": (2, 4, 8, 16)}
-    for name, direction in (("forward", "fwd"), ("backward", "bwd")):
+    for table, direction in (("NORM_FORWARD", "fwd"), ("NORM_BACKWARD", "bwd")):
         for width, case in zip((512, 1024, 2048), sized("norm", PRESETS, (direction,), 32768)):
-            yield Search(f"NORM_{name.upper()}", (arch, width), f"norm_{name}_kernel", case, rows_of)
+            yield Search(table, (arch, width), case, rows_of)
 
 
 def this_arch() -> str:
@@ -95,7 +93,6 @@ def this_arch() -> str:
 
 def cases() -> Iterator[CompileCase]:
     """Every candidate of every search, for bench.compiled; its name is the search's and its place in it."""
-
     for machine in ARCHS:
         for search in searches(machine):
             for place, tile in enumerate(search.candidates()):
@@ -111,8 +108,7 @@ def clean(arch: str, only: str, limit_s: float) -> set[str]:
     with tempfile.NamedTemporaryFile(suffix=".jsonl") as file:
         command = [sys.executable, "-m", "bench.compiled", *flags, "--out", file.name]
         ended(command, limit_s, env, stdout=sys.stderr)
-        kernels = {search.name: search.kernel for search in searches(arch)}
-        found = [row for row in rows.read(file.name) if row.function == kernels[row.case.split("#")[0]]]
+        found = rows.read(file.name)
     return {row.case for row in found if row.ok} - {row.case for row in found if not row.ok}
 
 
@@ -131,14 +127,14 @@ def timed(search: Search, tried: Callable[[str], bool], run: Run) -> list[tuple[
     found = {"ours": now}  # it must run, or there is nothing to compare with
     found |= {name: tile for i, tile in enumerate(others, 1) if tried(name := f"{search.name}#{i}")}
 
-    def build(case, tile):
-        using = search.using(tile)
+    def build(name, case, device):
+        using = search.using(found[name])
         if not agree(using(case.answers)("triton", inputs), wanted):
-            return Absent("it gives something else")
+            raise Absent("it gives something else")
         return using(using(call)(case.ours("triton"), inputs, case.diff, case.direction))
 
-    variants, ranked = [Variant(n, search.case, functools.partial(build, tile=t)) for n, t in found.items()], []
-    for row in rows_of("tune", variants, run, run.timer):
+    ranked = []
+    for row in together("kernels", [(name, search.case) for name in found], build, {}, run):
         print(f"  {found[row.impl]}: {row}", file=sys.stderr)
         ranked += [(row.median_ms, found[row.impl])] if row.median_ms else []
     return sorted(ranked, key=lambda x: x[0])
@@ -169,7 +165,7 @@ def search(chosen: Iterable[Search], tried: Callable[[str], bool], run: Run, out
         try:
             run.case_s = min(run.case_s, left / 2)
             line = f"{search.table}  {paste(search, timed(search, tried, run), run.device).strip()}"
-        except FAULTS as fault:
+        except Exception as fault:
             line = f"{search.name}: {raised(fault)}"
         print(line, flush=True)
         with out.open("a") as file:
