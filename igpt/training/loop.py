@@ -196,7 +196,7 @@ class Training:
         model = whole(self.model, self.us)
         if model is not None and self.task.palette is not None:
             weights = "bf16" if self.bf16 else None
-            batch = batch_of(model, SAMPLES, weights=weights)  # a run doesn't end for a grid that memory is too small for
+            batch = batch_of(model, SAMPLES, weights=weights)  # a run doesn't end for want of a grid's memory
             tokens = [
                 generate(model, min(batch, SAMPLES - first), first=first, seed=self.options.seed, weights=weights).cpu()
                 for first in range(0, SAMPLES, batch)

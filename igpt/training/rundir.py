@@ -1,6 +1,7 @@
 """A run directory: config.json, palette.npy, metrics.jsonl, checkpoints/, samples/, export/, and tokens/ where it has
 encoded a folder."""
 
+import fcntl
 import json
 import os
 import sys
@@ -13,6 +14,7 @@ from tqdm import tqdm
 from igpt.convert.tensors import read_json
 from igpt.palette import Palette
 from igpt.training.checkpoint import write_durably
+from igpt.training.processes import Processes
 
 OURS = {"config.json.new", "tokens"}  # what may be there before config.json is
 LENGTH = {"train.steps", "train.warmup"}
@@ -47,6 +49,29 @@ def claim(run: Path, config: dict) -> None:
               "the learning rate follows the new length's schedule", file=sys.stderr)  # fmt: skip
     if differ or not there:
         write_durably(path, json.dumps(config, indent=1) + "\n")
+
+
+@contextmanager
+def held(run: Path, us: Processes):
+    """The run directory, for these processes alone; where the file system has no locks, for whoever comes.
+
+    Raises ValueError if other processes train in it: they would sweep away each other's checkpoints."""
+    if not us.first:
+        yield
+        return
+    run.mkdir(parents=True, exist_ok=True)
+    folder = os.open(run, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(folder)
+        raise ValueError(f"run: {run} is being trained by another process, expected to wait for its end") from error
+    except OSError:
+        pass
+    try:
+        yield
+    finally:
+        os.close(folder)
 
 
 def keep_palette(run: Path, palette: Palette | None) -> None:
