@@ -256,6 +256,8 @@ def test_bad_input(here, tmp_path):
         evaluate.run(evaluate.Options(**where(here), limit=0))
     with pytest.raises(ValueError, match="lr"):
         finetune.run(finetune.Options(**where(here), lr=0.0))
+    with pytest.raises(ValueError, match="generative: got nan"):
+        finetune.run(finetune.Options(**where(here), generative=float("nan")))
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"out: .*file exists and is not empty"):
         finetune.run(finetune.Options(**where(here), out=tmp_path / "file"))
