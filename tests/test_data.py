@@ -3,10 +3,13 @@
 import contextlib
 import gzip
 import io
+import multiprocessing
 import pickle
+import signal
 import struct
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -575,6 +578,12 @@ def test_only_what_is_asked_for_is_read(tmp_path, monkeypatch):
         assert np.array_equal(few.labels, whole.labels[rows])
     monkeypatch.setattr(igpt.data.workers, "BATCH", 7)
     assert np.array_equal(data.load(str(tmp_path), "train+valid", crop="train", workers=2).images, whole.images)
+
+
+def test_workers_leave_ctrl_c_to_their_parent():
+    context, initializer = multiprocessing.get_context("spawn"), igpt.data.workers.die_with_parent
+    with ProcessPoolExecutor(1, mp_context=context, initializer=initializer) as pool:
+        assert pool.submit(signal.getsignal, signal.SIGINT).result() == signal.SIG_IGN
 
 
 def test_workers_import_no_torch():
