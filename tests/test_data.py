@@ -619,6 +619,7 @@ def test_bad_arguments(tmp_path, palette):
     for arguments, message in (
         ({"spec": "builtin:faces"}, "spec: got 'builtin:faces', expected 'builtin:emoji', a folder, or one of"),
         ({"spec": str(tmp_path / "absent")}, "spec: got .*absent"),
+        ({"spec": ""}, "spec: got ''"), ({"spec": "folder:"}, "spec: got 'folder:'"),
         ({"spec": f"cifar10:{tmp_path}"}, "spec: found no cifar10 files at"),
         ({"spec": str(tmp_path)}, "no pictures here"),
         ({"split": "validation"}, "split: got 'validation', expected one of"),
