@@ -150,7 +150,7 @@ FLOPS = {
 } | dict.fromkeys((
     "decode_kernel", "dlogits_kernel", "embed_kernel", "encode_kernel",
     "gelu_backward_kernel", "gelu_kernel", "norm_backward_kernel", "norm_forward_kernel", "position_backward_kernel",
-    "sample_kernel", "sum_partials_kernel", "sums_kernel",
+    "quantize_rows_kernel", "sample_kernel", "sum_partials_kernel", "sums_kernel",
 ), lambda v: 0.0)  # fmt: skip
 
 

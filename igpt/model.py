@@ -51,15 +51,15 @@ class Attention(nn.Module):
         self.b_proj = nn.Parameter(torch.empty(d)) if config.bias else None
         self.b_norm = nn.Parameter(torch.empty(d)) if config.norm_bias else None
 
-    def forward(self, h_BNd, add_BNd, impl: str):
+    def forward(self, h_BNd, add_BNd, impl: str, fp8: bool = False):
         c, (B, N, d) = self.config, h_BNd.shape
         qkv, h_BNd = ops.norm_linear(
             h_BNd, self.norm, self.qkv, folded(self.b_qkv, self.qkv, self.b_norm),
-            add=add_BNd, through=True, eps=c.norm_eps, centred=c.centred, impl=impl,
+            add=add_BNd, through=True, eps=c.norm_eps, centred=c.centred, fp8=fp8, impl=impl,
         )  # fmt: skip
         qkv = qkv.view(B, N, 3, c.heads, c.head_dim)
         a = ops.attention(qkv, causal=c.causal, scale=self.scale, impl=impl)
-        return ops.linear(a.reshape(B, N, d), self.proj, self.b_proj), h_BNd
+        return ops.linear(a.reshape(B, N, d), self.proj, self.b_proj, fp8=fp8, impl=impl), h_BNd
 
 
 class MLP(nn.Module):
@@ -75,12 +75,12 @@ class MLP(nn.Module):
         self.b_proj = nn.Parameter(torch.empty(d)) if config.bias else None
         self.b_norm = nn.Parameter(torch.empty(d)) if config.norm_bias else None
 
-    def forward(self, h_BNd, add_BNd, impl: str, recompute: bool = False):
+    def forward(self, h_BNd, add_BNd, impl: str, fp8: bool = False, recompute: bool = False):
         c = self.config
         return ops.norm_mlp(
             h_BNd, self.norm, self.fc, self.proj, folded(self.b_fc, self.fc, self.b_norm), self.b_proj,
             add=add_BNd, through=True, eps=c.norm_eps, centred=c.centred, activation=c.activation,
-            recompute=recompute, impl=impl,
+            recompute=recompute, fp8=fp8, impl=impl,
         )  # fmt: skip
 
 
@@ -92,16 +92,16 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.mlp = MLP(config)
 
-    def forward(self, h_BNd, add_BNd, impl: str, recompute: bool = False):
-        add_BNd, h_BNd = self.attn(h_BNd, add_BNd, impl)
-        add_BNd, h_BNd = self.mlp(h_BNd, add_BNd, impl, recompute)
+    def forward(self, h_BNd, add_BNd, impl: str, fp8: bool = False, recompute: bool = False):
+        add_BNd, h_BNd = self.attn(h_BNd, add_BNd, impl, fp8)
+        add_BNd, h_BNd = self.mlp(h_BNd, add_BNd, impl, fp8, recompute)
         return h_BNd, add_BNd
 
 
 class Transformer(nn.Module):
     """What the models share. `impl` ("auto", "triton", "torch") is how every operation runs (kernels/choose.py).
     `recompute`: what training drops and computes again in backward: "none", each "mlp"'s activation, or all of each
-    "block".
+    "block". `fp8`: where gradients are made, the blocks' products with weights run in 8 bits (kernels/fp8.py).
 
     Activations have the parameters' dtype or, under torch.autocast, autocast's, the residual stream included; losses
     and log-probabilities are at least fp32."""
@@ -113,7 +113,7 @@ class Transformer(nn.Module):
         super().__init__()
         if impl not in ops.IMPLS:
             raise ValueError(f"impl: got {impl!r}, expected one of {ops.IMPLS}")
-        self.config, self.impl, self.recompute = config, impl, "none"
+        self.config, self.impl, self.recompute, self.fp8 = config, impl, "none", False
         self.palette = None  # the Palette that came with the weights, if one did; save_pretrained passes it on
         self.trained = None  # where in its run they were made, if we know: convert.runs.Trained
         self.class_names = ()  # what the classifier's rows are called, if we know; save_pretrained passes them on
@@ -187,18 +187,19 @@ class Transformer(nn.Module):
         `each(h, gain)` is called with every block's input: the hook of `features`."""
         if self.recompute not in RECOMPUTE:
             raise ValueError(f"recompute: got {self.recompute!r}, expected one of {RECOMPUTE}")
-        if self.recompute != "none" and checks.is_transformed():
-            raise ValueError(f"recompute: got {self.recompute!r} under torch.func, which cannot: expected 'none'")
-        add = None
+        add, fp8 = None, self.fp8 and torch.is_grad_enabled()
+        for name, value, expected in (("recompute", self.recompute, "none"), ("fp8", self.fp8, False)):
+            if value != expected and checks.is_transformed():
+                raise ValueError(f"{name}: got {value!r} under torch.func, which cannot: expected {expected!r}")
         for block in self.blocks:
             if each is not None:
                 h, add = total(h, add), None
                 each(h, block.attn.norm)
             if self.recompute == "block" and torch.is_grad_enabled():
                 # A block draws nothing, and a CUDA graph cannot read a generator's state.
-                h, add = checkpoint(block, h, add, self.impl, use_reentrant=False, preserve_rng_state=False)
+                h, add = checkpoint(block, h, add, self.impl, fp8, use_reentrant=False, preserve_rng_state=False)
             else:
-                h, add = block(h, add, self.impl, self.recompute == "mlp")
+                h, add = block(h, add, self.impl, fp8, self.recompute == "mlp")
         return total(h, add)
 
     def normed(self, h, weight):

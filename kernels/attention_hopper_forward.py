@@ -85,6 +85,25 @@ def exponentials(s, m, scale_log2, dtype: gl.constexpr, D: gl.constexpr):
 
 
 @gluon.jit
+def masked(s, o_row, o_col, there, IS_CAUSAL: gl.constexpr, IS_RAGGED: gl.constexpr):
+    """Scores of a row's last block, -inf at keys behind the query or, full, from the first that isn't there on."""
+    if IS_CAUSAL:
+        s = gl.where(o_col[None, :] <= o_row[:, None], s, float("-inf"))
+    elif IS_RAGGED:
+        s = gl.where(o_col[None, :] < there, s, float("-inf"))
+    return s
+
+
+@gluon.jit
+def store_statistics(p_lse, lse, i_bh, o_m, N, IS_RAGGED: gl.constexpr):
+    p_m = p_lse + i_bh.to(gl.int64) * N + o_m
+    if IS_RAGGED:
+        gl.store(p_m, lse, mask=o_m < N)
+    else:
+        gl.store(p_m, lse)
+
+
+@gluon.jit
 def consumer(
     c: gl.constexpr, out_desc, p_lse, rings, scale_log2, sizes,
     D: gl.constexpr, IS_CAUSAL: gl.constexpr, IS_RAGGED: gl.constexpr,
@@ -109,10 +128,7 @@ def consumer(
         # The last tile's output has left its place by now, which the next tile's queries may take.
         tma.store_wait(0)
         release(q_ring, tile - 1, tile > 0)
-        if IS_CAUSAL:
-            s = gl.where(o_col[None, :] <= o_row[:, None], s, float("-inf"))
-        elif IS_RAGGED:
-            s = gl.where(o_col[None, :] < N - (TILES - 1) * BLOCK, s, float("-inf"))
+        s = masked(s, o_row, o_col, N - (TILES - 1) * BLOCK, IS_CAUSAL, IS_RAGGED)
         m = gl.max(s, 1) * scale_log2
         p, l = exponentials(s, m, scale_log2, dtype, D)
         alpha = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, product_layout(BLOCK)))  # of an output still zero
@@ -144,12 +160,7 @@ def consumer(
         # The query tile has been read for the last time: its place in shared memory takes the output on its way out,
         # while the next tile goes on with the other one.
         store_through(q_ring, tile, scale_rows(o, 1.0 / l), out_desc, [i_bh // H, i_m * BLOCK + c * ROWS, i_bh % H * D])
-        o_m = i_m * BLOCK + o_row
-        p_m = p_lse + i_bh.to(gl.int64) * N + o_m
-        if IS_RAGGED:
-            gl.store(p_m, m + gl.log2(l), mask=o_m < N)
-        else:
-            gl.store(p_m, m + gl.log2(l))
+        store_statistics(p_lse, m + gl.log2(l), i_bh, i_m * BLOCK + o_row, N, IS_RAGGED)
         tile += 1
     tma.store_wait(0)
 

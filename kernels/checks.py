@@ -118,6 +118,27 @@ def norm_mlp(x, add, norm_weight, w_fc, w_proj, b_fc, b_proj, activation: str, d
     operand("norm_mlp", "b_proj", b_proj, (d,), dtype)
 
 
+def fp8(name: str, x, *weights) -> None:
+    """What products in 8 bits ask for besides: sizes that 16 divides, bf16, and a device that has them."""
+    if x.dtype != torch.bfloat16:
+        refuse(name, "x", f"{x.dtype} with fp8", "bf16")
+    for weight in weights:
+        if weight.shape[0] % 16 or weight.shape[1] % 16:
+            refuse(name, "weight", f"{tuple(weight.shape)} with fp8", "sizes that 16 divides")
+    fp8_device(name, x.device)
+
+
+def fp8_device(name: str, device: torch.device) -> None:
+    """A CPU, where they are emulated, or a GPU of Nvidia's from sm_89 on."""
+    if device.type == "cuda" and (torch.version.hip or torch.cuda.get_device_capability(device) < (8, 9)):
+        refuse(name, "fp8", torch.cuda.get_device_name(device), "a GPU of Nvidia's, compute capability 8.9 or newer")
+
+
+def quantize_rows(x) -> None:
+    if x.dim() != 2 or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        refuse("quantize_rows", "x", said(x), "fp32, bf16 or fp16 (M, K)")
+
+
 def head_loss(x, norm_weight, head_weight, targets, dtype=None) -> None:
     """On a GPU a target outside of [0, V) is not found here (that would cost a synchronisation): its loss is NaN."""
     norm("head_loss", x, None, norm_weight, dtype)

@@ -1,9 +1,15 @@
-"""Mends Triton's CPU interpreter (TRITON_INTERPRET=1) where it is silently wrong for bfloat16 and fp8.
+"""Mends Triton's CPU interpreter (TRITON_INTERPRET=1) where it is silently wrong for bfloat16 and fp8, and where it
+spends half of its time to no effect.
 
 It keeps bf16 as raw uint16, multiplies those bits in `tl.dot`, truncates where the GPU rounds to nearest even, and
 adds and multiplies the bits elsewhere; fp8 it rounds half up. Here products go through fp32, casts round, and bf16
 arithmetic raises: kernels cast to fp32 straight after any load that is no operand of a dot.
 """
+
+import dataclasses
+import functools
+import inspect
+import types
 
 import numpy as np
 import torch
@@ -73,7 +79,34 @@ def mend() -> None:
     for name in ("si_to_fp", "ui_to_fp", "fp_to_si", "fp_to_ui", "fp_ext", "fp_trunc"):
         setattr(builder, f"create_{name}", cast_impl)
     builder.create_int_cast = lambda self, src, dst_type, is_signed: cast_impl(self, src, dst_type)
+    quicken(interpreter)
     builder.igpt_mended = True
+
+
+def quicken(interpreter) -> None:
+    """The builtins are put in place once a launch, of one list, and not at every call of a device function besides;
+    integers are not added a second time in 64 bits for an assertion that only the option `debug` makes; and the table
+    of numpy's dtypes is not made anew for every value."""
+    patch_lang, plain_dtype = interpreter._patch_lang, interpreter._get_np_dtype
+    everything = types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
+    dtype_of = functools.cache(plain_dtype)
+
+    @functools.cache
+    def builtins_of(package) -> list:
+        return [(name, member) for name, member in inspect.getmembers(package) if tl.core.is_builtin(member)]
+
+    def patch_builtin(package, builder, scope):
+        for name, member in builtins_of(package):
+            interpreter._patch_attr(package, name, member, builder, scope)
+
+    def np_dtype(kind):  # a pointer's type has no hash
+        return plain_dtype(kind) if isinstance(kind.scalar, tl.pointer_type) else dtype_of(kind.scalar)
+
+    interpreter._get_np_dtype, interpreter._patch_builtin = np_dtype, patch_builtin
+    interpreter._patch_lang = lambda fn: patch_lang(everything)
+    interpreter.InterpretedFunction.__call__ = lambda self, *args, **options: self.rewrite()(*args, **options)
+    machine = interpreter.interpreter_builder
+    machine.options = dataclasses.replace(machine.options, sanitize_overflow=False)
 
 
 if INTERPRETED:

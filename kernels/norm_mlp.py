@@ -14,7 +14,6 @@ when no gradient is asked for. Products are the vendor's; elementwise arithmetic
 """
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 
@@ -23,6 +22,7 @@ from .device import arch, check_device
 from .launching import blocks, launch
 from .norm import norm_backward_op, norm_op
 from .primitives import gelu, gelu_grad, quick_gelu, quick_gelu_grad
+from .quantize import linear, linear_backward
 from .registration import differentiable, operation
 from .rows import as_rows
 
@@ -76,20 +76,20 @@ def gelu_backward_op(u, dh, exact: bool, write_h: bool, h) -> None:
 
 @differentiable
 class NormMLP(torch.autograd.Function):
-    """x, add (..., d), gain, w_fc, w_proj, b_fc, b_proj, eps, centred, exact, kept -> z, s (..., d), the norm's
+    """x, add (..., d), gain, w_fc, w_proj, b_fc, b_proj, eps, centred, exact, fp8, kept -> z, s (..., d), the norm's
     statistics and what is kept for backward (else empty): 2 u and h, 1 u, 0 neither."""
 
     @staticmethod
-    def forward(x, add, gain, w_fc, w_proj, b_fc, b_proj, eps, centred, exact, kept):
+    def forward(x, add, gain, w_fc, w_proj, b_fc, b_proj, eps, centred, exact, fp8, kept):
         n, stats, s = norm_op(x, add, gain, eps, centred)
-        u = F.linear(n, w_fc, b_fc)
+        u = linear(n, w_fc, b_fc, fp8)
         h = gelu_op(u, exact)
-        z, s = F.linear(h, w_proj, b_proj), x.view_as(x) if add is None else s
+        z, s = linear(h, w_proj, b_proj, fp8), x.view_as(x) if add is None else s
         return z, s, stats, u if kept else x.new_empty(0), h if kept == 2 else x.new_empty(0)
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):
-        x, add, gain, w_fc, w_proj, b_fc, b_proj, *_, ctx.exact, _ = inputs
+        x, add, gain, w_fc, w_proj, b_fc, b_proj, *_, ctx.exact, ctx.fp8, _ = inputs
         _, s, *kept = outputs
         ctx.save_for_backward(x if add is None else s, gain, w_fc, w_proj, *kept)
         ctx.mark_non_differentiable(*kept)
@@ -99,32 +99,35 @@ class NormMLP(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dz, dres, *_):
         if dz is None:
-            return dres, dres if ctx.has_add else None, *[None] * 9
+            return dres, dres if ctx.has_add else None, *[None] * 10
         s, gain, w_fc, w_proj, stats, u, h = ctx.saved_tensors
         dz, recompute = as_rows(dz), h.shape != u.shape
-        du = dz @ w_proj
+        du = linear_backward(dz, w_proj, ctx.fp8)
         again = gelu_backward_op(u, du, ctx.exact, recompute)
-        ds, dgain, n = norm_backward_op(du @ w_fc, s, gain, stats, dres, True)
+        ds, dgain, n = norm_backward_op(linear_backward(du, w_fc, ctx.fp8), s, gain, stats, dres, True)
         dw_fc, dw_proj = du.t() @ n, dz.t() @ as_rows(again if recompute else h)
         db_fc = du.sum(0) if ctx.has_b_fc else None
         db_proj = dz.sum(0) if ctx.has_b_proj else None
-        return ds, ds if ctx.has_add else None, dgain, dw_fc, dw_proj, db_fc, db_proj, None, None, None, None
+        return ds, ds if ctx.has_add else None, dgain, dw_fc, dw_proj, db_fc, db_proj, *[None] * 5
 
 
 def norm_mlp(
     x, norm_weight, w_fc, w_proj, b_fc=None, b_proj=None, eps: float = 1e-5, centred: bool = False,
-    recompute: bool = False, add=None, through: bool = False, activation: str = "quick_gelu",
+    recompute: bool = False, add=None, through: bool = False, activation: str = "quick_gelu", fp8: bool = False,
 ):  # fmt: skip
     """s + activation(norm(s) @ w_fc^T + b_fc) @ w_proj^T + b_proj, s = x + add: (..., d) -> (..., d), differentiable in
     all of them. activation: "quick_gelu", x sigmoid(1.702 x), or "gelu", the exact one.
 
     through: return the two summands, (branch, s): the next norm's `add` and x. recompute: keep the activation's
-    argument but not its result for backward. Raises ValueError naming the argument for a wrong shape or dtype: all are
-    in x's dtype."""
+    argument but not its result for backward. fp8: both products, and backward's with the weights, in 8 bits
+    (kernels/fp8.py). Raises ValueError naming the argument for a wrong shape or dtype: all are in x's dtype."""
     checks.norm_mlp(x, add, norm_weight, w_fc, w_proj, b_fc, b_proj, activation, x.dtype)
     tiles.check_kernel_rows("norm_mlp", x)
     check_device("norm_mlp", x, add, norm_weight, w_fc, w_proj, b_fc, b_proj)
+    if fp8:
+        checks.fp8("norm_mlp", x, w_fc)
     tensors = x, add, norm_weight, w_fc, w_proj, b_fc, b_proj
     is_training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    z, s, *_ = NormMLP(*tensors, eps, centred, activation == "gelu", (1 if recompute else 2) if is_training else 0)
+    kept = (1 if recompute else 2) if is_training else 0
+    z, s, *_ = NormMLP(*tensors, eps, centred, activation == "gelu", fp8, kept)
     return (z, s) if through else s + z

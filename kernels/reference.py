@@ -77,6 +77,17 @@ def norm_mlp(
     return linear_residual(hidden, w_proj, x, b_proj)
 
 
+def quantize_rows(x_MK):
+    """Rows in 8 bits, (M, K) -> e4m3 (M, K) and fp32 scales (M, 1), whose product is about x.
+
+    The scale is the least power of two, from 2^-126 on, by which a row fits in e4m3, whose largest number is 448; it is
+    NaN where the row is not finite."""
+    top = x_MK.float().abs().amax(1, keepdim=True).clamp(min=2.0**-118)
+    mantissa, _ = torch.frexp(top)  # top = mantissa * 2^n, mantissa in [0.5, 1); 448 = 0.875 * 2^9
+    scale = top / (mantissa * torch.where(mantissa > 0.875, 256, 512))
+    return (x_MK.float() / scale).to(torch.float8_e4m3fn), scale
+
+
 def embed(tokens_BN, wte_Vd, wpe_Nd, sos_d=None, masked_BN=None):
     """Token plus position embedding, (B, N) -> (B, N, d).
 

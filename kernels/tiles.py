@@ -110,6 +110,14 @@ def elementwise_tile(arch: str) -> Tile:
     return ELEMENTWISE.get(arch, ELEMENTWISE["portable"])
 
 
+# Rows in 8 bits (kernels/quantize.py): whether memory runs along the rows, or across -> rows and columns a step.
+QUANTIZE = {True: Tile(8, 1, 512, num_warps=4), False: Tile(32, 1, 128, num_warps=4)}
+
+
+def quantize_tile(arch: str, along_rows: bool) -> Tile:
+    return QUANTIZE[along_rows]
+
+
 # The head (kernels/head_loss.py): (architecture, bytes of an element) -> rows, colours a chunk, columns a step.
 # "ragged": sizes that 16 doesn't divide, whose unaligned loads take more registers.
 HEAD_LOSS = {

@@ -14,7 +14,7 @@ import torch
 from igpt.programs import train
 
 FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["igpt.programs.train", "tests.children"])
+FORK.set_forkserver_preload(["igpt.programs.train", "tests.children", "torch._dynamo"])
 
 
 def options(run: Path, **changes) -> train.Options:

@@ -2,6 +2,9 @@
 
 import os
 
+# Before numpy is there: parallel test workers' threads fight over the cores.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import torch
 
 if not torch.cuda.is_available():

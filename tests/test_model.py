@@ -161,10 +161,10 @@ def test_bert_zero_masked_positions_is_zero_not_nan():
     assert loss.item() == pytest.approx(one.item() / 2, rel=1e-5)
 
 
-def curve(impl, dtype=torch.float32, steps=30, **overrides):
+def curve(impl, dtype=torch.float32, steps=12, **overrides):
     """Losses of `steps` Adam steps on two sequences, in fp64."""
     model = small(impl=impl, n_ctx=24, **overrides).to(dtype)
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3, betas=(0.9, 0.95))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01, betas=(0.9, 0.95))
     tokens = tokens_for(model)
     losses = []
     for step in range(steps):
@@ -178,7 +178,7 @@ def curve(impl, dtype=torch.float32, steps=30, **overrides):
 
 
 @pytest.mark.parametrize("objective", ["ar", "bert"])
-def test_thirty_steps_agree_with_triton(objective):
+def test_twelve_steps_agree_with_triton(objective):
     exact = curve("torch", torch.float64, objective=objective)
     eager, ours = curve("torch", objective=objective), curve("triton", objective=objective)
     assert exact[-5:].mean() < exact[0] - 1

@@ -62,10 +62,9 @@ def test_bad_groups():
             Muon([{"params": [torch.zeros(s, requires_grad=True) for s in params], "parts": parts}], lr=1.0)
 
 
-@pytest.mark.parametrize("layers", [2, 3])
-def test_one_two_and_four_processes_share_a_run(tmp_path, layers):
-    """Layers that do not divide by the processes: some of them get no matrix to work on."""
-    asked = {"optimizer": "muon", "layers": layers, "width": 24}
+def test_one_two_and_four_processes_share_a_run(tmp_path):
+    """Three layers do not divide by the processes: one of two gets more matrices to work on, one of four none."""
+    asked = {"optimizer": "muon", "layers": 3, "width": 24}
     learned = train.run(options(tmp_path / "alone", **asked))
     assert learned["valid_loss"] < math.log(512) - 0.1
     run = tmp_path / "shared"

@@ -17,6 +17,7 @@ from igpt import ImageGPT
 from igpt.kernels import tiles
 from igpt.kernels.device import ARCHS
 from igpt.kernels.palette import palette_sums
+from igpt.kernels.quantize import quantize_rows
 from igpt.sample.draw import Sampler
 from igpt.sample.kernel_decoder import KernelDecoder
 
@@ -99,6 +100,10 @@ def cases() -> Iterator[CompileCase]:
         run = functools.partial(products.candidate, tile, *given, alone)
         name = f"gelu {direction}{' alone' if alone else ''} steps of {tile.BLOCK_K}"
         yield CompileCase(name, run, archs=("sm_90",))
+    for name, x in (
+        ("rows", meta(32768, 2048)), ("rows T77", meta(77, 512)), ("columns", meta(2048, 512).t()),
+    ):  # fmt: skip
+        yield CompileCase(f"quantize {name}", functools.partial(quantize_rows, x), archs=has_fp8)
     for op in PIXEL_OPS:
         yield of(Case(op, 32, 1024, 1, 64, "fp32"), "V512", True)
     colours, weight = meta(1 << 20, 3, dtype=torch.uint8), meta(1 << 20, dtype=torch.int64)

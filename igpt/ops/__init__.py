@@ -10,6 +10,8 @@ Bad arguments raise ValueError before any work (kernels/checks.py). Parameters a
 here, so fp32 parameters under bf16 activations get fp32 gradients. Meanings, formulas and sources:
 `igpt/kernels/reference.py`, function by function.
 
+`fp8`: the operation's products, and backward's with its weights, in 8 bits (kernels/fp8.py), for training in bf16.
+
 The residual stream is a sum that its next norm finishes. `add`: what is added to x before the norm. `through`: return
 (y, s), s = x + add, for the next operation; a gradient that comes back to s is added in the pass that makes x's own.
 """
@@ -20,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from igpt.kernels import checks, choose, reference
 from igpt.kernels.choose import HAS_TRITON, IMPLS
+from igpt.kernels.fp8 import Linear as LinearInFP8
 from igpt.ops import cpu, cpu_attention
 
 if HAS_TRITON:
@@ -31,6 +34,7 @@ if HAS_TRITON:
     from igpt.kernels import norm_linear as norm_linear_kernel
     from igpt.kernels import norm_mlp as norm_mlp_kernel
     from igpt.kernels import palette as palette_kernel
+    from igpt.kernels import quantize as quantize_kernel
 
 DISTANCES = 1 << 19  # of pixels from colours, held at once by the torch path: 15 MB, as each takes 28 bytes at work
 __all__ = ["IMPLS"]
@@ -91,31 +95,38 @@ def norm(x, weight, *, eps: float = 1e-5, centred: bool = False, impl: str = "au
 
 def norm_linear(
     x, norm_weight, weight, bias=None,
-    *, add=None, through: bool = False, eps: float = 1e-5, centred: bool = False, impl: str = "auto",
+    *, add=None, through: bool = False, eps: float = 1e-5, centred: bool = False, fp8: bool = False,
+    impl: str = "auto",
 ):  # fmt: skip
     """norm(x + add) @ weight^T + bias: (..., d), weight (out, d) -> (..., out), or with `through` (y, x + add)."""
     norm_weight, weight, bias = _cast(x.dtype, norm_weight, weight, bias)
     if choose.kernels(impl, x):
-        return norm_linear_kernel.norm_linear(x, norm_weight, weight, bias, eps, centred, add, through)
+        return norm_linear_kernel.norm_linear(x, norm_weight, weight, bias, eps, centred, add, through, fp8)
     checks.norm_linear(x, add, norm_weight, weight, bias)
     x = x if add is None else x + add
-    if choose.onednn(x):
+    if choose.onednn(x) and not fp8:
         y = _rows(cpu.NormLinear, x, norm_weight, weight, bias, eps, centred)
     else:
-        y = F.linear(norm(x, norm_weight, eps=eps, centred=centred, impl="torch"), weight, bias)
+        n = norm(x, norm_weight, eps=eps, centred=centred, impl="torch")
+        y = linear(n, weight, bias, fp8=fp8, impl="torch")
     return (y, x) if through else y
 
 
-def linear(x, weight, bias=None):
+def linear(x, weight, bias=None, *, fp8: bool = False, impl: str = "auto"):
     """x @ weight^T + bias by the vendor's product: (..., d), weight (out, d) -> (..., out)."""
     weight, bias = _cast(x.dtype, weight, bias)
+    if fp8:
+        checks.fp8("linear", x, weight)
+        is_kernel = choose.kernels(impl, x)
+        quantize = quantize_kernel.quantize_rows_op if is_kernel else reference.quantize_rows
+        return LinearInFP8.apply(x, weight, bias, quantize)
     return _rows(cpu.Linear, x, weight, bias) if choose.onednn(x) else F.linear(x, weight, bias)
 
 
 def norm_mlp(
     x, norm_weight, w_fc, w_proj, b_fc=None, b_proj=None,
     *, add=None, through: bool = False, eps: float = 1e-5, centred: bool = False, activation: str = "quick_gelu",
-    recompute: bool = False, impl: str = "auto",
+    recompute: bool = False, fp8: bool = False, impl: str = "auto",
 ):  # fmt: skip
     """s + activation(norm(s) @ w_fc^T + b_fc) @ w_proj^T + b_proj, s = x + add: (..., d), w_fc (inner, d), w_proj (d,
     inner), activation "quick_gelu" or "gelu" (exact). With `through` what the next operation takes as (add, x): the two
@@ -125,11 +136,13 @@ def norm_mlp(
     norm_weight, w_fc, w_proj, b_fc, b_proj = _cast(x.dtype, norm_weight, w_fc, w_proj, b_fc, b_proj)
     if choose.kernels(impl, x):
         return norm_mlp_kernel.norm_mlp(
-            x, norm_weight, w_fc, w_proj, b_fc, b_proj, eps, centred, recompute, add, through, activation
+            x, norm_weight, w_fc, w_proj, b_fc, b_proj, eps, centred, recompute, add, through, activation, fp8
         )
     checks.norm_mlp(x, add, norm_weight, w_fc, w_proj, b_fc, b_proj, activation)
     x = x if add is None else x + add
-    if choose.onednn(x):
+    if fp8:
+        y = _fp8_norm_mlp(x, norm_weight, w_fc, w_proj, b_fc, b_proj, eps, centred, activation, recompute)
+    elif choose.onednn(x):
         how = eps, centred, activation, torch.is_grad_enabled(), recompute
         y = _rows(cpu.NormMLP, x, norm_weight, w_fc, w_proj, b_fc, b_proj, *how)
     else:
@@ -147,9 +160,24 @@ def _torch_norm_mlp(x, norm_weight, w_fc, w_proj, b_fc, b_proj, eps, centred, ac
     def out(pre):
         return _addmm(x if b_proj is None else x + b_proj, act.function(pre), w_proj, alpha=1 / act.scale)
 
+    return _kept(out, pre, recompute)
+
+
+def _fp8_norm_mlp(x, norm_weight, w_fc, w_proj, b_fc, b_proj, eps, centred, activation, recompute):
+    n = norm(x, norm_weight, eps=eps, centred=centred, impl="torch")
+
+    def out(pre):
+        hidden = reference.ACTIVATIONS[activation](pre.float()).to(x.dtype)
+        return x + linear(hidden, w_proj, b_proj, fp8=True, impl="torch")
+
+    return _kept(out, linear(n, w_fc, b_fc, fp8=True, impl="torch"), recompute)
+
+
+def _kept(function, pre, recompute: bool):
+    """function(pre), which backward calls again where its insides are not to be kept."""
     if recompute and torch.is_grad_enabled():
-        return checkpoint(out, pre, use_reentrant=False, preserve_rng_state=False)
-    return out(pre)
+        return checkpoint(function, pre, use_reentrant=False, preserve_rng_state=False)
+    return function(pre)
 
 
 def embed(tokens, wte, wpe, sos=None, masked=None, *, dtype: torch.dtype | None = None, impl: str = "auto"):

@@ -76,6 +76,7 @@ class Options:
     clip: float | None = 1.0  # largest gradient norm, None for no clipping; the paper doesn't say
     seed: int = 0  # of the first weights, the order of the pictures and the masks
     dtype: Literal["auto", "bf16", "fp32"] = "auto"  # of the activations; auto: bf16 on a GPU, fp32 on a CPU
+    precision: Literal["fp8"] | None = None  # of the blocks' products: fp8 (Hopper or newer), or as the activations
     accumulate: int = 1  # micro-batches an update, to need less memory
     recompute: Literal["none", "mlp", "block"] = "none"  # what to forget of each block and make again in backward
     impl: Literal["auto", "triton", "torch"] = "auto"  # Triton kernels or PyTorch; auto: kernels on a GPU
@@ -112,6 +113,8 @@ class Options:
             raise ValueError(f"weight_decay: got {options.weight_decay}, expected 0 or more")
         if not (0 <= options.beta1 < 1 and 0 <= options.beta2 < 1):
             raise ValueError(f"beta1, beta2: got {options.beta1}, {options.beta2}, expected numbers in [0, 1)")
+        if options.precision == "fp8" and options.dtype == "fp32":
+            raise ValueError("dtype: got 'fp32' with precision 'fp8', expected 'bf16' or 'auto'")
         if options.sample_every < 0 or (options.warmup or 0) < 0 or options.seed < 0:
             raise ValueError(
                 f"sample_every, warmup, seed: got {options.sample_every}, {options.warmup}, {options.seed}, expected 0 "

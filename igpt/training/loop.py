@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from igpt import convert
+from igpt.kernels import checks
 from igpt.machine import peak_flops
 from igpt.sample import batch_of, generate, grid
 from igpt.training import graphed, muon
@@ -38,7 +39,11 @@ class Training:
 
     def __init__(self, options, us: Processes, micro: int, task: Tokens | Pixels):
         self.options, self.us, self.micro, self.task, self.config = options, us, micro, task, task.config
-        self.bf16 = options.dtype == "bf16" or (options.dtype == "auto" and us.device.type == "cuda")
+        fp8 = options.precision == "fp8"
+        self.bf16 = options.dtype == "bf16" or (options.dtype == "auto" and (fp8 or us.device.type == "cuda"))
+        if fp8:
+            matrices = [p for p in task.kind(task.config, device="meta").blocks.parameters() if p.dim() == 2]
+            checks.fp8("precision", torch.empty(0, dtype=torch.bfloat16, device=us.device), *matrices)
         pictures = len(task.train)
         epoch = math.ceil(pictures / options.batch)
         self.warmup = min(epoch, options.steps // 10) if options.warmup is None else options.warmup
@@ -49,7 +54,7 @@ class Training:
         us.wait()
         self.checkpoints = Checkpoints(options.run / "checkpoints", us, options.keep)
         self.model = build(task.kind, task.config, us, impl=options.impl, bf16=self.bf16, fill=task.fill)
-        self.model.recompute = options.recompute
+        self.model.recompute, self.model.fp8 = options.recompute, fp8
         self.model.palette, self.model.class_names = task.palette, task.classes
         self.optimizers = self.make_optimizers()
         how = self.loss, self.optimizers, options.accumulate, options.clip
@@ -196,7 +201,7 @@ class Training:
         model = whole(self.model, self.us)
         if model is not None and self.task.palette is not None:
             weights = "bf16" if self.bf16 else None
-            batch = batch_of(model, SAMPLES, weights=weights)  # a run doesn't end for want of a grid's memory
+            batch = batch_of(model, SAMPLES, weights=weights)  # memory too small for a grid ends no run
             tokens = [
                 generate(model, min(batch, SAMPLES - first), first=first, seed=self.options.seed, weights=weights).cpu()
                 for first in range(0, SAMPLES, batch)
