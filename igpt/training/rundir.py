@@ -12,7 +12,6 @@ from pathlib import Path
 from tqdm import tqdm
 
 from igpt.convert.tensors import read_json
-from igpt.palette import Palette
 from igpt.training.checkpoint import write_durably
 from igpt.training.processes import Processes
 
@@ -72,13 +71,6 @@ def held(run: Path, us: Processes):
         yield
     finally:
         os.close(folder)
-
-
-def keep_palette(run: Path, palette: Palette | None) -> None:
-    """palette.npy, all of it or none."""
-    if palette is not None:
-        palette.save(run / "palette.npy.new")
-        os.replace(run / "palette.npy.new", run / "palette.npy")
 
 
 def flat(nested: dict, prefix: str = "") -> dict:
