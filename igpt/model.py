@@ -7,6 +7,8 @@
 Shape suffixes: B batch, N positions, L layers, H heads, D head dim, d width, V palette size.
 """
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -18,6 +20,12 @@ from igpt.kernels import checks
 
 MASK_PROBABILITY = 0.15
 RECOMPUTE = ("none", "mlp", "block")
+
+
+def without_autocast(t):
+    """A context for what casts by itself: autocast's own casts would only do it twice. On "meta" there is none."""
+    kind = t.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def total(h, add):
@@ -168,8 +176,10 @@ class Transformer(nn.Module):
                 p.normal_(0.0, std[key], generator=generator)
 
     def stream_dtype(self) -> torch.dtype:
-        device = self.device.type
-        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.norm_f.dtype
+        kind = self.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            return torch.get_autocast_dtype(kind)
+        return self.norm_f.dtype
 
     def through_blocks(self, h, each=None):
         """The residual stream after the last block, before the final norm: (B, N, d) of the first block's input.
@@ -195,7 +205,7 @@ class Transformer(nn.Module):
     def normed(self, h, weight):
         """norm(h) with this model's eps and form, without a bias: of a block, or the final one."""
         c = self.config
-        with torch.autocast(h.device.type, enabled=False):
+        with without_autocast(h):
             return ops.norm(h, weight, eps=c.norm_eps, centred=c.centred, impl=self.impl)
 
 
@@ -249,8 +259,7 @@ class ImageGPT(Transformer):
     def trunk(self, tokens_BN, masked_BN=None, each=None):
         """The residual stream after the last block, (B, N, d), before the final norm; `each` as in through_blocks."""
         dtype = self.stream_dtype()
-        # Every op casts its parameters to the stream's dtype; autocast's own casts would only do it twice.
-        with torch.autocast(tokens_BN.device.type, enabled=False):
+        with without_autocast(tokens_BN):
             h = ops.embed(tokens_BN, self.wte, self.wpe, self.sos, masked_BN, dtype=dtype, impl=self.impl)
             return self.through_blocks(h, each)
 
@@ -258,7 +267,7 @@ class ImageGPT(Transformer):
         """Logits (B, N, V): at position i over pixel i given the pixels before it (AR: start vector and shift are
         inside), or given all unmasked pixels (BERT; masked_BN bool or None)."""
         n = self.normed(self.trunk(tokens_BN, masked_BN), self.norm_f)
-        with torch.autocast(n.device.type, enabled=False):
+        with without_autocast(n):
             return ops.linear(n, self.head)
 
     def loss(self, tokens_BN, masked_BN=None, generator: torch.Generator | None = None):
@@ -284,7 +293,7 @@ class ImageGPT(Transformer):
     def nll(self, h_BNd, targets_BN):
         """Nats of each target, (B, N), from the trunk's output."""
         c = self.config
-        with torch.autocast(h_BNd.device.type, enabled=False):
+        with without_autocast(h_BNd):
             return ops.head_loss(
                 h_BNd, self.norm_f, self.head, targets_BN,
                 eps=c.norm_eps, centred=c.centred, impl=self.impl,

@@ -17,7 +17,7 @@ from igpt import ops
 from igpt.config import VITS, ViTConfig
 from igpt.kernels import checks
 from igpt.kernels.reference import wide
-from igpt.model import Transformer
+from igpt.model import Transformer, without_autocast
 
 MASKED, SWAPPED = 0.8, 0.1  # of the corrupted patches; the rest stay as they are (paper B.1.2)
 
@@ -109,12 +109,12 @@ class ViT(Transformer):
     def trunk(self, patches_BPC, sources_BP=None):
         """The residual stream after the last block, (B, N, d), before the final norm, from `patches`."""
         dtype = self.stream_dtype()
-        with torch.autocast(patches_BPC.device.type, enabled=False):
+        with without_autocast(patches_BPC):
             return self.through_blocks(self.embed(patches_BPC, sources_BP, dtype))
 
     def outputs(self, h):
         """Final norm, pooler and head, where the model has them, of positions (..., d) of the stream."""
-        with torch.autocast(h.device.type, enabled=False):
+        with without_autocast(h):
             n = self.normed(h, self.norm_f) + self.b_norm_f.to(h.dtype)
             n = n if self.pooler is None else ops.linear(n, self.pooler, self.b_pooler).tanh()
             return n if self.head is None else ops.linear(n, self.head, self.b_head)
@@ -136,8 +136,11 @@ class ViT(Transformer):
     def predict(self, pixels_BSS3, *targets):
         """What `loss` compares, with its arguments: (logits (n, classes), classes int64 (n,)) of pictures, or of all
         corrupted patches."""
-        patches = self.patches(pixels_BSS3)
-        if self.config.objective == "labels":
+        patches, objective = self.patches(pixels_BSS3), self.config.objective
+        if len(targets) not in ((1,) if objective == "labels" else (0, 2)):
+            expected = "labels" if objective == "labels" else "sources and corrupted, or neither"
+            raise ValueError(f"loss: got {len(targets)} targets for objective {objective!r}, expected {expected}")
+        if objective == "labels":
             (labels,) = targets
             checks.integers("loss", "labels", labels, self.config.classes)
             return self.outputs(self.trunk(patches)[:, 0]), labels.long()

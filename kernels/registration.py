@@ -65,7 +65,12 @@ def differentiable(function: type[torch.autograd.Function]) -> Callable:
     quick = type(function.__name__, (torch.autograd.Function,), methods)  # the name that profiles and grad_fn show
 
     def apply(*inputs):
-        return (function if checks.is_transformed() else quick).apply(*inputs)
+        chosen = function if checks.is_transformed() else quick
+        if torch._C._is_any_autocast_enabled() and torch.amp.is_autocast_available(kind := inputs[0].device.type):
+            # A product of the vendor's would come in another dtype than its operands', which backward multiplies it by.
+            with torch.autocast(kind, enabled=False):
+                return chosen.apply(*inputs)
+        return chosen.apply(*inputs)
 
     apply.__doc__ = function.__doc__
     return apply

@@ -105,6 +105,15 @@ def test_the_line_is_json_whatever_the_figures(capsys, monkeypatch):
     assert said.err == "igpt info: got NaN, -Infinity, null in the line above\n"
 
 
+def test_ctrl_c_is_one_line_and_exit_code_130(capsys, monkeypatch):
+    def interrupted(options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(importlib.import_module("igpt.programs.info"), "run", interrupted)
+    assert cli.main(["info"]) == 130
+    assert capsys.readouterr() == ("", "\nigpt info: stopped\n")
+
+
 def test_a_mistyped_option_is_exit_code_2(capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(["info", "--preset", "huge"])

@@ -3,10 +3,13 @@
 import contextlib
 import gzip
 import io
+import multiprocessing
 import pickle
+import signal
 import struct
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -577,6 +580,12 @@ def test_only_what_is_asked_for_is_read(tmp_path, monkeypatch):
     assert np.array_equal(data.load(str(tmp_path), "train+valid", crop="train", workers=2).images, whole.images)
 
 
+def test_workers_leave_ctrl_c_to_their_parent():
+    context, initializer = multiprocessing.get_context("spawn"), igpt.data.workers.die_with_parent
+    with ProcessPoolExecutor(1, mp_context=context, initializer=initializer) as pool:
+        assert pool.submit(signal.getsignal, signal.SIGINT).result() == signal.SIG_IGN
+
+
 def test_workers_import_no_torch():
     code = "import sys, igpt.data.workers; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
@@ -610,6 +619,7 @@ def test_bad_arguments(tmp_path, palette):
     for arguments, message in (
         ({"spec": "builtin:faces"}, "spec: got 'builtin:faces', expected 'builtin:emoji', a folder, or one of"),
         ({"spec": str(tmp_path / "absent")}, "spec: got .*absent"),
+        ({"spec": ""}, "spec: got ''"), ({"spec": "folder:"}, "spec: got 'folder:'"),
         ({"spec": f"cifar10:{tmp_path}"}, "spec: found no cifar10 files at"),
         ({"spec": str(tmp_path)}, "no pictures here"),
         ({"split": "validation"}, "split: got 'validation', expected one of"),

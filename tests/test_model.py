@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from einops import rearrange
+from torch.utils.flop_counter import FlopCounterMode
 
 import igpt
 from bench.correctness.budget import compare
@@ -313,3 +314,17 @@ def test_another_default_device_moves_nothing_of_ours(tmp_path):
         assert back.palette.decode(tokens, (4, 4)).device.type == back.generate(2).device.type == "cpu"
         assert vit.loss(torch.zeros(2, 32, 32, 3, dtype=torch.uint8, device="cpu")).device.type == "cpu"
     assert all(map(torch.equal, back.parameters(), model.parameters()))
+
+
+@pytest.mark.parametrize("objective", ["ar", "bert"])
+def test_shapes_and_flops_without_memory(objective):
+    """On "meta", where FLOP counters run: every product that is made is one that `flops_per_token` counts."""
+    model = small(objective=objective, classes=3).to("meta")
+    tokens = torch.zeros(2, 48, dtype=torch.int64, device="meta")
+    assert model(tokens).shape == (2, 48, 32) and model.features(tokens).shape == (3, 2, 64)
+    assert model.classify(model.trunk(tokens)).shape == (2, 3)
+    with FlopCounterMode(display=False) as counter:
+        model.loss(tokens).backward()
+    assert model.wte.grad.shape == (32, 64)
+    if objective == "bert":  # SDPA's counter takes a causal product for a whole one
+        assert counter.get_total_flops() == 2 * 48 * model.flops_per_token()

@@ -151,6 +151,20 @@ def test_one_row_without_a_batch(dtype):
         assert torch.equal(call(x, target), call(x[None], target[None])[0])
 
 
+def test_the_kernels_train_under_autocast(device):
+    """In the activations' dtype, as without it: a product in another one is what backward could not multiply by."""
+    inputs = {k: t.to(device).requires_grad_() for k, t in block_inputs(5, 32, 64, torch.float32, True).items()}
+    x, gain, w_fc, _, b_fc, _ = inputs.values()
+
+    def gradients(enabled):
+        with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
+            y = ops.norm_mlp(**inputs, impl="triton")
+            z = ops.norm_linear(x, gain, w_fc, b_fc, impl="triton")
+        return torch.autograd.grad(y.square().sum() + z.square().sum(), list(inputs.values()))
+
+    assert all(map(torch.equal, gradients(True), gradients(False)))
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_on_the_torch_path(dtype, causal):

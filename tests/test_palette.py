@@ -16,6 +16,7 @@ import igpt.data
 from igpt import Palette, ops
 from igpt.kernels import reference
 from igpt.palette.kmeans import Blocks, distinct_colours, kmeans
+from tests.test_checkpoint import largest_file
 
 
 def brute(pixels: np.ndarray, palette: Palette) -> torch.Tensor:
@@ -221,6 +222,14 @@ def test_save_and_load(tmp_path):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
     assert Palette.load(tmp_path / "preprocessor_config.json") == palette
     assert Palette.load(tmp_path) == palette
+
+
+def test_a_full_disk_leaves_the_palette_that_was(tmp_path):
+    path, small = tmp_path / "palette.npy", Palette(np.eye(3))
+    small.save(path)
+    with largest_file(200), pytest.raises(OSError):
+        Palette(np.random.default_rng(0).uniform(-1, 1, (512, 3))).save(path)
+    assert Palette.load(path) == small
 
 
 def test_load_names_the_file(tmp_path):

@@ -1,7 +1,9 @@
 """probe, lowdata, eval and finetune from end to end, on pictures whose class is their colour."""
 
 import dataclasses
+import errno
 import json
+import os
 
 import numpy as np
 import pytest
@@ -95,6 +97,18 @@ def test_features_are_the_models(here):
     short = features.extract(probe.Options(**where(here), dtype="bf16"), model, tokens)
     error = (torch.from_numpy(np.array(short)) - want).abs().max() / want.abs().max()
     assert 0 < error < 2**-5, "bf16 rounds to 2**-9, a few times over on the way through the model"
+
+
+def test_a_disk_too_small_for_the_features_is_said_before_any_work(here, monkeypatch):
+    """Written through a memory map, the first page without room would be a bus error."""
+
+    def full(descriptor, offset, length):
+        raise OSError(errno.ENOSPC, f"No space left on device for {length}")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setattr(igpt.ImageGPT, "features", None)
+    with pytest.raises(OSError, match=f"No space left on device for {4 * 3 * 300 * 32}"):
+        probe.run(probe.Options(**where(here)))
 
 
 def test_lowdata(here):
@@ -256,6 +270,8 @@ def test_bad_input(here, tmp_path):
         evaluate.run(evaluate.Options(**where(here), limit=0))
     with pytest.raises(ValueError, match="lr"):
         finetune.run(finetune.Options(**where(here), lr=0.0))
+    with pytest.raises(ValueError, match="generative: got nan"):
+        finetune.run(finetune.Options(**where(here), generative=float("nan")))
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"out: .*file exists and is not empty"):
         finetune.run(finetune.Options(**where(here), out=tmp_path / "file"))

@@ -290,7 +290,9 @@ def test_generation_ignores_autocast():
     model = small()
     with torch.autocast("cpu", torch.bfloat16):
         inside = model.complete(random_tokens(model, 2), 9, seed=1)
+        judged = sample.log_likelihood(model, inside)
     assert torch.equal(inside, model.complete(random_tokens(model, 2), 9, seed=1))
+    assert torch.equal(judged, sample.log_likelihood(model, inside))
 
 
 # --- the kernels' decoder: interpreted where there is no GPU, so one layer and four pixels
@@ -359,7 +361,8 @@ def test_kernels_log_likelihood(dtype, options, form, device, poison_empty):
 @pytest.mark.parametrize("options, named", [
     ({"temperature": -0.5}, "temperature"), ({"temperature": math.nan}, "temperature"),
     ({"temperature": math.inf}, "temperature"), ({"top_k": 0}, "top_k"), ({"top_k": 38}, "top_k.*37"),
-    ({"seed": 2**63}, "seed: got"), ({"top_p": 0.0}, "top_p"), ({"top_p": 1.5}, "top_p"),
+    ({"seed": 2**63}, "seed: got"), ({"seed": 1.5}, "seed: got"), ({"top_k": 2.5}, "top_k: got"),
+    ({"top_p": 0.0}, "top_p"), ({"top_p": 1.5}, "top_p"),
     ({"weights": "int4"}, "weights"), ({"cache_dtype": "int8"}, "cache_dtype"), ({"batch": 0}, "batch"),
     ({"batch": 2.0}, "batch"),
 ])  # fmt: skip

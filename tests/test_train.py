@@ -24,7 +24,8 @@ from igpt import machine
 from igpt.programs import info, train
 from igpt.sample import decoder
 from igpt.training.order import Order
-from igpt.training.processes import processes
+from igpt.training.processes import Processes, processes
+from igpt.training.rundir import held
 from tests import children
 from tests.children import options
 
@@ -116,6 +117,19 @@ def test_killed_before_every_rename_it_resumes_bit_for_bit(unbroken, tmp_path):
         assert code in (0, -signal.SIGKILL) and nth < 40
     assert nth > 6
     assert curve(run) == curve(unbroken[0])
+
+
+def test_a_run_that_is_being_trained_is_left_alone(tmp_path):
+    run = tmp_path / "run"
+    half_written = run / "checkpoints" / ".writing-step-4"
+    with held(run, Processes(0, 1, torch.device("cpu"))):
+        half_written.mkdir(parents=True)
+        (run / "config.json").write_text(json.dumps({"train": {"data": "builtin:emoji"}}))
+        with pytest.raises(ValueError, match=r"run: .*run is being trained by another process"):
+            train.run(options(run))
+        assert half_written.is_dir()
+    shutil.rmtree(run)
+    assert train.run(options(run, steps=1))["step"] == 1
 
 
 def test_sigterm_saves_and_exits_0(unbroken, tmp_path):

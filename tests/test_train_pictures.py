@@ -141,3 +141,11 @@ def test_a_set_of_another_kind_gets_a_palette_too(tmp_path, capsys):
     train.run(options(tmp_path / "run", data=str(tmp_path / "idx"), **{**SHORT, "steps": 3}))
     assert "are fitted" not in capsys.readouterr().err
     assert len(igpt.Palette.load(tmp_path / "run")) == 40
+
+
+def test_too_few_pictures_to_hold_any_out(tmp_path):
+    write_pictures(tmp_path / "pictures", 4)
+    said = "holdout: got 0.1, which leaves 4 pictures of .*pictures to train on and 0 for validation"
+    for model in ({}, {"model": "vit-tiny", "preset": "s"}):
+        with pytest.raises(ValueError, match=said):
+            train.run(options(tmp_path / "run", data=str(tmp_path / "pictures"), **{**SHORT, "size": 8}, **model))

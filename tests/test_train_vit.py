@@ -118,6 +118,8 @@ def test_patches_are_learnt_from_their_surroundings(tmp_path):
     assert result["valid_loss"] < math.log(512) - 2
     model = igpt.ViT.from_pretrained(tmp_path / "run")
     assert model.config.objective == "patches" and model.class_names == ()
+    with pytest.raises(ValueError, match=r"model: .*run has objective 'patches' and 0 classes, expected a ViT that"):
+        evaluate.run(evaluate.Options(model=str(tmp_path / "run"), data="builtin:emoji"))
 
 
 def test_fine_tuning_at_another_resolution(unbroken, tmp_path):

@@ -239,6 +239,9 @@ def test_bad_input():
     for labels in (torch.tensor([0, 5]), torch.tensor([0.0, 1.0])):
         with pytest.raises(ValueError, match="loss: labels: got"):
             model.loss(pixels_for(model), labels)
+    for objective, targets in (("labels", 0), ("labels", 2), ("patches", 1)):
+        with pytest.raises(ValueError, match=f"loss: got {targets} targets for objective '{objective}', expected"):
+            small(objective=objective).loss(pixels_for(model), *[torch.zeros(2, dtype=torch.int64)] * targets)
     with pytest.raises(ValueError, match="loss: got 0 pictures"):
         model.loss(pixels_for(model)[:0], torch.tensor([]))
     bad = {"size": 30, "objective": "ar", "pooler": 1, "patch": 0, "classes": -1, "norm_eps": 0, "heads": 3}

@@ -80,9 +80,11 @@ def kind_of(spec: str) -> tuple[str, Path]:
     """Which reader takes a spec, "emoji", one of FORMATS or "folder", and the path it reads. Raises ValueError."""
     if spec == "builtin:emoji":
         return "emoji", Path()
-    kind, colon, rest = spec.partition(":")
-    if colon and kind in (*FORMATS, "folder"):
+    kind, _, rest = spec.partition(":")
+    if rest and kind in (*FORMATS, "folder"):
         return kind, Path(rest)
+    if not spec:
+        raise ValueError("spec: got '', expected a picture set; the current folder is '.'")
     path = Path(spec)
     for kind, reader in FORMATS.items():  # openai: folder/prefix too, as run.py's --data_path
         if (path.is_dir() or kind == "openai") and reader(path, None):

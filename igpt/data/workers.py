@@ -3,6 +3,7 @@
 import collections
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -59,7 +60,9 @@ def read_batch(root: Path, files: list[tuple[int, str]], size: int, crop: str, s
 
 
 def die_with_parent() -> None:
-    """A worker whose parent was killed would wait for work for ever."""
+    """A worker whose parent was killed would wait for work for ever. Ctrl-C, which a terminal sends to all, is the
+    parent's to answer."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch():
         multiprocessing.parent_process().join()

@@ -125,9 +125,13 @@ class Palette:
         return self
 
     def save(self, path) -> None:
-        """Writes the centres as .npy, the format of OpenAI's kmeans_centers.npy."""
-        with open(path, "wb") as file:
+        """Writes the centres as .npy, the format of OpenAI's kmeans_centers.npy. What stood there stays until they are
+        whole."""
+        path = Path(path)
+        unfinished = path.with_name(f"{path.name}.new")
+        with open(unfinished, "wb") as file:
             np.save(file, self.centres.numpy(), allow_pickle=False)
+        unfinished.replace(path)
 
     @classmethod
     def load(cls, path) -> "Palette":

@@ -1,7 +1,8 @@
 """`igpt COMMAND`: each command is a module with a frozen dataclass `Options` and `run(options) -> dict`.
 
 The dataclass is the command line: `igpt train --help`. Progress goes to stderr; the last line of stdout is the result
-as one JSON object. Exit code 2 for what the user can mend, told in one line; 1 for a training that went wrong.
+as one JSON object. Exit code 2 for what the user can mend, told in one line; 1 for a training that went wrong; 130, as
+shells have it, for Ctrl-C.
 """
 
 import importlib
@@ -59,6 +60,9 @@ def main(argv: list[str] | None = None) -> int:
     except FloatingPointError as error:
         print(f"igpt {name}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"\nigpt {name}: stopped", file=sys.stderr)
+        return 130
     if os.environ.get("RANK", "0") == "0":
         lost = []  # NaN and infinities, which JSON doesn't have: null
         result = json.loads(json.dumps(result), parse_constant=lost.append)

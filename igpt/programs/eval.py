@@ -64,6 +64,9 @@ def rows_of(model, pictures: data.Pictures) -> torch.Tensor:
 
 
 def of_labels(options: Options, model: ViT) -> dict:
+    if model.config.objective != "labels" or not model.config.classes:
+        got = f"objective {model.config.objective!r} and {model.config.classes} classes"
+        raise ValueError(f"model: {options.model} has {got}, expected a ViT that tells classes")
     pictures = data.load(
         options.data, options.split, size=model.config.size, labels=options.labels, holdout=options.holdout,
         skip_bad=options.skip_bad, workers=None, pick=lambda n: slice(options.limit),

@@ -1,6 +1,7 @@
 """The program `igpt finetune`: the whole model and a classifier together, L_GEN + L_CLF (paper sections 2.4, 4.4)."""
 
 import json
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,8 @@ def run(options: Options) -> dict:
             f"epochs, patience, batch, lr: got {options.epochs}, {options.patience}, {options.batch}, {options.lr}; "
             "expected positive numbers"
         )
+    if not 0 <= options.generative < math.inf:
+        raise ValueError(f"generative: got {options.generative}, expected 0 or more")
     if options.out and options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
         raise ValueError(f"out: {options.out} exists and is not empty, expected a new folder")
     plain = options.load_model()

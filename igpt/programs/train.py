@@ -17,7 +17,7 @@ from typing import Literal
 from igpt.config import OBJECTIVES, VIT_OBJECTIVES, Blocks
 from igpt.training.loop import Training
 from igpt.training.processes import processes
-from igpt.training.rundir import summary_writer
+from igpt.training.rundir import held, summary_writer
 from igpt.training.start import checkpoint_of, preset_of
 from igpt.training.tasks import is_vit, task_of
 
@@ -166,7 +166,7 @@ def run(options: Options) -> dict:
         task = task_of(options, us, init)
         if options.sample_every and options.objective == "ar" and task.palette is None and us.first:
             print(f"no sample grids: {options.data} came without a palette", file=sys.stderr)
-        with stop_signal() as stopped:
+        with held(options.run, us), stop_signal() as stopped:
             return Training(options, us, micro, task).run(stopped)
 
 

@@ -11,6 +11,7 @@ where the inverse of the cumulative sum would change V / 2 times as often.
 
 import math
 from dataclasses import dataclass, replace
+from numbers import Integral
 
 import torch
 
@@ -79,12 +80,12 @@ class Sampler:
     def check(self, vocab: int) -> "Sampler":
         """Itself with a temperature that can be divided by, or ValueError for a value that draws nothing from `vocab`
         tokens."""
-        if self.top_k is not None and not 1 <= self.top_k <= vocab:
+        if self.top_k is not None and not (isinstance(self.top_k, Integral) and 1 <= self.top_k <= vocab):
             raise ValueError(f"top_k: got {self.top_k}, expected None or 1 to the palette's {vocab}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p: got {self.top_p}, expected None or a number in (0, 1]")
-        if not -(2**63) <= self.seed < 2**63:
-            raise ValueError(f"seed: got {self.seed}, expected 64 bits")
+        if not (isinstance(self.seed, Integral) and -(2**63) <= self.seed < 2**63):
+            raise ValueError(f"seed: got {self.seed}, expected an integer of 64 bits")
         return replace(self, temperature=checks.temperature("sample", self.temperature))
 
     def noise(self, batch: int, vocab: int, start: int, stop: int, device):

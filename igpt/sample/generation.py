@@ -65,10 +65,11 @@ def log_likelihood(model, tokens_BN, *, weights: str | None = None, cache_dtype:
     _check_tokens(model, tokens_BN)
     tokens_BN = tokens_BN.long().to(model.wte.device)
     decoder = decoder_of(model, tokens_BN.shape[0], weights=weights, cache_dtype=cache_dtype)
-    steps = [
-        decoder.step(i, tokens_BN[:, i - 1]).log_softmax(-1).gather(-1, tokens_BN[:, i : i + 1])
-        for i in range(tokens_BN.shape[1])
-    ]
+    with torch.autocast(model.wte.device.type, enabled=False):
+        steps = [
+            decoder.step(i, tokens_BN[:, i - 1]).log_softmax(-1).gather(-1, tokens_BN[:, i : i + 1])
+            for i in range(tokens_BN.shape[1])
+        ]
     return torch.cat(steps, 1)
 
 

@@ -22,7 +22,7 @@ from igpt.training import graphed, muon
 from igpt.training.checkpoint import Checkpoints
 from igpt.training.order import Order
 from igpt.training.processes import Processes, build, whole
-from igpt.training.rundir import Metrics, claim, keep_palette
+from igpt.training.rundir import Metrics, claim
 from igpt.training.tasks import Pixels, Tokens
 
 SAMPLES = 16  # pictures in a grid during training
@@ -50,7 +50,8 @@ class Training:
         self.order = Order(pictures, options.batch, options.seed)
         if us.first:
             claim(options.run, self.identity())
-            keep_palette(options.run, task.palette)
+            if task.palette is not None:
+                task.palette.save(options.run / "palette.npy")
         us.wait()
         self.checkpoints = Checkpoints(options.run / "checkpoints", us, options.keep)
         self.model = build(task.kind, task.config, us, impl=options.impl, bf16=self.bf16, fill=task.fill)

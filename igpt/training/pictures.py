@@ -47,9 +47,7 @@ def tokens_of(options, us: Processes, init: Checkpoint | None) -> tuple[data.Pic
         kind, path = "tokens", run / "tokens"
     spec = f"tokens:{path}" if kind == "tokens" else options.data
     train, valid = sets = [data.load(spec, split, size=size, holdout=options.holdout) for split in ("train", "valid")]
-    for pictures in sets:
-        if not len(pictures):
-            raise ValueError(f"data: {pictures.name} has no pictures")
+    require_some(options, *sets)
     if train.images is not None and palette is None and train.palette is None:
         if us.first:
             palette = fitted(options, train.images[spread(len(train))])
@@ -64,13 +62,21 @@ def pixels_of(options, init: Checkpoint | None) -> list[data.Pictures]:
     size = options.size or (init.config if init else VITS[options.model]).size
     how = {"size": size, "holdout": options.holdout, "skip_bad": options.skip_bad, "workers": None}
     train, valid = sets = [data.load(options.data, split, **how) for split in ("train", "valid")]
-    for pictures in sets:
-        if not len(pictures) or pictures.images is None:
-            raise ValueError(f"data: {pictures.name} has {'no pictures' if pictures.images is None else 'none'}, "
-                             "expected pictures: a ViT reads pixels")  # fmt: skip
+    require_some(options, *sets)
+    if train.images is None:
+        raise ValueError(f"data: {train.name} has tokens only, expected pictures: a ViT reads pixels")
     if options.objective == "labels":
         data.same_classes(train, valid)
     return [train, valid.rows(slice(options.valid_pictures))]
+
+
+def require_some(options, train: data.Pictures, valid: data.Pictures) -> None:
+    """Raises ValueError if there is nothing to train on, or nothing to validate by."""
+    if not len(train) or not len(valid):
+        raise ValueError(
+            f"holdout: got {options.holdout}, which leaves {len(train)} pictures of {options.data} to train on and "
+            f"{len(valid)} for validation, expected some of both"
+        )
 
 
 def finished(run: Path) -> bool:

@@ -1,6 +1,7 @@
 """A run directory: config.json, palette.npy, metrics.jsonl, checkpoints/, samples/, export/, and tokens/ where it has
 encoded a folder."""
 
+import fcntl
 import json
 import os
 import sys
@@ -11,8 +12,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from igpt.convert.tensors import read_json
-from igpt.palette import Palette
 from igpt.training.checkpoint import write_durably
+from igpt.training.processes import Processes
 
 OURS = {"config.json.new", "tokens"}  # what may be there before config.json is
 LENGTH = {"train.steps", "train.warmup"}
@@ -49,11 +50,27 @@ def claim(run: Path, config: dict) -> None:
         write_durably(path, json.dumps(config, indent=1) + "\n")
 
 
-def keep_palette(run: Path, palette: Palette | None) -> None:
-    """palette.npy, all of it or none."""
-    if palette is not None:
-        palette.save(run / "palette.npy.new")
-        os.replace(run / "palette.npy.new", run / "palette.npy")
+@contextmanager
+def held(run: Path, us: Processes):
+    """The run directory, for these processes alone; where the file system has no locks, for whoever comes.
+
+    Raises ValueError if other processes train in it: they would sweep away each other's checkpoints."""
+    if not us.first:
+        yield
+        return
+    run.mkdir(parents=True, exist_ok=True)
+    folder = os.open(run, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(folder)
+        raise ValueError(f"run: {run} is being trained by another process, expected to wait for its end") from error
+    except OSError:
+        pass
+    try:
+        yield
+    finally:
+        os.close(folder)
 
 
 def flat(nested: dict, prefix: str = "") -> dict:
