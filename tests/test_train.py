@@ -140,7 +140,7 @@ def test_one_two_and_four_processes_share_a_run(unbroken, tmp_path):
 
 
 def test_kernels_train_under_fsdp(tmp_path):
-    asked = {"steps": 2, "batch": 4, "save_every": 2, "valid_every": 2, "valid_pictures": 4}
+    asked = {"size": 4, "steps": 2, "batch": 4, "save_every": 2, "valid_every": 2, "valid_pictures": 4}
     train.run(options(tmp_path / "torch", **asked))
     for dtype, tolerance in (("fp32", {}), ("bf16", {"tolerance": 2**-8})):
         children.train_together(2, options(tmp_path / dtype, impl="triton", dtype=dtype, **asked))
