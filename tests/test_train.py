@@ -140,7 +140,9 @@ def test_one_two_and_four_processes_share_a_run(unbroken, tmp_path):
 
 
 def test_kernels_train_under_fsdp(tmp_path):
-    asked = {"size": 4, "steps": 2, "batch": 4, "save_every": 2, "valid_every": 2, "valid_pictures": 4}
+    igpt.Palette(np.random.default_rng(0).uniform(-1, 1, (16, 3))).save(tmp_path / "palette.npy")
+    asked = {"steps": 2, "batch": 4, "save_every": 2, "valid_every": 2, "valid_pictures": 4}
+    asked |= {"size": 4, "palette": tmp_path / "palette.npy"}  # interpreted, each tile of a table counts
     train.run(options(tmp_path / "torch", **asked))
     for dtype, tolerance in (("fp32", {}), ("bf16", {"tolerance": 2**-8})):
         children.train_together(2, options(tmp_path / dtype, impl="triton", dtype=dtype, **asked))
