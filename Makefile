@@ -16,7 +16,7 @@ bench: $(VENV)/.ready
 
 test: $(VENV)/.ready
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -q -n 2 tests
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal tests
 
 # The page of `igpt web` in Debian's chromium (apt-get install chromium chromium-driver); screenshots in build/web.
 web-test: $(VENV)/.ready

@@ -2,8 +2,10 @@
 
 import os
 
-# Before numpy is there: parallel test workers' threads fight over the cores.
+# Parallel test workers and the processes they start share few cores: numpy's products take one thread each, and threads
+# of OpenMP that wait for others sleep, where spinning took most of a training run. Read when the libraries are loaded.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 
