@@ -102,7 +102,7 @@ def steps(job: Job) -> None:
     """Whole training steps against Hugging Face and, at 1024, torch.compile; the presets at 1024 first."""
     first, *longer = (sized("model", PRESETS, ("step",), STEP_TOKENS, N) for N in LENGTHS)
     for chosen, peers in (
-        (first, ("hugging face",)),
+        (first, ("hugging face", "ours fp8")),
         (first, ("torch.compile", "torch.compile graphed")),
         (itertools.chain(*longer), ("hugging face",)),
     ):

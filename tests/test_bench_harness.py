@@ -129,7 +129,7 @@ def test_a_model_that_does_not_fit_halves_its_batch(monkeypatch):
 def test_every_whole_model_runs(direction):
     found = {r.impl: r for r in models.rows([model_case("tiny", 1, 32, "fp32", direction)], lying_run())}
     assert set(found) == set(NOTES)
-    assert found.pop("torch.compile graphed").note.startswith("absent: ")
+    assert all(found.pop(name).note.startswith("absent: ") for name in ("torch.compile graphed", "ours fp8"))
     assert all(r.median_ms and r.mfu for r in found.values()), {n: r.note for n, r in found.items()}
     assert found["ours"].ratios["hugging face"] == 1.0
 
@@ -335,7 +335,7 @@ def test_both_halves_are_rehearsed(half, tmp_path, capfd, monkeypatch):
 def test_a_gpus_checks_are_of_every_kind():
     found = [(check.row.op, check.row.impl) for check in correctness.listed("gpu", "cpu")]
     repeated = [(op, "triton, 20 runs") for op in ("attention", *ROW_OPS)]
-    assert {*repeated, ("step", "triton, compiled"), ("step", "triton, igpt.graphed"), ("decode", "decode"),
+    assert {*repeated, ("step", "triton, compiled"), ("step", "triton, igpt.graphed"), ("decode", "decode"), ("fp8", "triton"),
             *((op, "triton") for op in ("attention", "model", *ROW_OPS, *PIXEL_OPS))} == set(found)  # fmt: skip
 
 

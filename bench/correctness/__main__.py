@@ -34,6 +34,8 @@ def listed(name: str, device: str) -> list[Check]:
         found.append(checked("triton", checks.whole_model, case, device))
     if not quick:
         found += checks.decoding(device)
+        for shape in ((4, 1024, 8, 64), (4, 1024, 16, 96)) if gpu else ((1, 77, 1, 64),):
+            found.append(checked("triton", checks.in_fp8, Case("linear", *shape), device, op="fp8"))
     if gpu:
         for op in ("attention", *cases.ROW_OPS):
             case = Case(op, 4, 1024, 8, 64, "bf16", direction="fwd+bwd")

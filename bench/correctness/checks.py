@@ -19,13 +19,13 @@ import torch
 import torch.nn.functional as F
 
 import igpt
-from bench.cases import DTYPES, PIXEL_OPS, Case, decode_case, tokens
+from bench.cases import DTYPES, PIXEL_OPS, Case, Draw, decode_case, tokens
 from bench.correctness.budget import Errors, against_fp64, compare
 from bench.machine import ended, raised, stamp
 from bench.rows import Row
 from bench.speed import models
 from bench.speed.measure import blank
-from igpt import ImageGPT, sample
+from igpt import ImageGPT, ops, sample
 from igpt.config import preset
 from igpt.kernels import reference
 from igpt.training.graphed import train_step
@@ -83,6 +83,19 @@ def operation(case: Case, device: str, impl: str = "triton") -> dict:
     differ = int((ours(**inputs) != case.reference()(**inputs)).sum())
     note = f"{differ} differ of {case.B * case.N}" if differ else "bit-equal"
     return {"ok": not differ, "err_vs_fp64": float(differ), "eager_err_vs_fp64": 0.0, "note": note}
+
+
+def in_fp8(case: Case, device: str) -> dict:
+    """A product in 8 bits and its gradient for x, beside those of the same rounded numbers in fp64, and in bf16, which
+    holds them exactly."""
+    draw, wide = Draw(case, device), 4 * case.d
+    x, weight, dy = draw.normal(case.T, case.d), draw.weight(wide, case.d), draw.normal(case.T, wide)
+    y = ops.linear(x.requires_grad_(), weight, fp8=True, impl="triton")
+    errors = []
+    for name, ours, a, b in (("y", y, x, weight), ("dx", torch.autograd.grad(y, x, dy)[0], dy, weight.t())):
+        a, b = (q.double() * scale for q, scale in map(reference.quantize_rows, (a.detach(), b)))
+        errors.append(compare(name, ours.detach(), F.linear(a.to(x.dtype), b.to(x.dtype)), F.linear(a, b)))
+    return judged(errors)
 
 
 def whole_model(case: Case, device: str, impl: str = "triton") -> dict:

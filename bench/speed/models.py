@@ -102,8 +102,11 @@ def build(name: str, case: Case, device: str) -> Callable[[], object]:
     if case.op == "vit":
         return vit(name, case, device)
     batch = (tokens(case.B, case.N, device),)
-    if name == "ours":
+    if name == "ours fp8" and (device, case.dtype, case.direction) != ("cuda", "bf16", "step"):
+        raise Absent("a training step's in bf16, on a GPU")
+    if name.startswith("ours"):
         model = ours(case, device)
+        model.fp8 = name == "ours fp8"
         return timed(case.direction, model, model, model.loss, batch, graph=True)
     if name.startswith("hugging face"):
         model, logits = hugging_face(case, device), hugging_face_logits
@@ -148,6 +151,7 @@ def vit(name: str, case: Case, device: str) -> Callable[[], object]:
 
 NOTES = {
     "ours": "",
+    "ours fp8": "igpt train --precision fp8: the blocks' products with weights in e4m3",
     "hugging face": "as shipped, dropout off; Image GPT's scores divided by int(sqrt(head dim)), right only for 64",
     "hugging face patched": "igpt.hf.apply_igpt_kernels on the same",
     "eager": "kernels/reference.py on our weights",

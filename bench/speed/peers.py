@@ -136,7 +136,7 @@ ATTENTION = {
 UNPACKED = ATTENTION.keys() - {"eager"}
 OTHERS = {"eager": eager, "torch.compile": compiled_reference, "liger": liger}
 
-WHOLE = ("hugging face", "hugging face patched", "torch.compile graphed")  # bench/speed/models.py
+WHOLE = ("hugging face", "hugging face patched", "torch.compile graphed", "ours fp8")  # bench/speed/models.py
 NAMES = (*dict.fromkeys([*ATTENTION, *OTHERS]), *WHOLE)
 
 
