@@ -626,7 +626,7 @@ def test_bad_arguments(tmp_path, palette):
         ({"split": "unlabeled"}, "split: builtin:emoji has no unlabeled pictures"),
         ({"labels": "colour"}, "labels: got 'colour', expected one of"),
         ({"holdout": 1.0}, "holdout: got 1.0"),
-        ({"size": 0}, "size: got 0"),
+        ({"size": 0}, "size: got 0"), ({"seed": -1}, "seed: got -1"), ({"workers": -1}, "workers: got -1"),
         ({"resample": "nicest"}, "resample: got 'nicest', expected one of"),
         ({"spec": str(tmp_path), "crop": "odd"}, "crop: got 'odd'"),
     ):

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from igpt.data.crops import CROPS, check_filter
 from igpt.data.folder import check_classes, list_pictures, split_folders, warn_of_bad
 from igpt.data.token_sets import check_room, finish, write_json
-from igpt.data.workers import available_cores, read_squares
+from igpt.data.workers import available_cores, check_counts, read_squares
 from igpt.palette import Palette
 
 SAVE_EVERY = 2.0  # seconds between progress files
@@ -40,9 +40,7 @@ def encode_folder(
     check_filter(resample)
     if not isinstance(size, int) or size < 1:
         raise ValueError(f"size: got {size!r}, expected a positive integer")
-    for name, value in (("seed", seed), ("workers", workers or 0)):
-        if not isinstance(value, int) or value < 0:
-            raise ValueError(f"{name}: got {value!r}, expected an integer of 0 or more")
+    check_counts(seed=seed, workers=workers)
     source, out = Path(source), Path(out)
     if not source.is_dir():
         raise ValueError(f"source: {source} is no folder")

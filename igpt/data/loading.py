@@ -17,6 +17,7 @@ from igpt.data.folder import Files, folder
 from igpt.data.formats import cifar10, cifar100, emoji, idx, stl10
 from igpt.data.pictures import Pictures, joined
 from igpt.data.token_sets import openai, tokens
+from igpt.data.workers import check_counts
 
 SPLITS = ("train", "valid", "train+valid", "test", "unlabeled")
 # In the order in which a path is tried; a plain folder of pictures is what none of them knows.
@@ -50,6 +51,7 @@ def load(
     if size is not None and (not isinstance(size, int) or size < 1):
         raise ValueError(f"size: got {size!r}, expected a positive integer")
     check_filter(resample)
+    check_counts(seed=seed, workers=workers)
     parts = find_parts(spec, labels, partial(folder, crop=crop))
     if split in ("test", "unlabeled") or (split == "valid" and "valid" in parts):
         wanted = [split]

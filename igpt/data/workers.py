@@ -21,6 +21,13 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def check_counts(**values: int | None) -> None:
+    """Raises ValueError for a value that is neither None nor an integer of 0 or more."""
+    for name, value in values.items():
+        if value is not None and (not isinstance(value, int) or value < 0):
+            raise ValueError(f"{name}: got {value!r}, expected an integer of 0 or more")
+
+
 def read_squares(
     root: Path, names: list[str], places: Sequence[int], workers: int, *, size: int, crop: str, seed: int, resample: str
 ) -> Iterator[Batch]:

@@ -38,7 +38,7 @@ class Options:
 
 
 def run(options: Options) -> dict:
-    if not options.minutes > 0:
+    if not 0 < options.minutes < math.inf:
         raise ValueError(f"minutes: got {options.minutes}, expected a positive number")
     if options.size < 2:
         raise ValueError(f"size: got {options.size}, expected at least 2, of which half is given")
