@@ -15,6 +15,7 @@ scheduler decides what moves next. What makes it strict:
 It sees neither layouts, registers nor time: those are the compiler's evidence and the GPU's.
 """
 
+import functools
 import random
 import re
 import struct
@@ -94,7 +95,8 @@ class Partition(threading.Thread):
     def __init__(self, machine, rank, function, args):
         super().__init__(daemon=True)
         self.machine, self.rank, self.function, self.args = machine, rank, function, args
-        self.go, self.back = threading.Semaphore(0), threading.Semaphore(0)
+        self.go, self.back = threading.Lock(), threading.Lock()  # a baton each: held until it is given
+        self.go.acquire(), self.back.acquire()
         self.done, self.killed, self.condition, self.groups = False, False, None, []
 
     def run(self):
@@ -203,6 +205,11 @@ class Product:
         raise AssertionError("a product used before it was waited for")
 
     __mul__ = __add__ = __sub__ = __neg__ = lambda self, *_: self.used
+
+
+@functools.cache
+def code(source: str, path: str) -> types.CodeType:
+    return compile(source, path, "exec")
 
 
 def load(path, package: str, policy: str = "producer first", seed: int = 0, edit=lambda source: source):
@@ -376,7 +383,7 @@ def load(path, package: str, policy: str = "producer first", seed: int = 0, edit
     sources = edit("\0".join(p.read_text() for p in paths)).split("\0")
     try:
         for source, p, names in zip(sources, paths, (vars(shared), namespace)):
-            exec(compile(source, str(p), "exec"), names)
+            exec(code(source, str(p)), names)
     finally:
         for name, module in saved.items():
             sys.modules.pop(name) if module is None else sys.modules.update({name: module})
