@@ -36,8 +36,10 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.mark.parametrize("centred", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("processor", ["AuthenticAMD", "GenuineIntel"])
 @pytest.mark.parametrize("rows, d, inner", [(64, 64, 256), (33, 40, 100)])
-def test_norm_mlp_and_norm_linear_on_the_torch_path(rows, d, inner, dtype, bias, centred):
+def test_norm_mlp_and_norm_linear_on_the_torch_path(rows, d, inner, dtype, bias, centred, processor, monkeypatch):
+    monkeypatch.setattr(choose, "processor", lambda: processor)  # whose fp32 products are oneDNN's, or MKL's
     inputs = block_inputs(rows, d, inner, dtype, bias)
     settings = {"centred": centred}
     for activation in reference.ACTIVATIONS:

@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from igpt.kernels.choose import HAS_ONEDNN, mkl
+from igpt.kernels.choose import mkl
 from igpt.kernels.reference import QUICK_GELU, wide
 
-_linear = torch.ops.mkldnn._linear_pointwise if HAS_ONEDNN else None
+aten = torch.ops.aten
 
 
 class Activation(NamedTuple):
@@ -35,7 +35,6 @@ class Activation(NamedTuple):
     epilogue: str  # oneDNN's name for it
 
 
-aten = torch.ops.aten
 ACTIVATIONS = {
     "quick_gelu": Activation(QUICK_GELU, F.silu, aten.silu_, aten.silu_backward.grad_input, "swish"),
     "gelu": Activation(1.0, F.gelu, aten.gelu_, aten.gelu_backward.grad_input, "gelu"),
@@ -47,7 +46,12 @@ def product(a, weight, bias=None, act: Activation | None = None):
     if mkl(a):
         y = torch.mm(a, weight.t()) if bias is None else torch.addmm(bias, a, weight.t())
         return y if act is None else act.in_place(y)
-    return _linear(a, weight, bias, act.epilogue if act else "none", [], "none")  # gelu without approximation
+    return onednn_product(a, weight, bias, act.epilogue if act else "none")
+
+
+def onednn_product(a, weight, bias=None, epilogue: str = "none"):
+    """The same by oneDNN, whose weight may be packed; epilogue "swish" (silu) or "gelu"."""
+    return torch.ops.mkldnn._linear_pointwise(a, weight, bias, epilogue, [], "none")  # gelu without approximation
 
 
 def transposed_product(a, b):
@@ -80,7 +84,7 @@ def _normalise_backward(dn, x, gain, mean, rstd):
     """(dx, dgain), both fp32: dx = rstd (gain dn - xhat rowdot(gain dn, xhat) / d), less its mean if centred."""
     if mean is not None:
         tensors = wide(dn), wide(x), x.shape[-1:], mean, rstd, wide(gain), None
-        return torch.ops.aten.native_layer_norm_backward(*tensors, [True, True, False])[:2]
+        return aten.native_layer_norm_backward(*tensors, [True, True, False])[:2]
     dn, xhat = wide(dn), wide(x) * rstd
     product = dn * xhat
     dgain = product.sum(0)
