@@ -139,7 +139,7 @@ def test_a_wait_of_one_of_two_warpgroups_needs_a_barrier_before_the_place_is_fil
 
 TAKEN = "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{%r1}}, [%r2];\n{}\n@%p1 mbarrier.arrive.shared::cta.b64 _, [%r3];"
 LEFT = "cp.async.bulk.wait_group.read 0;\n{}\nstmatrix.sync.aligned.m8n8.x4.shared.b16 [%r2], {{%r1}};"
-GIVEN = "st.shared.b32 [%r2], %r1;\n{}\n@%p1 cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%rd1, {{%r3}}], [%r2]"
+GIVEN = "st.shared.b32 [%r2], %r1;\n{}\ncp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%rd1, {{%r3}}], [%r2]"
 FENCE, OF_WARPS, OF_LANES = "fence.proxy.async.shared::cta;", "bar.sync 2, 128;", "bar.warp.sync -1;"
 
 
