@@ -153,7 +153,7 @@ class Shared:
 
 
 class Barriers:
-    """An array of mbarriers: arrivals and bytes outstanding, and the parity of the current phase. `stale`: see Shared."""
+    """An array of mbarriers: arrivals and bytes outstanding, the current phase's parity; `stale` as Shared has it."""
 
     def __init__(self, n):
         self.shape, self.stale = [n, 1], [False]
