@@ -5,6 +5,7 @@
     warp_specialised  attention's Gluon kernels (attention_hopper*.py), or the plain ones
     matrix_vector     a decoding step's products: matrix-vector kernels, or the vendor's
     onednn            the torch path on a CPU: functions over oneDNN's products (igpt/ops/cpu.py), or plain PyTorch
+    mkl               these functions' products: PyTorch's own, or oneDNN's
     blocks            its attention: by blocks (igpt/ops/cpu_attention.py), or SDPA
     packs             decoding's weights on a CPU: packed for oneDNN, or as they are for MKL
 """
@@ -30,8 +31,8 @@ if HAS_TRITON:
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 # Where attention by blocks was measured quicker than SDPA, by processor and dtype. SDPA multiplies through MKL, which
 # on AMD stops at AVX2. On 2 cores of an Intel Xeon with AVX-512 (2026-11-28, N 1024, H 8, D 64) it takes 7.3 ms to the
-# blocks' 10.9 in fp32 and 11.5 to 15.4 in bf16, with backward 25.9 to 45.7 and 45 to 58; products are as quick through
-# oneDNN as through MKL there, within 10%. IGPT_CPU names another processor.
+# blocks' 10.9 in fp32 and 11.5 to 15.4 in bf16, with backward 25.9 to 45.7 and 45 to 58. IGPT_CPU names another
+# processor.
 BLOCKS = {
     ("AuthenticAMD", torch.float32): "2 Zen 5 cores, 2026-11-21: 1.2x forward, 1.1x with backward",
     ("AuthenticAMD", torch.bfloat16): "2 Zen 5 cores, 2026-11-21: 1.6x forward, 1.1x with backward",
@@ -103,6 +104,13 @@ def onednn(x: torch.Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and not checks.is_transformed()
     )
+
+
+def mkl(x: torch.Tensor) -> bool:
+    """Whether a CPU's product is PyTorch's own. In fp32 that is MKL's, which on AMD stops at AVX2; on one core of an
+    Intel Xeon with AVX-512 (2026-11-28; 1024 rows of S, 4160 of vit-tiny) it takes 3 to 10% less than oneDNN's, with an
+    activation behind it as much, and for a weight's gradient, whose operand oneDNN has copied, 8 to 24% less."""
+    return x.dtype == torch.float32 and processor() == "GenuineIntel"
 
 
 def blocks(q: torch.Tensor) -> bool:

@@ -95,9 +95,9 @@ def quicken(interpreter) -> None:
     def builtins_of(package) -> list:
         return [(name, member) for name, member in inspect.getmembers(package) if tl.core.is_builtin(member)]
 
-    def patch_builtin(package, builder, scope):
+    def patch_builtin(package, *how):
         for name, member in builtins_of(package):
-            interpreter._patch_attr(package, name, member, builder, scope)
+            interpreter._patch_attr(package, name, member, *how)
 
     def np_dtype(kind):  # a pointer's type has no hash
         return plain_dtype(kind) if isinstance(kind.scalar, tl.pointer_type) else dtype_of(kind.scalar)

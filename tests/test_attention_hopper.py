@@ -158,8 +158,8 @@ FAULTS = {
         ("left before the last store", "        tile += 1\n    tma.store_wait(0)\n", "        tile += 1\n"),
     ],
     "forward, full, 200": [
-        ("keys past the end", "o_col[None, :] < N - (TILES - 1) * BLOCK", "o_col[None, :] < BLOCK"),
-        ("a key too few", "o_col[None, :] < N - (TILES - 1) * BLOCK", "o_col[None, :] < N - (TILES - 1) * BLOCK - 1"),
+        ("keys past the end", "N - (TILES - 1) * BLOCK, IS_CAUSAL", "BLOCK, IS_CAUSAL"),
+        ("a key too few", "N - (TILES - 1) * BLOCK, IS_CAUSAL", "N - (TILES - 1) * BLOCK - 1, IS_CAUSAL"),
         ("lse past the end", "mask=o_m < N", "mask=o_m <= N"),
     ],
     "backward": [

@@ -169,7 +169,7 @@ def test_nothing_is_kept_without_gradients(device):
     with torch.no_grad():
         assert torch.equal(mlp.norm_mlp(**t), want)
     x, *weights = t.values()
-    out = mlp.NormMLP(x, None, *weights, None, None, 1e-5, False, False, 0)
+    out = mlp.NormMLP(x, None, *weights, None, None, 1e-5, False, False, False, 0)
     assert [o.numel() for o in out] == [4 * 32, 4 * 32, 4, 0, 0]
 
 

@@ -2,8 +2,9 @@
 
 Why not F.linear: its fp32 products go to MKL, which on AMD processors stops at AVX2 (measured on 2 Zen 5 cores, 1024 x
 512 x 2048: 203 GFLOP/s, against 480 through oneDNN, which `torch.ops.mkldnn._linear_pointwise` reaches; the same op
-that torch.compile emits). Why not autograd: on a CPU each fresh 8 MB tensor costs its page faults, so the backward
-here reuses its buffers, and the activation and the residual ride in the products' epilogues where oneDNN has one.
+that torch.compile emits); on Intel's they do stay with MKL (kernels/choose.py). Why not autograd: on a CPU each fresh
+8 MB tensor costs its page faults, so the backward here reuses its buffers, and the activation and the residual ride in
+the products' epilogues where oneDNN has one.
 
 For fp32 and bf16 in eager mode; kernels/choose.py sends everything else to plain PyTorch. Saved for backward: x, the
 rows' statistics, the MLP's pre-activation and, unless `recompute`, activation. Statistics and the norm's
@@ -18,21 +19,41 @@ import torch.nn.functional as F
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from igpt.kernels.choose import HAS_ONEDNN
+from igpt.kernels.choose import HAS_ONEDNN, mkl
 from igpt.kernels.reference import QUICK_GELU, wide
 
 _linear = torch.ops.mkldnn._linear_pointwise if HAS_ONEDNN else None
 
 
-def product(a, weight, bias=None, activation: str = "none"):
-    """a @ weight^T + bias for 2-D operands of any strides; activation "swish" (silu) or "gelu", in the epilogue."""
-    return _linear(a, weight, bias, activation, [], "none")  # gelu without approximation
+class Activation(NamedTuple):
+    """activation(h) = function(scale h) / scale."""
+
+    scale: float
+    function: Callable
+    in_place: Callable
+    backward: Callable  # (gradient, pre, grad_input=)
+    epilogue: str  # oneDNN's name for it
+
+
+aten = torch.ops.aten
+ACTIVATIONS = {
+    "quick_gelu": Activation(QUICK_GELU, F.silu, aten.silu_, aten.silu_backward.grad_input, "swish"),
+    "gelu": Activation(1.0, F.gelu, aten.gelu_, aten.gelu_backward.grad_input, "gelu"),
+}
+
+
+def product(a, weight, bias=None, act: Activation | None = None):
+    """a @ weight^T + bias for 2-D operands of any strides, and the activation's function of it."""
+    if mkl(a):
+        y = torch.mm(a, weight.t()) if bias is None else torch.addmm(bias, a, weight.t())
+        return y if act is None else act.in_place(y)
+    return _linear(a, weight, bias, act.epilogue if act else "none", [], "none")  # gelu without approximation
 
 
 def transposed_product(a, b):
-    """a^T @ b, of (rows, m) and (rows, n): a weight's gradient. The op above would copy a^T; in bf16 torch.mm, oneDNN
-    too, reads it where it is, and in fp32, where torch.mm is MKL's, the narrower of the two is copied."""
-    if a.dtype == torch.bfloat16:
+    """a^T @ b, of (rows, m) and (rows, n): a weight's gradient. oneDNN's op would copy a^T; torch.mm, in bf16 oneDNN
+    too, reads it where it is, and where fp32's is not to be MKL's the narrower of the two is copied."""
+    if a.dtype == torch.bfloat16 or mkl(a):
         return torch.mm(a.t(), b)
     return product(a.t(), b.t()) if a.shape[1] <= b.shape[1] else product(b.t(), a.t()).t()
 
@@ -113,24 +134,9 @@ class NormLinear(Function):
         return dx.to(x.dtype), dgain.to(gain.dtype), dweight, dy.sum(0) if ctx.has_bias else None, None, None
 
 
-class Activation(NamedTuple):
-    """activation(h) = function(scale h) / scale."""
-
-    scale: float
-    function: Callable
-    backward: Callable  # (gradient, pre, grad_input=)
-    epilogue: str  # oneDNN's name for it
-
-
-ACTIVATIONS = {
-    "quick_gelu": Activation(QUICK_GELU, F.silu, torch.ops.aten.silu_backward.grad_input, "swish"),
-    "gelu": Activation(1.0, F.gelu, torch.ops.aten.gelu_backward.grad_input, "gelu"),
-}
-
-
 class NormMLP(Function):
     """The activation's scale rides in the norm's gain (and fc's bias) and, inverted, in the sum with the residual.
-    Without `training` nothing is kept and its function runs in the product's epilogue."""
+    Without `training` nothing is kept and its function runs in the product's epilogue, where there is one."""
 
     @staticmethod
     def forward(ctx, x, gain, w_fc, w_proj, b_fc, b_proj, eps, centred, activation, training, recompute):
@@ -143,7 +149,7 @@ class NormMLP(Function):
             ctx.save_for_backward(x, gain, w_fc, w_proj, pre, None if recompute else hidden, *stats)
             ctx.has_bias, ctx.eps, ctx.act = (b_fc is not None, b_proj is not None), eps, act
         else:
-            hidden = product(n, w_fc, bias, act.epilogue)
+            hidden = product(n, w_fc, bias, act)
         y = product(hidden, w_proj)
         y = (y if act.scale == 1 else y.mul_(1 / act.scale)).add_(x)
         return y if b_proj is None else y.add_(b_proj)
