@@ -61,6 +61,7 @@ def allocate_ring(descs, PLACES: gl.constexpr, READERS: gl.constexpr):
     for place in gl.static_range(PLACES):
         mbarrier.init(full.index(place), count=1)
         mbarrier.init(empty.index(place), count=READERS)
+    fence_async_shared()  # threads made `full`, TMA counts it down
     return buffers, full, empty
 
 

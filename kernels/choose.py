@@ -75,9 +75,10 @@ def warp_specialised(*views: torch.Tensor) -> bool:
 
 def takes_views(*tensors: torch.Tensor) -> bool:
     """Whether these views (B, N, H, D) of one shape suit the Gluon kernels: fp16 or bf16, heads side by side, rows and
-    pictures that start at 16 bytes."""
-    (B, _, _, D), dtype = tensors[0].shape, tensors[0].dtype
-    if D not in (64, 96, 128) or dtype not in (torch.float16, torch.bfloat16):
+    pictures that start at 16 bytes, fewer than 2^30 rows in tiles of 128, of which backward counts two statistics in
+    one int32."""
+    (B, N, H, D), dtype = tensors[0].shape, tensors[0].dtype
+    if D not in (64, 96, 128) or dtype not in (torch.float16, torch.bfloat16) or B * H * -(-N // 128) >= 1 << 23:
         return False
     for t in tensors:
         picture, row, head, column = t.stride()

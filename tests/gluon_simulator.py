@@ -9,8 +9,8 @@ scheduler decides what moves next. What makes it strict:
 - a product may read shared memory at any time from its issue to its wait: its operands must be there all the while;
 - barriers count arrivals, bytes and phases as mbarriers do; a barrier that gets too many raises, nobody able to move
   is a deadlock;
-- shared memory written by ordinary stores must be fenced before a bulk store reads it, and a program must not end
-  before its copies and stores have.
+- shared memory written by ordinary stores must be fenced before a bulk store reads it, and so must an mbarrier's init
+  before a copy counts it down; a program must not end before its copies and stores have.
 
 It sees neither layouts, registers nor time: those are the compiler's evidence and the GPU's.
 """
@@ -153,11 +153,13 @@ class Shared:
 
 
 class Barriers:
-    """An array of mbarriers: arrivals and bytes outstanding, and the parity of the current phase."""
+    """An array of mbarriers: arrivals and bytes outstanding, the current phase's parity; `stale` as Shared has it."""
 
     def __init__(self, n):
-        self.all = [types.SimpleNamespace(count=None, pending=None, bytes=0, phase=0) for _ in range(n)]
-        self.shape = [n, 1]
+        self.shape, self.stale = [n, 1], [False]
+        self.all = [
+            types.SimpleNamespace(count=None, pending=None, bytes=0, phase=0, stale=self.stale) for _ in range(n)
+        ]
 
     def index(self, i):
         return self.all[int(i)]
@@ -233,8 +235,10 @@ def load(path, package: str, policy: str = "producer first", seed: int = 0, edit
 
     def init(bar, count):
         bar.count = bar.pending = count
+        bar.stale[0] = True
 
     def to_shared(desc, at, bar, dest):
+        assert not bar.stale[0], "a copy counts down an mbarrier whose init has no fence behind it"
         dest.data.fill_(float("nan"))
 
         def land():
@@ -291,8 +295,9 @@ def load(path, package: str, policy: str = "producer first", seed: int = 0, edit
 
     def allocate(dtype, shape, layout):
         if dtype == torch.int64:
-            return Barriers(shape[0])
-        shared = Shared(torch.full(shape, float("nan"), dtype=dtype), dtype, layout)
+            shared = Barriers(shape[0])
+        else:
+            shared = Shared(torch.full(shape, float("nan"), dtype=dtype), dtype, layout)
         state.shared.append(shared)
         return shared
 

@@ -152,7 +152,8 @@ FAULTS = {
         ("the last rescaling missed", "o, _ = add_products(scale_rows(o, alpha)", "o, _ = add_products(o"),
         ("mask off by one", "o_col[None, :] <= o_row", "o_col[None, :] < o_row"),
         ("scores used in flight", "warpgroup_mma_wait(len(o), deps=[s])", "warpgroup_mma_wait(2 + len(o), deps=[s])"),
-        ("no fence before the store", "fence_async_shared()", "pass"),
+        ("no fence before the store", "    fence_async_shared()\n    for", "    for"),
+        ("no fence behind the barriers", "    fence_async_shared()  # threads", "    # threads"),
         ("queries released before the store read them", "tma.store_wait(0)\n        release", "release"),
         ("left before the last store", "        tile += 1\n    tma.store_wait(0)\n", "        tile += 1\n"),
     ],
@@ -185,7 +186,8 @@ FAULTS = {
         ("the other consumer's rows of out", "[c * CHUNKS : (c + 1) * CHUNKS]", "[:CHUNKS]"),
         ("rows of out not counted", "delta[:, None]\n            step += 1", "delta[:, None]"),
         ("another head's delta", "(HEADS + head)", "(HEADS)"),
-        ("no fence before the store", "fence_async_shared()", "pass"),
+        ("no fence before the store", "    fence_async_shared()\n    for", "    for"),
+        ("no fence behind the barriers", "    fence_async_shared()  # threads", "    # threads"),
         ("owned rows released before the store read them", "tma.store_wait(0)\n                    release", "release"),
         ("left before the last store", "        tile += 1\n    tma.store_wait(0)\n", "        tile += 1\n"),
     ],
@@ -220,7 +222,8 @@ def test_a_tile_that_cannot_fit_is_refused(monkeypatch):
 
 
 def test_which_views_it_takes():
-    """16 bits, a head dim with a tile, heads side by side, pictures and rows that start at 16 bytes."""
+    """16 bits, a head dim with a tile, heads side by side, pictures and rows that start at 16 bytes, rows that an int32
+    counts."""
     q, k, _ = torch.zeros(2, 128, 3, 2, 64, dtype=torch.bfloat16).unbind(2)
     flat = torch.zeros(1 << 16, dtype=torch.bfloat16)
 
@@ -230,6 +233,9 @@ def test_which_views_it_takes():
     assert takes_views(q, k) and takes_views(q[:, 1:])
     assert takes_views(view(100 * 128, 128)) and takes_views(view(0, 128)[:1])
     assert not takes_views(q, k.half())
+    for N, pictures in (8, 1 << 20), (129, 1 << 19):
+        heads = [torch.empty(B, N, 8, 64, dtype=torch.bfloat16, device="meta") for B in (pictures - 1, pictures)]
+        assert [takes_views(x) for x in heads] == [True, False]
     unfit = {
         "fp32": q.float(), "head dim": q[..., :48], "columns apart": torch.cat([q, k], -1)[..., ::2],
         "heads apart": view(100 * 256, 256, head=128), "one picture twice": view(0, 128), "one row": view(128, 0),

@@ -137,6 +137,27 @@ def test_a_wait_of_one_of_two_warpgroups_needs_a_barrier_before_the_place_is_fil
         assert "after a wait for products" in line
 
 
+TAKEN = "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{%r1}}, [%r2];\n{}\n@%p1 mbarrier.arrive.shared::cta.b64 _, [%r3];"
+LEFT = "cp.async.bulk.wait_group.read 0;\n{}\nstmatrix.sync.aligned.m8n8.x4.shared.b16 [%r2], {{%r1}};"
+GIVEN = "st.shared.b32 [%r2], %r1;\n{}\ncp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%rd1, {{%r3}}], [%r2]"
+FENCE, OF_WARPS, OF_LANES = "fence.proxy.async.shared::cta;", "bar.sync 2, 128;", "bar.warp.sync -1;"
+
+
+@pytest.mark.parametrize("ptx, between, words", [
+    (TAKEN, OF_WARPS, None),
+    (TAKEN, OF_LANES, "a place is released without a barrier"),
+    (LEFT, "barrier.sync 2, 128;", None),
+    (LEFT, FENCE, "a place that a bulk store read is written without a barrier"),
+    (GIVEN, f"{FENCE} {OF_WARPS}", None),
+    (GIVEN, OF_WARPS, "without a fence and a barrier"),
+    (GIVEN, FENCE, "without a fence and a barrier"),
+    (GIVEN, f"{OF_WARPS} {FENCE}", "without a fence and a barrier"),
+])  # fmt: skip
+def test_what_one_thread_hands_over_the_others_have_done_with(ptx, between, words):
+    found = rings.read(loop(2, 1), ptx.format(between))[1]
+    assert any(words in line for line in found) if words else found == []
+
+
 def partitions(release: str, count: int = 2, rounds: int = 9) -> str:
     """Two consumers and a producer around a ring of 2 places."""
     types = "!ttg.memdesc<2x64x64xbf16>, !ttg.memdesc<2x1xi64>, !ttg.memdesc<2x1xi64>, i32"

@@ -14,8 +14,8 @@ the PTX, event by event; outside of them nothing may go to shared memory between
 Plain kernels run with unknown arguments: a loop of unknown length takes 8 rounds, an unknown condition is true. Where
 that contradicts itself, and with partitions, it is the launch's integers and program 0. What can't be followed is a
 finding as well. Not seen: other branches and programs, allocations that share an address (but for the PTX rule), tiles
-read into registers, loads read before they landed, TMA stores that still read, clusters, and, in PTX outside of loops,
-any order but that of the text.
+read into registers, loads read before they landed, clusters, and, in PTX outside of loops, any order but that of the
+text.
 """
 
 import math
@@ -41,6 +41,11 @@ PTX = re.compile(  # the same in PTX; besides S, a store to shared memory, and b
     r"(?P<M>wgmma\.commit_group)|wgmma\.wait_group\.sync\.aligned\s+(?P<W>\d+)|(?P<C>cp\.async\.c[ag]\.)|(?P<b>bar\w*\."
     r"(?:cta\.)?sync\S*\s+0;)|(?P<E>cp\.async\.commit_group)|(?P<T>cp\.async\.bulk\.tensor\.\dd\.shared)|"
     r"(?P<S>st\.shared|stmatrix)"
+)
+HANDOVER = re.compile(
+    r"(?P<barrier>\bbar(?:rier)?(?:\.cta)?\.sync\s)|(?P<fence>fence\.proxy\.async)|(?P<left>cp\.async\.bulk\.wait_group)|"
+    r"(?P<read>ld\.shared|ldmatrix)|(?P<write>st\.shared|stmatrix)|(?P<arrive>mbarrier\.arrive\.shared)|"
+    r"(?P<store>cp\.async\.bulk\.tensor\.\dd\.global\.shared)"
 )
 
 
@@ -246,6 +251,27 @@ def lay(function: Op, ptx: str) -> tuple[set[Op], set[Op], list[str]]:
     return inside, freed, found
 
 
+def handed_over(ptx: str) -> list[str]:
+    """Where one thread hands shared memory over while others, for all that the text's order says, still use it."""
+    found, since, written = [], set(), ""
+    for m in HANDOVER.finditer(ptx):
+        event = m.lastgroup
+        if event == "barrier":
+            since, written = set(), written.removesuffix("fence")
+        elif event == "fence":
+            written = written and "fence"
+        elif event == "write":
+            written = "write"
+            if "left" in since:
+                found.append("a place that a bulk store read is written without a barrier after the wait for it")
+        elif event == "store" and written:
+            found.append("a bulk store of what threads wrote without a fence and a barrier after it")
+        elif event == "arrive" and since & {"read", "left"}:
+            found.append("a place is released without a barrier after its threads read it or its store was waited for")
+        since.add(event)
+    return sorted(set(found))
+
+
 def read(ttgir: str, ptx: str = "", values: dict | None = None, programs: int = 1) -> tuple[list[Ring], list[str]]:
     """What asynchronous products of a binary read in shared memory, and what is wrong with it in words. values: the
     launch's arguments by name, programs: the first number of its grid; both count for kernels with partitions."""
@@ -271,4 +297,4 @@ def read(ttgir: str, ptx: str = "", values: dict | None = None, programs: int = 
     shown = [ring for ring in rings.values() if ring.ahead is not None]
     if partitions and not unread:
         unread = [f"{r.name}: the launch is too small to fill a place twice" for r in shown if r.writes <= r.places]
-    return shown, wrong + found + unread
+    return shown, wrong + found + handed_over(ptx) + unread
