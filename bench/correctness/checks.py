@@ -130,7 +130,7 @@ def decoded(case: Case, device: str) -> dict:
     eager, truth = (x.log_softmax(-1).gather(-1, ids[..., None])[..., 0] for x in answers)
     found = judged([compare("log-likelihood", sample.log_likelihood(model, ids), eager, truth)])
     if case.dtype == "fp32":
-        keep = max(1, case.N - 40)  # of more positions some would have two likeliest colours
+        keep = max(1, case.N - 48)  # of more positions some would have two likeliest colours
         greedy = model.complete(ids, keep, temperature=0.0)
         if differ := int((model(greedy).argmax(-1) != greedy)[:, keep:].sum()):
             note = f"greedy decoding differs from the full forward's argmax at {differ} positions"
