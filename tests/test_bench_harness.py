@@ -126,6 +126,14 @@ def test_a_model_that_does_not_fit_halves_its_batch(monkeypatch):
     assert row.B == 2 and row.median_ms == 1.0 and row.per_s == 2 * 32 * 1000
 
 
+def test_an_optimizer_s_state_is_there_before_a_step_is_known_to_fit(monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: taken.append(self))
+    for direction, count in (("fwd+bwd", 0), ("step", 1)):
+        build("eager", model_case("tiny", 1, 32, "fp32", direction), "cpu")
+        assert len(taken) == count
+
+
 @pytest.mark.parametrize("direction", ["fwd", "fwd+bwd", "step"])
 def test_every_whole_model_runs(direction):
     found = {r.impl: r for r in models.rows([model_case("tiny", 1, 32, "fp32", direction)], lying_run())}

@@ -144,6 +144,9 @@ from igpt.sample.kernel_decoder import KernelDecoder
 jobs, broken = c.plan(gpu.cases(), ["sm_90"])
 assert not broken, broken
 compiled = {job.launch.key for job in jobs}
+# A launch of one tile a program fills no ring twice, and is red for it.
+rings = [job.launch for job in jobs if job.row.function.startswith("attention_hopper")]
+assert rings and all(x.values["WORK"] > x.grid[0] for x in rings), [(x.values["WORK"], x.grid) for x in rings]
 how = {"impl": "triton", "device": "meta", "dtype": torch.bfloat16}
 for preset, B in (("s", 1), ("l", 128)):
     with c.capture("sm_90") as launches, torch.no_grad():
