@@ -137,6 +137,7 @@ from bench import gpu
 from bench.compiled import compile as c
 from bench.compiled.cases import meta
 from bench.compiled.step import launched
+from bench.speed import tune
 from igpt import ImageGPT, ViT
 from igpt.kernels.quantize import quantize_rows
 from igpt.sample.draw import Sampler
@@ -144,7 +145,8 @@ from igpt.sample.kernel_decoder import KernelDecoder
 jobs, broken = c.plan(gpu.cases(), ["sm_90"])
 assert not broken, broken
 compiled = {job.launch.key for job in jobs}
-# A launch of one tile a program fills no ring twice, and is red for it.
+# A launch of one tile a program fills no ring twice, and is red for it: the tuner then tried no tile of these.
+jobs += c.plan([x for x in tune.cases() if x.name.startswith("ATTENTION_HOPPER")], ["sm_90"])[0]
 rings = [job.launch for job in jobs if job.row.function.startswith("attention_hopper")]
 assert rings and all(x.values["WORK"] > x.grid[0] for x in rings), [(x.values["WORK"], x.grid) for x in rings]
 how = {"impl": "triton", "device": "meta", "dtype": torch.bfloat16}
