@@ -55,7 +55,7 @@ def tokens(B: int, N: int, device="cpu") -> torch.Tensor:
 
 
 # Whole models, with the operations that must be right before one has a speed.
-WHOLE = {"model": ("model", "attention", *ROW_OPS), "vit": ("attention", "norm_mlp", "norm_linear", "norm")}
+WHOLE = {"model": ("model", "attention", *ROW_OPS), "vit": ("attention", "ragged attention", *ROW_OPS[:2], "norm")}
 
 WHOLE_PICTURES = ("vit", "decode", "palette pictures", "palette fit", "encode folder")
 
@@ -235,6 +235,7 @@ def gradients(op: str) -> tuple[str, ...]:
 
 
 PIXEL_OPS = ("palette_encode", "palette_decode")
+RAGGED = [Case("attention", 2, 1000, 2, D, "bf16", c, "fwd+bwd") for D in (64, 96, 128) for c in (True, False)]
 PIXELS = [Case(op, 4096, 1024, 1, 64, "fp32") for op in PIXEL_OPS]
 
 

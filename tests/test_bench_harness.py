@@ -8,6 +8,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import gpu, machine, rows, run
 from bench.cases import OPS, PIXEL_OPS, ROW_OPS, Case, decode_case, model_case, shapes
@@ -125,6 +126,14 @@ def test_a_model_that_does_not_fit_halves_its_batch(monkeypatch):
     assert row.B == 2 and row.median_ms == 1.0 and row.per_s == 2 * 32 * 1000
 
 
+def test_an_optimizer_s_state_is_there_before_a_step_is_known_to_fit(monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: taken.append(self))
+    for direction, count in (("fwd+bwd", 0), ("step", 1)):
+        build("eager", model_case("tiny", 1, 32, "fp32", direction), "cpu")
+        assert len(taken) == count
+
+
 @pytest.mark.parametrize("direction", ["fwd", "fwd+bwd", "step"])
 def test_every_whole_model_runs(direction):
     found = {r.impl: r for r in models.rows([model_case("tiny", 1, 32, "fp32", direction)], lying_run())}
@@ -140,12 +149,27 @@ def test_eager_and_ours_are_one_model():
     torch.testing.assert_close(ours, eager, rtol=2e-5, atol=2e-5)
 
 
+class Drawn(TorchDispatchMode):
+    """Where normal numbers are drawn."""
+
+    def __init__(self):
+        super().__init__()
+        self.on = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.normal_.default:
+            self.on.add(args[0].device.type)
+        return func(*args, **(kwargs or {}))
+
+
 def test_hugging_face_on_a_device_that_is_not_the_cpu():
     """Built under `with torch.device("cuda")` its constructor left it on two devices: no row had this peer."""
     for direction in ("fwd", "step"):
         build("hugging face", model_case("tiny", 2, 32, "bf16", direction), "meta")()
-    model = models.hugging_face(decode_case("tiny", 1, 24, "int8", steps=8).model, "meta")
+    with Drawn() as drawn:
+        model = models.hugging_face(decode_case("tiny", 1, 24, "int8", steps=8).model, "meta")
     assert {t.device.type for t in (*model.parameters(), *model.buffers())} == {"meta"}
+    assert drawn.on == {"meta"}  # a CPU took three quarters of a minute for L's weights
 
 
 def test_decoding_is_red_by_dtype():
@@ -336,7 +360,8 @@ def test_a_gpus_checks_are_of_every_kind():
     found = [(check.row.op, check.row.impl) for check in correctness.listed("gpu", "cpu")]
     repeated = [(op, "triton, 20 runs") for op in ("attention", *ROW_OPS)]
     assert {*repeated, ("step", "triton, compiled"), ("step", "triton, igpt.graphed"), ("decode", "decode"),
-            *((op, "triton") for op in ("attention", "model", "fp8", *ROW_OPS, *PIXEL_OPS))} == set(found)  # fmt: skip
+            *((op, "triton") for op in ("attention", "ragged attention", "model", "fp8", *ROW_OPS, *PIXEL_OPS)),
+            } == set(found)  # fmt: skip
 
 
 def test_a_sanitizer_that_fails_is_red_and_one_that_hangs_leaves_nothing_behind(tmp_path):
@@ -373,6 +398,26 @@ def test_gpu_needs_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit):
         gpu.main([])
+
+
+def test_a_stage_without_time_is_said_and_is_no_fault(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")
+    assert gpu.main(["--only", "autotuned", "--seconds", "1", "--out", str(tmp_path)]) == 0
+    assert "no time was left" in rows.read(tmp_path / "rows.jsonl")[0].note
+
+
+def test_hugging_face_has_the_memory_that_one_graph_leaves(tmp_path):
+    """Of 139 GB a step of L as a graph keeps 71, a second one all but 11 of the rest."""
+    groups = []
+
+    class Asked(gpu.Job):
+        def time(self, rows, chosen, peers, **_):
+            groups.append({"ours", *peers})
+
+    gpu.steps(Asked(Log(tmp_path), 1.0))
+    assert {"hugging face", "ours fp8"} <= set.union(*groups)
+    assert not [group for group in groups if {"hugging face", "ours fp8"} <= group]
 
 
 def test_a_hanging_stage_is_ended(tmp_path, monkeypatch):

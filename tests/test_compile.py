@@ -129,6 +129,47 @@ assert not {r.kernel for r in rows} & {"zeros", "copy_"}, rows
     assert done.returncode == 0, done.stderr
 
 
+def test_a_gpus_stages_launch_what_was_compiled_before():
+    """Compiling on one core takes a stage's seconds: its steps, ViT's and what decoding begins with."""
+    done = child("-c", """
+import torch
+from bench import gpu
+from bench.compiled import compile as c
+from bench.compiled.cases import meta
+from bench.compiled.step import launched
+from bench.speed import tune
+from igpt import ImageGPT, ViT
+from igpt.kernels.quantize import quantize_rows
+from igpt.sample.draw import Sampler
+from igpt.sample.kernel_decoder import KernelDecoder
+jobs, broken = c.plan(gpu.cases(), ["sm_90"])
+assert not broken, broken
+compiled = {job.launch.key for job in jobs}
+# A launch of one tile a program fills no ring twice, and is red for it: the tuner then tried no tile of these.
+jobs += c.plan([x for x in tune.cases() if x.name.startswith("ATTENTION_HOPPER")], ["sm_90"])[0]
+rings = [job.launch for job in jobs if job.row.function.startswith("attention_hopper")]
+assert rings and all(x.values["WORK"] > x.grid[0] for x in rings), [(x.values["WORK"], x.grid) for x in rings]
+how = {"impl": "triton", "device": "meta", "dtype": torch.bfloat16}
+for preset, B in (("s", 1), ("l", 128)):
+    with c.capture("sm_90") as launches, torch.no_grad():
+        model = ImageGPT.from_preset(preset, **how)
+        for weights in (None, "int8"):
+            decoder = KernelDecoder(model, B, weights=weights, cache_dtype="bf16")
+            decoder.prefill(meta(B, 480).long())
+            decoder.draw(Sampler())
+    missing = {x.name for x in launches if x.key not in compiled}
+    assert launches and not missing, (preset, B, missing)
+with c.capture("sm_90") as launches:
+    launched(ImageGPT.from_preset("m", n_ctx=2304, **how), meta(14, 2304).long())
+    launched(ViT.from_preset("vit-b16", **how), meta(128, 224, 224, 3, dtype=torch.uint8), meta(128).long())
+    quantize_rows(meta(4096, 512))
+    quantize_rows(meta(2048, 512).t())
+missing = {x.name for x in launches if x.key not in compiled}
+assert launches and not missing, missing
+""")
+    assert done.returncode == 0, done.stderr
+
+
 def test_head_counts_share_a_binary():
     """Triton specialises an integer that is 1 or that 16 divides: H, its products and the groups are exempt."""
     done = child("-c", """

@@ -3,9 +3,11 @@
 The graph, its streams and pinned memory are tests/graph_simulator.py's."""
 
 import copy
+import gc
 import itertools
 import math
 import types
+import weakref
 
 import pytest
 import torch
@@ -214,6 +216,25 @@ def test_a_loss_that_reads_the_host(machine):
         schedule.step()
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     assert len(told) == 1 and machine.log.count("capture on side") == 2
+
+
+def test_a_broken_capture_s_memory_is_free_at_once(machine):
+    """On a GPU it can be all there is: nothing may wait for the garbage collector."""
+    (model, optimizers), kept = build(), []
+
+    def reading(tokens):
+        loss = model.loss(tokens)
+        kept.append(weakref.ref(loss))
+        return loss * loss.item()
+
+    step = igpt.graphed(reading, optimizers, otherwise=lambda why: None)
+    gc.disable()
+    try:
+        for batch in batches(3):
+            step(*batch)
+        assert kept[2]() is None  # of the capture
+    finally:
+        gc.enable()
 
 
 def test_an_error_of_the_loss_s_own_stays_what_it_is(machine):

@@ -37,6 +37,7 @@ def listed(name: str, device: str) -> list[Check]:
         for shape in ((4, 1024, 8, 64), (4, 1024, 16, 96)) if gpu else ((1, 77, 1, 64),):
             found.append(checked("triton", checks.in_fp8, Case("linear", *shape), device, op="fp8"))
     if gpu:
+        found += [checked("triton", checks.operation, c, device, op="ragged attention") for c in cases.RAGGED]
         for op in ("attention", *cases.ROW_OPS):
             case = Case(op, 4, 1024, 8, 64, "bf16", direction="fwd+bwd")
             found.append(checked("triton, 20 runs", checks.determinism, case, device, 20))

@@ -6,6 +6,7 @@ where there is none.
 
 import dataclasses
 import functools
+import gc
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -84,6 +85,7 @@ def fitted(build: Callable, name: str, case: Case, device: str) -> tuple[Callabl
     is_measured = device == "cuda" and case.is_whole
     while True:
         if is_measured:
+            gc.collect()  # Hugging Face's models die in cycles
             torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
         try:

@@ -62,8 +62,9 @@ def hugging_face(case: Case, device: str):
         n_positions=case.N, n_embd=c.width, n_layer=c.n_layer, n_head=c.heads, resid_pdrop=0.0, embd_pdrop=0.0,
         attn_pdrop=0.0,
     )  # fmt: skip
-    # Built under `with torch.device(device)` a part of it would stay on the CPU.
-    return ImageGPTForCausalImageModeling(config).to(device, DTYPES[case.dtype])
+    with torch.device(device):  # a CPU draws L's weights for a minute
+        model = ImageGPTForCausalImageModeling(config)
+    return model.to(device, DTYPES[case.dtype])  # its norms' gains are on the CPU still
 
 
 def hugging_face_logits(model, tokens_BN):
@@ -94,6 +95,8 @@ def timed(direction: str, model, forward: Callable, loss: Callable, batch: tuple
         if optimizer:
             optimizer.step()
 
+    if optimizer:
+        step()  # makes the optimizer's state: what fits from here on, fits when it is timed
     return step
 
 

@@ -97,8 +97,7 @@ def cases() -> Iterator[CompileCase]:
         for search in searches(machine):
             for place, tile in enumerate(search.candidates()):
                 run = search.using(tile)(forward_and_backward)
-                case = dataclasses.replace(search.case, B=1)
-                yield CompileCase(f"{search.name}#{place}", functools.partial(run, case), archs=(machine,))
+                yield CompileCase(f"{search.name}#{place}", functools.partial(run, search.case), archs=(machine,))
 
 
 def clean(arch: str, only: str, limit_s: float) -> set[str]:

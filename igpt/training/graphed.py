@@ -97,6 +97,17 @@ def stepper(loss: Callable, optimizers, accumulate: int, clip: float | None, us,
     return lambda *batch: train_step(loss, optimizers, accumulate, clip, batch, sync)
 
 
+def why_not(error: RuntimeError) -> str:
+    """A capture's error in words. Apart from where it is caught: a variable there that holds it would be a cycle, and
+    keep the broken graph's memory."""
+    cause = error.__context__ or error  # ending the capture raises an error of its own
+    return (
+        f"the step could not be captured ({type(cause).__name__}: {str(cause).partition(chr(10))[0]}); most often "
+        "the loss reads the GPU from the host (.item(), .tolist(), print, boolean indexing) or copies to it: do that "
+        "outside of the loss, and hand tensors in with the batch"
+    )
+
+
 def to_host(figures: torch.Tensor) -> Callable[[], list[float]]:
     """Start to copy; the result gives the figures, and waits for them but not for what was launched after them."""
     if figures.device.type == "cpu":
@@ -205,12 +216,7 @@ class Graphed:
             with self.on_the_side(), torch.cuda.graph(graph, stream=self.aside, capture_error_mode="thread_local"):
                 self.step()
         except RuntimeError as error:
-            cause = error.__context__ or error  # ending the capture raises an error of its own
-            raise CaptureError(
-                f"the step could not be captured ({type(cause).__name__}: {str(cause).partition(chr(10))[0]}); most "
-                "often the loss reads the GPU from the host (.item(), .tolist(), print, boolean indexing) or copies to "
-                "it: do that outside of the loss, and hand tensors in with the batch"
-            ) from error
+            raise CaptureError(why_not(error)) from error
         finally:
             self.forget()
         self.graph, self.captured = graph, self.holds()
