@@ -7,18 +7,20 @@ process of its own: the compiler may abort. Needs a process without TRITON_INTER
 
 import contextlib
 import dataclasses
-import functools
+import itertools
 import multiprocessing
 import os
 import re
 import signal
 import subprocess
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from multiprocessing.pool import ThreadPool
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from typing import IO
 
 import torch
 import triton
@@ -265,32 +267,56 @@ def _child(job: Job, pipe, log: Path) -> None:
     pipe.send(compile_launch(job.launch))
 
 
-def compiled(job: Job, limit_s: float) -> CompileRow:
-    """The row of one binary, compiled in a process of its own. One that raises, aborts or runs past limit_s gives a row
-    that says so, with the last line of the compiler's that names an error."""
-    context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-    with tempfile.NamedTemporaryFile() as file:
-        process = context.Process(target=_child, args=(job, sender, log := Path(file.name)))
+@dataclass(frozen=True)
+class Compiler:
+    """A process that compiles one binary, and what it says."""
+
+    job: Job
+    end: float  # of time.monotonic
+    process: multiprocessing.Process
+    receiver: Connection
+    log: IO
+
+    @classmethod
+    def start(cls, job: Job, limit_s: float) -> "Compiler":
+        context, log = multiprocessing.get_context("fork"), tempfile.NamedTemporaryFile()
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=_child, args=(job, sender, Path(log.name)))
         process.start()
-        process.join(limit_s)
-        if (code := process.exitcode) is None:
-            process.kill()
-            process.join()
-            return dataclasses.replace(job.row, ok=False, note="the compiler ran past its time limit")
-        lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    if code == 0:
-        return judged(job, receiver.recv())
-    said = [line for line in lines if re.search(r"(?i)error|assert|fail", line)]
-    why = " ".join(dict.fromkeys([*said[-1:], *lines[-1:]]))[:300]
-    how = f"exit {code}" if code > 0 else signal.Signals(-code).name
-    return dataclasses.replace(job.row, ok=False, note=f"the compiler failed ({how}): {why}")
+        return cls(job, time.monotonic() + limit_s, process, receiver, log)
+
+    def row(self) -> CompileRow:
+        """Of a process that has ended, or is late. One that raised, aborted or is late gives a row that says so, with
+        the last line of the compiler's that names an error."""
+        if (code := self.process.exitcode) is None:
+            self.process.kill()
+        self.process.join()
+        with self.log:
+            lines = Path(self.log.name).read_text(errors="replace").splitlines()
+        if code is None:
+            return dataclasses.replace(self.job.row, ok=False, note="the compiler ran past its time limit")
+        if code == 0:
+            return judged(self.job, self.receiver.recv())
+        lines = [line.strip() for line in lines if line.strip()]
+        said = [line for line in lines if re.search(r"(?i)error|assert|fail", line)]
+        why = " ".join(dict.fromkeys([*said[-1:], *lines[-1:]]))[:300]
+        how = f"exit {code}" if code > 0 else signal.Signals(-code).name
+        return dataclasses.replace(self.job.row, ok=False, note=f"the compiler failed ({how}): {why}")
 
 
 def compile_all(jobs: Iterable[Job], workers: int = 2, limit_s: float = 240) -> Iterator[CompileRow]:
-    """A row a job as they finish. The threads only wait for the compilers' processes."""
-    with ThreadPool(workers) as pool:
-        yield from pool.imap_unordered(functools.partial(compiled, limit_s=limit_s), jobs)
+    """A row a job as they finish. Without threads: what forks beside one may inherit a lock that nobody frees."""
+    jobs, running = iter(jobs), {}
+    while True:
+        for job in itertools.islice(jobs, workers - len(running)):
+            started = Compiler.start(job, limit_s)
+            running[started.process.sentinel] = started
+        if not running:
+            return
+        wait(running, max(0.0, min(c.end for c in running.values()) - time.monotonic()))
+        for sentinel, c in list(running.items()):
+            if c.process.exitcode is not None or time.monotonic() >= c.end:
+                yield running.pop(sentinel).row()
 
 
 def plan(cases: Iterable, archs: Iterable[str]) -> tuple[list[Job], list[CompileRow]]:
