@@ -279,7 +279,7 @@ class Compiler:
 
     @classmethod
     def start(cls, job: Job, limit_s: float) -> "Compiler":
-        context, log = multiprocessing.get_context("fork"), tempfile.NamedTemporaryFile()
+        context, log = multiprocessing.get_context("fork"), tempfile.NamedTemporaryFile()  # noqa: SIM115
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(target=_child, args=(job, sender, Path(log.name)))
         process.start()
