@@ -40,6 +40,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.mark.parametrize("rows, d, inner", [(64, 64, 256), (33, 40, 100)])
 def test_norm_mlp_and_norm_linear_on_the_torch_path(rows, d, inner, dtype, bias, centred, processor, monkeypatch):
     monkeypatch.setattr(choose, "processor", lambda: processor)  # whose fp32 products are oneDNN's, or MKL's
+    monkeypatch.setattr(choose, "MKL_ROWS", 1)
     inputs = block_inputs(rows, d, inner, dtype, bias)
     settings = {"centred": centred}
     for activation in reference.ACTIVATIONS:
