@@ -52,12 +52,14 @@ def claim(run: Path, config: dict) -> None:
 
 @contextmanager
 def held(run: Path, us: Processes):
-    """The run directory, for these processes alone; where the file system has no locks, for whoever comes.
+    """The run directory, for these processes alone; where the file system has no locks, for whoever comes. A new
+    one that nothing was written to is gone again.
 
     Raises ValueError if other processes train in it: they would sweep away each other's checkpoints."""
     if not us.first:
         yield
         return
+    is_new = not run.exists()
     run.mkdir(parents=True, exist_ok=True)
     folder = os.open(run, os.O_RDONLY)
     try:
@@ -71,6 +73,8 @@ def held(run: Path, us: Processes):
         yield
     finally:
         os.close(folder)
+        if is_new and run.is_dir() and not any(run.iterdir()):
+            run.rmdir()
 
 
 def flat(nested: dict, prefix: str = "") -> dict:
