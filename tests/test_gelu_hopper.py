@@ -256,4 +256,4 @@ def test_a_candidate_is_timed_where_it_keeps_its_budget(monkeypatch):
     assert [r.impl for r in right] == 2 * ["ours", "gluon, steps of 32", "gluon, steps of 64"]
     assert all(r.ok and r.median_ms for r in right)
     assert [r.impl for r in wrong if r.median_ms] == ["ours", "ours"]
-    assert all("OVER BUDGET" in r.note for r in wrong if not r.median_ms) and len(wrong) == 6
+    assert all("OVER BUDGET" in r.note and not r.ok for r in wrong if not r.median_ms) and len(wrong) == 6

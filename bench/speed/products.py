@@ -70,7 +70,7 @@ def build(name: str, case: Case, device: str) -> Callable[[], object]:
     exact = wanted(*(t if t is None else t.double() for t in given))
     errors = map(compare, ("u or du", "h"), call(), wanted(*given), exact)
     if over := [str(e) for e in errors if not e.ok]:
-        raise Absent("; ".join(over))
+        raise ArithmeticError("; ".join(over))
     return call
 
 
